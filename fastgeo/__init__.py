@@ -1,0 +1,1 @@
+"""Geodesics between trained networks: every network on the path in one pass."""

@@ -1,0 +1,25 @@
+"""Operations on the logits and layers of N stacked networks.
+
+N path points, E = N - 1 edges between neighbours, B batch, C classes.
+Needs torch alone; the folder can be copied into another project as it is.
+"""
+
+from .reference import (
+    path_fisher_rao,
+    path_js_div,
+    path_js_div_value_and_grad,
+    stacked_conv2d,
+    stacked_group_norm,
+    stacked_layer_norm,
+    stacked_linear,
+)
+
+__all__ = [
+    "path_fisher_rao",
+    "path_js_div",
+    "path_js_div_value_and_grad",
+    "stacked_conv2d",
+    "stacked_group_norm",
+    "stacked_layer_norm",
+    "stacked_linear",
+]

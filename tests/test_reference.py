@@ -1,0 +1,249 @@
+"""The plain PyTorch operations against float64 definitions, finite differences and the loop."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastgeo_kernels import reference as ops
+
+
+def logits(points, batch, classes, distance=1.0, seed=0):
+    """A path of float64 logits whose neighbours are about `distance` apart."""
+    generator = torch.Generator().manual_seed(seed)
+    start = 3 * torch.randn(1, batch, classes, generator=generator, dtype=torch.float64)
+    steps = torch.randn(points - 1, batch, classes, generator=generator, dtype=torch.float64)
+    return torch.cat([start, start + distance * steps.cumsum(0)])
+
+
+def entropy(p):
+    return -torch.special.xlogy(p, p).sum(-1)
+
+
+def js_div_by_definition(x):
+    """H(m) - (H(p) + H(q)) / 2 in float64, [E, B]."""
+    p = x.double().softmax(-1)
+    return entropy((p[:-1] + p[1:]) / 2) - (entropy(p[:-1]) + entropy(p[1:])) / 2
+
+
+SHAPES = [(2, 1, 2), (3, 7, 10), (25, 5, 17), (2, 3, 1000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_path_js_div_is_the_float64_definition(shape, dtype, tolerance):
+    x = logits(*shape).to(dtype)
+    got = ops.path_js_div(x, reduction="none")
+    assert got.dtype == dtype and got.shape == (shape[0] - 1, shape[1])
+    torch.testing.assert_close(
+        got.double(), js_div_by_definition(x), rtol=tolerance, atol=tolerance * 1e-2
+    )
+    torch.testing.assert_close(ops.path_js_div(x), got.mean(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2, 0.1, 1, 10])
+def test_fp32_value_keeps_its_digits_for_near_equal_rows(distance):
+    x = logits(4, 64, 10, distance).float()
+    got = ops.path_js_div(x, reduction="none").double()
+    torch.testing.assert_close(
+        got, ops.path_js_div(x.double(), reduction="none"), rtol=1e-5, atol=0
+    )
+
+
+def test_near_equal_rows_follow_the_fisher_metric():
+    """JSD -> |d|^2_Fisher / 8 (Eq. 1), with the error of the next order only."""
+    x = logits(2, 16, 10, 1e-3)
+    p, d = x[0].softmax(-1), x[1] - x[0]
+    fisher = (p * d.square()).sum(-1) - (p * d).sum(-1).square()
+    torch.testing.assert_close(
+        ops.path_js_div(x, reduction="none")[0], fisher / 8, rtol=1e-2, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_path_js_div_survives_underflow_and_saturation(dtype):
+    hot = torch.full((4, 3, 5), -1e4, dtype=dtype)
+    for point, hot_class in enumerate((0, 0, 1, 2)):
+        hot[point, :, hot_class] = 1e4
+    value, grad = ops.path_js_div_value_and_grad(hot)
+    expected = torch.tensor([0, math.log(2), math.log(2)], dtype=value.dtype)
+    assert torch.equal(value, expected)
+    assert grad.dtype == dtype and torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("classes", [1, 10])
+def test_equal_rows_have_exactly_no_divergence(classes):
+    x = logits(1, 9, classes).float().expand(5, 9, classes)
+    value, grad = ops.path_js_div_value_and_grad(x)
+    assert torch.equal(value, torch.zeros(4))
+    assert torch.equal(ops.path_fisher_rao(x), torch.zeros(4))
+    assert grad.abs().max() < 1e-9
+
+
+def test_reversing_the_path_reverses_the_divergences_bit_for_bit():
+    x = logits(6, 33, 10).float()
+    forward = ops.path_js_div(x, reduction="none")
+    assert torch.equal(ops.path_js_div(x.flip(0), reduction="none").flip(0), forward)
+
+
+def test_gradient_is_the_finite_difference():
+    x = logits(4, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ops.path_js_div(x, reduction="none"), x)
+
+
+def test_value_and_grad_is_autograd_of_the_weighted_sum():
+    x = logits(5, 7, 10).requires_grad_()
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    value, grad = ops.path_js_div_value_and_grad(x.detach(), weight)
+    expected = js_div_by_definition(x).mean(-1)
+    torch.testing.assert_close(value, expected.detach())
+    (expected_grad,) = torch.autograd.grad((weight * expected).sum(), x)
+    torch.testing.assert_close(grad, expected_grad)
+    torch.testing.assert_close(
+        grad.sum(-1), torch.zeros(5, 7, dtype=torch.float64), atol=1e-15, rtol=0
+    )
+
+
+def test_fp32_gradient_of_near_equal_rows():
+    for distance in (1e-4, 1e-2, 1):
+        x = logits(5, 32, 10, distance).float()
+        _, grad = ops.path_js_div_value_and_grad(x)
+        _, expected = ops.path_js_div_value_and_grad(x.double())
+        error = (grad - expected).abs().amax(-1) / expected.abs().amax(-1)
+        assert error.max() < 2e-6, distance
+
+
+def test_second_derivatives_raise_instead_of_vanishing():
+    x = logits(3, 2, 4).requires_grad_()
+    (grad,) = torch.autograd.grad(ops.path_js_div(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 3])
+def test_path_fisher_rao_is_the_float64_definition(distance):
+    x = logits(6, 11, 10, distance)
+    p = x.softmax(-1)
+    angle = 2 * (p[:-1] * p[1:]).sqrt().sum(-1).clamp(max=1).acos()
+    got = ops.path_fisher_rao(x, reduction="none")
+    torch.testing.assert_close(got, angle, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ops.path_fisher_rao(x), angle.square().mean(-1).sqrt(), rtol=1e-6, atol=0
+    )
+    in_fp32 = ops.path_fisher_rao(x.float(), reduction="none").double()
+    torch.testing.assert_close(
+        in_fp32, ops.path_fisher_rao(x.float().double(), reduction="none"), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "bad, error, words",
+    [
+        ([[1.0]], TypeError, "floating point tensor, got list"),
+        (torch.zeros(3, 4, 5, dtype=torch.long), TypeError, "torch.int64"),
+        (torch.zeros(4, 5), ValueError, r"\[N, B, C\].*\[4, 5\]"),
+        (torch.zeros(1, 4, 5), ValueError, r"N >= 2.*\[1, 4, 5\]"),
+        (torch.zeros(3, 0, 5), ValueError, r"B >= 1.*\[3, 0, 5\]"),
+    ],
+)
+def test_bad_logits_are_named(bad, error, words):
+    for op in (ops.path_js_div, ops.path_js_div_value_and_grad, ops.path_fisher_rao):
+        with pytest.raises(error, match=words):
+            op(bad)
+
+
+def test_bad_options_are_named():
+    x = torch.zeros(3, 4, 5)
+    with pytest.raises(ValueError, match="'batchmean' or 'none', got 'sum'"):
+        ops.path_js_div(x, reduction="sum")
+    with pytest.raises(ValueError, match=r"edge_weight must be \[E\] = \[2\], got \[3\]"):
+        ops.path_js_div_value_and_grad(x, torch.ones(3))
+
+
+# --- Stacked layers -------------------------------------------------------------------------------
+
+
+def random(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def assert_same_function(stacked, loop, *inputs):
+    """Equal outputs, and equal gradients to every input, under a random upstream gradient."""
+    got, expected = stacked(*inputs), loop(*inputs)
+    upstream = random(*expected.shape, seed=2).detach()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 25])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, dict(stride=2, padding=1), dict(dilation=2), dict(groups=2)]
+)
+def test_stacked_conv2d_is_the_loop(points, shared, options):
+    x = random(4, 6, 9, 8) if shared else random(points, 4, 6, 9, 8)
+    weight = random(points, 8, 6 // options.get("groups", 1), 3, 3)
+    bias = random(points, 8)
+    each = (lambda x, i: x) if shared else (lambda x, i: x[i])
+    assert_same_function(
+        lambda x, w, b: ops.stacked_conv2d(
+            x.expand(points, *x.shape) if shared else x, w, b, **options
+        ),
+        lambda x, w, b: torch.stack(
+            [F.conv2d(each(x, i), w[i], b[i], **options) for i in range(points)]
+        ),
+        x,
+        weight,
+        bias,
+    )
+
+
+@pytest.mark.parametrize("points", [1, 3, 25])
+@pytest.mark.parametrize("inner", [(4,), (4, 5)])
+def test_stacked_linear_is_the_loop(points, inner):
+    x, weight, bias = random(points, *inner, 6), random(points, 7, 6), random(points, 7)
+    assert_same_function(
+        ops.stacked_linear,
+        lambda x, w, b: torch.stack([F.linear(x[i], w[i], b[i]) for i in range(points)]),
+        x,
+        weight,
+        bias,
+    )
+
+
+@pytest.mark.parametrize("points, groups", [(1, 1), (3, 1), (25, 2)])
+def test_stacked_group_norm_is_the_loop(points, groups):
+    x, weight, bias = random(points, 4, 6, 3, 3), random(points, 6), random(points, 6)
+    assert_same_function(
+        lambda x, w, b: ops.stacked_group_norm(x, groups, w, b),
+        lambda x, w, b: torch.stack(
+            [F.group_norm(x[i], groups, w[i], b[i]) for i in range(points)]
+        ),
+        x,
+        weight,
+        bias,
+    )
+
+
+@pytest.mark.parametrize("points", [1, 3, 25])
+def test_stacked_layer_norm_is_the_loop(points):
+    x, weight, bias = random(points, 4, 5, 6), random(points, 6), random(points, 6)
+    assert_same_function(
+        ops.stacked_layer_norm,
+        lambda x, w, b: torch.stack([F.layer_norm(x[i], (6,), w[i], b[i]) for i in range(points)]),
+        x,
+        weight,
+        bias,
+    )
+
+
+def test_stacked_layers_name_what_does_not_fit():
+    with pytest.raises(
+        ValueError, match=r"stacked_conv2d: x must have 5 dimensions, got \[4, 3, 8"
+    ):
+        ops.stacked_conv2d(torch.zeros(4, 3, 8, 8), torch.zeros(2, 5, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"stacked_linear: weight .* N as in x \[2, 4, 3\]"):
+        ops.stacked_linear(torch.zeros(2, 4, 3), torch.zeros(3, 5, 3))
