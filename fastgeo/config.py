@@ -1,0 +1,147 @@
+"""Every number of a run, with where it comes from, and the presets.
+
+"Paper" is Tan et al., "Geodesic Mode Connectivity" (ICLR 2023 Tiny Papers) with its public code;
+"Git Re-Basin" is Ainsworth et al. (2022).
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Data, network and training of the two ends."""
+
+    data: str = "digits"
+    """digits (bundled), cifar10, cifar100, mnist, fashion-mnist (downloaded), or npz:PATH"""
+    data_root: str = "~/.cache/fastgeo"
+    """where downloads are kept"""
+    train_subset: int | None = None
+    """use the first so many training images; None for all"""
+    augment: Literal["auto", "none", "flip-crop"] = "auto"
+    """random mirror and 4-pixel reflected crop (paper); auto: for CIFAR only"""
+    model: str = "resnet8"
+    """resnet8, resnet14, resnet20, ... or mlp (paper: resnet20)"""
+    width: float = 0.5
+    """factor on the ResNet's 16-32-64 channels, or on the MLP's 512 (paper: 4)"""
+    norm: Literal["group", "channel"] = "group"
+    """group: statistics over C, H, W (paper); channel: over C at each pixel (Git Re-Basin)"""
+    seed_a: int = 0
+    """weights, order and augmentation of end a (paper: 0)"""
+    seed_b: int = 1
+    """the same of end b (paper: 1)"""
+    epochs: int = 20
+    """passes over the training images (paper: 100)"""
+    train_batch_size: int = 64
+    """images of each network in a training step (paper: 128)"""
+    train_lr: float = 0.1
+    """peak of the one-cycle rate (paper)"""
+    weight_decay: float = 1e-4
+    """L2 penalty (paper)"""
+    warmup_fraction: float = 0.1
+    """share of the steps with rising rate (paper: pct_start)"""
+    lr_start_divisor: float = 1e9
+    """peak rate over first rate (paper: div_factor)"""
+    lr_end_divisor: float = 1e6
+    """first rate over last rate (paper: final_div_factor)"""
+    momentum_low: float = 0.85
+    """Nesterov momentum at the peak rate (paper)"""
+    momentum_high: float = 0.95
+    """Nesterov momentum at the first and last rate (paper)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """Weight matching of end b to end a."""
+
+    match_sweeps: int = 30
+    """limit on the sweeps over all permutations (paper)"""
+    match_seed: int = 0
+    """of the order of the permutations in a sweep (paper: 0)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeConfig:
+    """The path and its optimisation."""
+
+    points: int = 25
+    """N, networks on the path with both ends (paper)"""
+    spacing: Literal["even", "release"] = "even"
+    """even: point i at i / (N - 1) (paper); release: at i / (N + 1) (its public code)"""
+    steps: int = 100
+    """optimisation steps (paper: 3,920, 20 epochs)"""
+    batch_size: int = 128
+    """images in an optimisation step (paper: 256)"""
+    lr: float = 0.1
+    """learning rate, no momentum (paper)"""
+    precondition: bool = True
+    """multiply the gradient by the inverse path Laplacian; no: plain SGD (paper)"""
+    path_seed: int = 0
+    """order and augmentation of the images in the optimisation"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of the three paths."""
+
+    eval_batch_size: int = 256
+    """images in one pass over all points"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown in reverse
+    """All of a run."""
+
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        """ValueError on the first number that cannot be meant."""
+        for name in ("train_lr", "lr", "width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
+        for name in ("epochs", "train_batch_size", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "match_sweeps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.points < 3:
+            raise ValueError(
+                f"points must be at least 3 (two ends and one between), got {self.points}"
+            )
+
+
+def flag(field: str) -> str:
+    """A field as it is written on the command line."""
+    return field.replace("_", "-")
+
+
+def select(config: Any, part: type) -> dict[str, Any]:
+    """The fields of `config` that the dataclass `part` has."""
+    return {f.name: getattr(config, f.name) for f in fields(part)}
+
+
+PRESETS = {
+    # Of the pairs of seeds in benchmarks/results/seeds, one whose matched line has a clear bump.
+    "digits": Config(seed_a=4, seed_b=5),
+    "cifar10": Config(
+        data="cifar10",
+        model="resnet20",
+        width=1,
+        epochs=40,
+        train_batch_size=128,
+        steps=400,
+        batch_size=256,
+    ),
+    "paper": Config(
+        data="cifar10",
+        model="resnet20",
+        width=4,
+        epochs=100,
+        train_batch_size=128,
+        steps=3920,
+        batch_size=256,
+        precondition=False,
+    ),
+}

@@ -1,0 +1,177 @@
+"""A path of N networks: two fixed ends and a stacked interior."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+
+from fastgeo.files import read_tensors, write_tensors
+
+StateDict = Mapping[str, Tensor]
+
+
+class Path:
+    """N networks from a start to an end; the N - 2 between them are stacked.
+
+    Attributes:
+        start, end: name -> tensor, as in `state_dict()`.
+        interior: name -> [N - 2, ...], the floating point entries. Integer entries are the same in
+            all points and live in `start` and `end` only.
+
+    Example:
+        >>> path = Path.linear(model_a, model_b, 25)
+        >>> model_a.load_state_dict(path.at(0.5))
+        <All keys matched successfully>
+    """
+
+    def __init__(self, start: StateDict, interior: Mapping[str, Tensor], end: StateDict):
+        self.start, self.interior, self.end = dict(start), dict(interior), dict(end)
+
+    @classmethod
+    def linear(
+        cls, a: StateDict | nn.Module, b: StateDict | nn.Module, n: int, *, spacing: str = "even"
+    ) -> "Path":
+        """The straight line from a to b.
+
+        Args:
+            a, b: two modules, or two state dicts of one module; copied.
+            n: N, points with both ends, at least 3.
+            spacing: "even" places point i at i / (N - 1); "release" places the interior at
+                i / (N + 1), as the paper's public code does.
+
+        Raises:
+            ValueError: n < 3, an unknown spacing, or ends that do not fit each other.
+        """
+        a, b = state_dict(a), state_dict(b)
+        check_same_form(a, b)
+        if n < 3:
+            raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
+        if spacing not in ("even", "release"):
+            raise ValueError(f"spacing must be 'even' or 'release', got {spacing!r}")
+        position = torch.arange(1, n - 1) / (n - 1 if spacing == "even" else n + 1)
+        interior = {}
+        for name, start in a.items():
+            if start.is_floating_point():
+                t = position.to(start).view(-1, *(1,) * start.ndim)
+                interior[name] = torch.lerp(start[None], b[name][None], t)
+        return cls(a, interior, b)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(next(iter(self.interior.values()))) + 2
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() for tensor in self.start.values())
+        return f"Path({len(self)} points of {size:,} numbers each)"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.interior.values())).device
+
+    def to(self, device: torch.device | str) -> "Path":
+        """The same path on another device."""
+        moved = ({k: v.to(device) for k, v in part.items()} for part in self._parts().values())
+        return Path(*moved)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """All points: name -> [N, ...], the form of `torch.func.stack_module_state`."""
+        return {
+            name: torch.cat([self.start[name][None], between, self.end[name][None]])
+            for name, between in self.stacked_interior().items()
+        }
+
+    def stacked_interior(self) -> dict[str, Tensor]:
+        """All points but the ends: name -> [N - 2, ...], integer entries included."""
+        return {
+            name: self.interior.get(name, constant.expand(len(self) - 2, *constant.shape))
+            for name, constant in self.start.items()
+        }
+
+    def points(self) -> Iterator[dict[str, Tensor]]:
+        """The N state dicts, from start to end."""
+        for i in range(len(self)):
+            yield self._point(i)
+
+    def at(self, t: float) -> dict[str, Tensor]:
+        """The state dict at t in [0, 1]: point i at i / (N - 1), straight lines between points.
+
+        Raises:
+            ValueError: t outside [0, 1].
+        """
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must be within [0, 1], got {t}")
+        edge = min(int(t * (len(self) - 1)), len(self) - 2)
+        weight = t * (len(self) - 1) - edge
+        low, high = self._point(edge), self._point(edge + 1)
+        return {
+            name: torch.lerp(low[name], high[name], weight) if name in self.interior else low[name]
+            for name in low
+        }
+
+    def euclidean(self) -> Tensor:
+        """[E], the Euclidean distance of neighbouring points over all floating point entries."""
+        squares = 0
+        for name, between in self.interior.items():
+            ends = (between[:1] - self.start[name], self.end[name] - between[-1:])
+            steps = torch.cat([ends[0], between.diff(dim=0), ends[1]])
+            squares = squares + steps.reshape(len(steps), -1).square().sum(1)
+        return squares.sqrt()
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write one safetensors file: start/NAME, interior/NAME [N - 2, ...], end/NAME."""
+        write_tensors(FilePath(file), "path", self._parts())
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, device: torch.device | str = "cpu") -> "Path":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a missing or damaged file, or one that holds no path.
+        """
+        return cls(**read_tensors(FilePath(file), "path", device))
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {"start": self.start, "interior": self.interior, "end": self.end}
+
+    def _point(self, i: int) -> dict[str, Tensor]:
+        if i in (0, len(self) - 1):
+            return dict(self.start if i == 0 else self.end)
+        between = {name: tensor[i - 1] for name, tensor in self.interior.items()}
+        return {name: between.get(name, constant) for name, constant in self.start.items()}
+
+
+def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
+    """A copy of the state of a module or state dict.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(network, nn.Module):
+        network = network.state_dict()
+    if not isinstance(network, Mapping) or not all(map(torch.is_tensor, network.values())):
+        raise TypeError(
+            f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
+        )
+    return {name: tensor.detach().clone() for name, tensor in network.items()}
+
+
+def check_same_form(a: StateDict, b: StateDict) -> None:
+    """ValueError, naming the first difference, unless a and b are states of one module."""
+    for name in [*a, *b]:
+        if name not in a or name not in b:
+            there, missing = ("a", "b") if name in a else ("b", "a")
+            raise ValueError(f"the two ends differ: {name} is in {there} and not in {missing}")
+        if name.endswith("running_mean"):
+            raise ValueError(
+                f"{name} belongs to a BatchNorm, whose running statistics do not interpolate "
+                "between networks; use GroupNorm or LayerNorm in its place and train again"
+            )
+        if a[name].shape != b[name].shape:
+            raise ValueError(
+                f"the two ends differ: {name} has shape {list(a[name].shape)} in a and "
+                f"{list(b[name].shape)} in b"
+            )
+        if not a[name].is_floating_point() and not torch.equal(a[name], b[name]):
+            raise ValueError(f"{name} is not floating point and differs between the two ends")

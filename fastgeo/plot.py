@@ -1,0 +1,61 @@
+"""The two halves of the paper's Figure 2."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+
+from matplotlib.figure import Figure
+
+COLOURS = {"linear": "0.6", "matched": "tab:orange", "geodesic": "tab:blue"}
+LABELS = {
+    "linear": "line without matching",
+    "matched": "line after matching",
+    "geodesic": "geodesic",
+}
+
+
+def path_loss(report: Mapping, file: FilePath) -> None:
+    """Loss along the three paths, train solid and test dashed (Figure 2, right)."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, path in report["paths"].items():
+        for split, style in (("train", "-"), ("test", "--")):
+            loss = path[split]["loss"]
+            position = [i / (len(loss) - 1) for i in range(len(loss))]
+            label = f"{LABELS[name]}, {split}"
+            axes.plot(position, loss, style, color=COLOURS[name], label=label, marker=".", ms=4)
+    axes.set(
+        xlabel="position on the path (0: end a, 1: end b)",
+        ylabel="cross-entropy (nats)",
+        xlim=(0, 1),
+        ylim=(0, None),
+        title=_title(report),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def path_length(metrics: Sequence[Mapping], report: Mapping, file: FilePath) -> None:
+    """Lengths of the path during optimisation (Figure 2, left)."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    left = figure.add_subplot()
+    right = left.twinx()
+    step = [line["step"] for line in metrics]
+    curves = [
+        (left, "sqrt_jsd", "-", "tab:blue", "Σ√JSD of a batch (√nats)"),
+        (right, "euclidean", "--", "tab:green", "Σ‖Δθ‖ in parameter space"),
+    ]
+    lines = []
+    for axes, key, style, colour, label in curves:
+        lines += axes.plot(step, [line[key] for line in metrics], style, color=colour, label=label)
+        axes.set_ylabel(label, color=colour)
+        axes.tick_params(axis="y", labelcolor=colour)
+    left.set(xlabel="optimisation step", ylim=(0, None), title=_title(report))
+    left.grid(alpha=0.3)
+    left.legend(handles=lines, frameon=False, loc="center right")
+    figure.savefig(file, dpi=150)
+
+
+def _title(report: Mapping) -> str:
+    c = report["config"]
+    return f"{c['model']}, width {c['width']:g}, on {c['data']}; N = {c['points']}"
