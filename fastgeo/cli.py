@@ -201,3 +201,7 @@ def _preset(argv: list[str]) -> str:
 def _complain(sentence: str, error: BaseException) -> None:
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     print(sentence + notes, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

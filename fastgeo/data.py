@@ -238,7 +238,10 @@ def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
 
 def _read_npz(file: FilePath) -> list[np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
             return [archive[key] for key in ("x_train", "y_train", "x_test", "y_test")]
     except KeyError as error:
         raise ValueError(
@@ -246,7 +249,7 @@ def _read_npz(file: FilePath) -> list[np.ndarray]:
         ) from error
     except FileNotFoundError as error:
         raise ValueError(f"cannot read {file}: there is no such file") from error
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {file}: it is not a NumPy archive (.npz)") from error
 
 

@@ -53,8 +53,9 @@ def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, T
         for name, tensor in named.items()
     }
     order = {group: list(named) for group, named in groups.items()}
-    metadata = {"kind": kind, "schema": str(SCHEMA), "order": json.dumps(order)}
-    write_bytes(file, safetensors.torch.save(tensors, metadata))
+    # One entry: safetensors writes several in no fixed order, and equal content is equal bytes here.
+    header = {"fastgeo": json.dumps({"schema": SCHEMA, "kind": kind, "order": order})}
+    write_bytes(file, safetensors.torch.save(tensors, header))
 
 
 def read_tensors(
@@ -67,13 +68,13 @@ def read_tensors(
     """
     try:
         with safetensors.safe_open(file, "pt", device=str(device)) as stored:
-            facts = stored.metadata() or {}
-            if facts.get("kind") != kind:
+            header = json.loads((stored.metadata() or {}).get("fastgeo", "{}"))
+            if header.get("kind") != kind:
                 raise ValueError(f"it holds no {kind}")
-            _check_schema(file, int(facts["schema"]))
+            _check_schema(file, header["schema"])
             return {
                 group: {name: stored.get_tensor(f"{group}/{name}") for name in names}
-                for group, names in json.loads(facts["order"]).items()
+                for group, names in header["order"].items()
             }
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error

@@ -42,15 +42,15 @@ def train_ends(
         K state dicts.
 
     Raises:
-        ValueError: a batch size or epoch count that leaves no step, or a loss that stops being
-            finite.
+        ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss that
+            stops being finite.
     """
     steps_per_epoch = len(dataset.train.labels) // config.train_batch_size
     steps = config.epochs * steps_per_epoch
-    if steps < 1:
+    if steps < 2:
         raise ValueError(
-            f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave no "
-            f"step on {len(dataset.train.labels)} training images"
+            f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave "
+            f"fewer than two steps on {len(dataset.train.labels)} training images"
         )
     device = dataset.train.images.device
     states, batches = [], []
@@ -72,7 +72,7 @@ def train_ends(
         optimizer,
         max_lr=config.train_lr,
         total_steps=steps,
-        pct_start=config.warmup_fraction,
+        pct_start=max(config.warmup_fraction, 2 / steps),  # OneCycleLR divides by 0 below that
         base_momentum=config.momentum_low,
         max_momentum=config.momentum_high,
         div_factor=config.lr_start_divisor,

@@ -1,0 +1,33 @@
+"""Small networks, data and paths that many tests share."""
+
+import pytest
+import torch
+
+from fastgeo import Path, models
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def module():
+    """A small ResNet of the digits preset's family, in float64."""
+    return tiny_resnet()
+
+
+@pytest.fixture
+def path():
+    """Seven points between two of them."""
+    return Path.linear(tiny_resnet(seed=1), tiny_resnet(seed=2), 7)
+
+
+def tiny_resnet(seed: int = 0, norm: str = "group") -> models.ResNet:
+    torch.manual_seed(seed)
+    return models.resnet(8, 0.25, in_channels=1, num_classes=5, norm=norm).double()
+
+
+def images(count: int = 12, channels: int = 1, size: int = 8, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)

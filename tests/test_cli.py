@@ -1,0 +1,290 @@
+"""The command line: whole runs in a small setting, stage by stage, and everything it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from fastgeo import Path, evaluate, models
+from fastgeo.cli import main
+from fastgeo.config import PRESETS
+from fastgeo.data import load
+
+SMALL = [
+    *("--width", "0.25", "--train-subset", "200", "--epochs", "2", "--points", "5"),
+    *("--steps", "4", "--batch-size", "50", "--train-batch-size", "20"),
+]
+WEIGHTS = ("ends.safetensors", "permutation.safetensors", "path.safetensors")
+FILES = {
+    *WEIGHTS,
+    *("config.json", "training.jsonl", "metrics.jsonl", "report.json", "report.md"),
+    *("path_loss.png", "path_length.png"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of one small run."""
+    folder = tmp_path_factory.mktemp("run") / "small"
+    main(["run", "--out", str(folder), *SMALL])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *argv):
+    """The one sentence that bad input gets on stderr, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(map(str, argv)))
+    assert stopped.value.code == 2
+    sentences = [line for line in capsys.readouterr().err.splitlines() if "fastgeo: " in line]
+    assert len(sentences) == 1
+    return sentences[0]
+
+
+def test_a_run_leaves_every_file_and_nothing_else(run):
+    assert {file.name for file in run.iterdir()} == FILES
+    for name in ("path_loss.png", "path_length.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_agrees_with_the_weights_on_disk(run):
+    report = json.loads((run / "report.json").read_text())
+    assert report["schema"] == 1 and report["config"]["points"] == 5
+    assert set(report["seconds"]) == {"train", "match", "optimize", "evaluate", "total"}
+    digits = load("digits", train_subset=200)
+    x, y = digits.normalize(digits.train.images), digits.train.labels
+    path, module = Path.load(run / "path.safetensors"), models.resnet(8, 0.25, in_channels=1)
+    geodesic = report["paths"]["geodesic"]
+    for t, loss, accuracy in zip(
+        np.linspace(0, 1, 5), geodesic["train"]["loss"], geodesic["train"]["accuracy"], strict=True
+    ):
+        module.load_state_dict(path.at(t))
+        logits = module(x)
+        assert torch.nn.functional.cross_entropy(logits, y).item() == pytest.approx(loss, rel=1e-4)
+        assert (logits.argmax(1) == y).float().mean().item() == pytest.approx(accuracy)
+    again = evaluate(path, module, {"train": (x, y)})
+    for key in ("energy", "sqrt_jsd", "fisher_rao", "fisher_rao_lower_bound", "euclidean"):
+        assert geodesic[key] == pytest.approx(getattr(again, key), rel=1e-4)
+    assert geodesic["augmented_train"] is None
+
+
+def test_the_three_paths_are_between_the_same_networks(run):
+    report = json.loads((run / "report.json").read_text())["paths"]
+    for split in ("train", "test"):
+        ends = [[report[name][split]["loss"][i] for i in (0, -1)] for name in report]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+        assert ends[1] == pytest.approx(ends[2], rel=1e-4)
+    assert report["matched"]["euclidean"] < report["linear"]["euclidean"]
+    assert report["geodesic"]["energy"] < report["matched"]["energy"]
+    for path in report.values():
+        assert path["fisher_rao"] >= path["fisher_rao_lower_bound"]
+
+
+def test_metrics_have_a_line_a_step(run):
+    for name, steps in (("metrics.jsonl", 4), ("training.jsonl", 20)):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(steps))
+    assert set(lines[0]) == {"step", "loss", "lr"} and len(lines[0]["loss"]) == 2
+
+
+def test_the_report_is_readable(run):
+    text = (run / "report.md").read_text()
+    for words in ("path_loss.png", "matched line", "Fisher-Rao, rad", "barrier above", "| total |"):
+        assert words in text
+
+
+def test_stages_one_by_one_are_the_run(run):
+    main(["train", "--out", "staged", *SMALL[:6], *SMALL[12:]])
+    main(["match", "staged"])
+    main(["optimize", "staged", *SMALL[6:12]])
+    main(["evaluate", "staged"])
+    main(["plot", "staged"])
+    assert set(os.listdir("staged")) == FILES
+    for name in WEIGHTS:
+        with open(f"staged/{name}", "rb") as staged:
+            assert staged.read() == (run / name).read_bytes()
+    with open("staged/report.json") as staged:
+        assert json.load(staged)["paths"] == json.loads((run / "report.json").read_text())["paths"]
+
+
+def test_two_runs_with_one_seed_are_identical(run):
+    main(["run", "--out", "again", *SMALL])
+    for name in (*WEIGHTS, "metrics.jsonl", "training.jsonl"):
+        with open(f"again/{name}", "rb") as again:
+            assert again.read() == (run / name).read_bytes(), name
+
+
+def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(capsys):
+    main(["run", "--out", "r", *SMALL])
+    capsys.readouterr()
+    assert "r/path.safetensors exists; --overwrite" in refused(capsys, "optimize", "r")
+    main(["optimize", "r", "--overwrite", "--no-precondition"])
+    config = json.loads(open("r/config.json").read())
+    assert config["config"]["steps"] == 4 and config["config"]["precondition"] is False
+    assert set(config["stages"]) == {"train", "match", "optimize"}
+    assert not os.path.exists("r/report.json") and not os.path.exists("r/path_loss.png")
+    assert "has no report.json yet; make it with: fastgeo evaluate r" in refused(
+        capsys, "plot", "r"
+    )
+
+
+def test_an_mlp_a_mixed_norm_and_augmentation_run_too():
+    main(["run", "--out", "mlp", *SMALL, "--model", "mlp"])
+    options = ["--norm", "channel", "--augment", "flip-crop", "--spacing", "release"]
+    main(["run", "--out", "channel", *SMALL, *options])
+    report = json.loads(open("channel/report.json").read())
+    assert len(report["paths"]["matched"]["augmented_train"]["loss"]) == 5
+    train = report["paths"]["geodesic"]["train"]["loss"]
+    assert train != report["paths"]["geodesic"]["augmented_train"]["loss"]
+    assert "augmented train" in open("channel/report.md").read()
+
+
+def test_npz_data_runs():
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 90), ("test", 30)):
+        arrays[f"y_{split}"] = np.arange(count) % 3
+        noise = rng.integers(0, 50, (count, 8, 8, 3))
+        arrays[f"x_{split}"] = (noise + 60 * arrays[f"y_{split}"][:, None, None, None]).astype("u1")
+    np.savez("data.npz", **arrays)
+    main(["run", "--data", "npz:data.npz", "--out", "r", *SMALL[:2], *SMALL[4:]])
+    assert json.loads(open("r/report.json").read())["paths"]["geodesic"]["test"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--preset", "nope"], "preset must be one of digits, cifar10, paper, got 'nope'"),
+        (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
+        (["--model", "vgg"], "model must be resnet8, .* or mlp, got 'vgg'"),
+        (["--model", "resnet9"], r"depth must be 6 k \+ 2"),
+        (["--data", "npz:none.npz"], "none.npz: there is no such file"),
+        (["--points", "2"], "points must be at least 3"),
+        (["--lr", "0"], "lr must be positive, got 0"),
+        (["--train-lr", "-1"], "train-lr must be positive, got -1"),
+        (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
+        (["--train-batch-size", "-3"], "train-batch-size must be at least 1, got -3"),
+        (["--batch-size", "1438"], "batch-size 1438 is larger than the data set: 1437"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--train-subset", "9999"], "train-subset must be within 1..1437"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+    ],
+)
+def test_bad_settings_get_one_sentence_and_leave_nothing(capsys, argv, words):
+    assert re.search(words, refused(capsys, "run", *argv))
+    assert os.listdir(".") == []
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(run, capsys):
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    assert "already holds a run" in refused(capsys, "run", "--out", run, *SMALL)
+    # bad settings are noticed before anything is replaced
+    refused(capsys, "run", "--out", run, "--overwrite", "--model", "vgg")
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    os.mkdir("other")
+    open("other/thesis.tex", "w").close()
+    assert "is not empty and holds no run" in refused(capsys, "run", "--out", "other")
+    assert "is not empty" in refused(capsys, "run", "--out", "other", "--overwrite")
+    assert "is a file" in refused(capsys, "run", "--out", "other/thesis.tex")
+    assert os.listdir("other") == ["thesis.tex"]
+
+
+def test_stages_without_the_one_before_say_which_to_run(capsys):
+    assert "holds no run (no config.json)" in refused(capsys, "match", "nowhere")
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    assert "r has no permutation.safetensors yet; make it with: fastgeo match r" in refused(
+        capsys, "optimize", "r"
+    )
+
+
+def test_damaged_run_files_are_named(capsys):
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    with open("r/ends.safetensors", "r+b") as stream:
+        stream.truncate(1000)
+    assert "cannot read r/ends.safetensors" in refused(capsys, "match", "r")
+    with open("r/config.json", "w") as stream:
+        stream.write('{"schema": 1, "config": {"colour": "red"}}')
+    assert "cannot read r/config.json" in refused(capsys, "match", "r")
+    with open("r/config.json", "w") as stream:
+        stream.write('{"schema": 2}')
+    assert "r/config.json has schema 2; this fastgeo reads schema 1" in refused(
+        capsys, "match", "r"
+    )
+
+
+def test_a_diverging_optimisation_keeps_the_last_good_path(capsys):
+    sentence = refused(capsys, "run", "--out", "r", *SMALL, "--lr", "1e25")
+    assert "lower lr (now 1e+25); the last good state is in r/path.partial.safetensors" in sentence
+    path = Path.load("r/path.partial.safetensors")
+    assert len(path) == 5 and all(t.isfinite().all() for t in path.interior.values())
+    assert not os.path.exists("r/path.safetensors")
+    sentence = refused(capsys, "run", "--out", "s", *SMALL, "--train-lr", "1e30")
+    assert "lower train-lr (now 1e+30); the last good state is in s/ends.partial" in sentence
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_where():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgeo.cli", "run", "--out", "r", "--steps", "1000000"]
+        + ["--width", "0.25", "--epochs", "1", "--train-subset", "200"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (os.path.exists("r/metrics.jsonl") and os.path.getsize("r/metrics.jsonl") > 500):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; finished stages are kept" in errors
+    assert "the last good state is in r/path.partial.safetensors" in errors
+    assert len(Path.load("r/path.partial.safetensors")) == 25
+    assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
+
+
+def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):
+    for argv, words in (
+        (["--help"], ["run", "train", "match", "optimize", "evaluate", "plot"]),
+        (["run", "--help"], ["--preset", "--points", "(default: resnet8)"]),
+        (["run", "--preset", "paper", "--help"], ["resnet20", "3920", "cifar10", "(default: 4"]),
+        (["match", "--help"], ["--match-sweeps"]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), argv
+
+
+def test_the_paper_preset_is_the_papers_experiment():
+    c = PRESETS["paper"]
+    assert (c.data, c.model, c.width, c.norm) == ("cifar10", "resnet20", 4, "group")
+    assert (c.points, c.steps, c.batch_size, c.lr, c.precondition) == (25, 3920, 256, 0.1, False)
+    assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
+    assert (c.seed_a, c.seed_b, c.spacing) == (0, 1, "even")
+
+
+def test_matched_end_computes_what_b_computes(run):
+    from fastgeo.pipeline import Run
+
+    opened = Run.open(run)
+    _, b = opened.ends()
+    path, module = Path.load(run / "path.safetensors"), opened.new_module()
+    x = torch.randn(9, 1, 8, 8)
+    assert not torch.equal(path.end["conv1.weight"], b["conv1.weight"])
+    torch.testing.assert_close(
+        functional_call(module, path.end, (x,)), functional_call(module, b, (x,))
+    )

@@ -1,0 +1,274 @@
+"""The optimisation step against a plain loop, and what the energy and lengths must satisfy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import images, tiny_resnet
+from torch import nn
+from torch.func import functional_call, jvp
+
+from fastgeo import Path, evaluate, models, optimize
+from fastgeo.optimize import inverse_path_laplacian
+
+
+def loop_energy(module, points, x):
+    """Sum of the Jensen-Shannon divergences of neighbours, by definition, as a loop."""
+    p = [functional_call(module, point, (x,)).softmax(-1) for point in points]
+    energy = 0
+    for left, right in zip(p[:-1], p[1:], strict=True):
+        middle = ((left + right) / 2).log()
+        kl = [F.kl_div(middle, each, reduction="batchmean") for each in (left, right)]
+        energy = energy + (kl[0] + kl[1]) / 2
+    return energy
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("norm", ["group", "channel"])
+def test_steps_equal_the_plain_loop(precondition, norm):
+    """Three steps: 7 modules one after the other, autograd, an explicitly inverted Laplacian."""
+    module, x = tiny_resnet(norm=norm), images(6)
+    path = Path.linear(tiny_resnet(1, norm), tiny_resnet(2, norm), 7)
+    laplacian = torch.diag(torch.full((5,), 2.0)) - torch.diag(torch.ones(4), 1)
+    laplacian = (laplacian - torch.diag(torch.ones(4), -1)).double()
+
+    points = [{k: v.clone() for k, v in point.items()} for point in path.points()]
+    for _ in range(3):
+        leaves = [{k: v.detach().requires_grad_() for k, v in p.items()} for p in points[1:-1]]
+        energy = loop_energy(module, [points[0], *leaves, points[-1]], x)
+        for name in points[0]:
+            grad = torch.stack(
+                torch.autograd.grad(energy, [leaf[name] for leaf in leaves], retain_graph=True)
+            )
+            if precondition:
+                grad = torch.linalg.solve(laplacian, grad.flatten(1)).view_as(grad)
+            for i, leaf in enumerate(leaves):
+                points[i + 1][name] = (leaf[name] - 0.1 * grad[i]).detach()
+
+    got = optimize(path, module, [x], steps=3, lr=0.1, precondition=precondition)
+    for stacked, loop in zip(got.points(), points, strict=True):
+        torch.testing.assert_close(stacked, loop, rtol=1e-6, atol=1e-9)
+
+
+def test_inverse_path_laplacian_inverts():
+    for size in (1, 2, 23):
+        laplacian = 2 * torch.eye(size)
+        laplacian -= torch.diag(torch.ones(size - 1), 1) + torch.diag(torch.ones(size - 1), -1)
+        product = laplacian @ inverse_path_laplacian(size)
+        torch.testing.assert_close(product, torch.eye(size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_the_energy_falls_and_the_ends_stay(path, module, precondition):
+    x, log = images(), []
+    got = optimize(
+        path,
+        module,
+        [x],
+        steps=20,
+        lr=0.02,
+        precondition=precondition,
+        on_step=lambda metrics, path: log.append((metrics, path)),
+    )
+    energies = [metrics["energy"] for metrics, _ in log]
+    assert all(high > low for high, low in zip(energies[:-1], energies[1:], strict=True))
+    assert [metrics["step"] for metrics, _ in log] == list(range(20))
+    for name in path.start:
+        assert torch.equal(got.start[name], path.start[name])
+        assert torch.equal(got.end[name], path.end[name])
+
+    metrics, at_step = log[7]  # the metrics are those of the path handed over with them
+    assert loop_energy(module, list(at_step.points()), x).item() == pytest.approx(metrics["energy"])
+    assert at_step.euclidean().sum().item() == pytest.approx(metrics["euclidean"])
+
+
+def test_the_path_given_is_not_changed(path, module):
+    before = {name: tensor.clone() for name, tensor in path.interior.items()}
+    optimize(path, module, [images()], steps=2)
+    torch.testing.assert_close(path.interior, before, rtol=0, atol=0)
+
+
+def test_the_geodesic_of_a_softmax_is_the_great_circle():
+    """With free logits the geodesic is known: square roots of probabilities on a great circle, at
+    equal angles (Fisher-Rao geometry of the simplex)."""
+    module = nn.Linear(1, 3, bias=False).double()
+    a = {"weight": torch.tensor([[2.0], [0.0], [0.0]]).double()}
+    b = {"weight": torch.tensor([[0.0], [2.0], [0.0]]).double()}
+    start = Path.linear(a, b, 17)
+    start.interior["weight"] += torch.randn(15, 3, 1).double() / 10
+    x = torch.ones(1, 1).double()
+    path = optimize(start, module, [x], steps=300, lr=2.0)
+
+    ends = [state["weight"].flatten().softmax(0).sqrt() for state in (a, b)]
+    angle = (ends[0] @ ends[1]).acos()
+    for i, point in enumerate(path.points()):
+        t = i / 16
+        circle = torch.sin((1 - t) * angle) * ends[0] + torch.sin(t * angle) * ends[1]
+        expected = (circle / torch.sin(angle)).square()
+        torch.testing.assert_close(
+            point["weight"].flatten().softmax(0), expected, rtol=0, atol=2e-4
+        )
+    result = evaluate(path, module, {"x": (x, torch.zeros(1, dtype=torch.long))})
+    assert result.fisher_rao == pytest.approx(2 * angle.item(), rel=1e-4)
+    assert result.fisher_rao_lower_bound == pytest.approx(2 * angle.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "list"])
+def test_targets_are_ignored(path, module, kind):
+    x, y = images(), torch.zeros(12)
+    batch = {"tensor": x, "tuple": (x, y), "list": [x, y]}[kind]
+    expected = optimize(path, module, [x], steps=1)
+    got = optimize(path, module, [batch], steps=1)
+    torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
+
+
+def test_batches_are_gone_through_once_or_until_the_steps_are_done(path, module):
+    def steps_taken(batches, **options):
+        log = []
+        optimize(path, module, batches, on_step=lambda m, p: log.append(m["step"]), **options)
+        return len(log)
+
+    loader = torch.utils.data.DataLoader(images(), batch_size=4)
+    assert steps_taken(loader) == 3
+    assert steps_taken(loader, steps=7) == 7
+    assert steps_taken(iter(list(loader)), steps=2) == 2
+    with pytest.raises(ValueError, match="batches ended after 3 of 5 steps"):
+        steps_taken(iter(list(loader)), steps=5)
+    with pytest.raises(ValueError, match="batches ended after 0 of"):
+        steps_taken([])
+
+
+def test_tied_and_frozen_parameters_and_buffers():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+            self.frozen = nn.Linear(4, 3).requires_grad_(False)
+
+        def forward(self, x):
+            return self.frozen(F.relu(self.second(F.relu(self.first(x)))))
+
+    a, b = Tied(), Tied()
+    path = Path.linear(a, b, 5)
+    got = optimize(path, a, [torch.randn(8, 4)], steps=3)
+    assert not torch.equal(got.interior["first.weight"], path.interior["first.weight"])
+    assert torch.equal(got.interior["first.weight"], got.interior["second.weight"])
+    assert torch.equal(got.interior["frozen.weight"], path.interior["frozen.weight"])
+
+
+def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, module):
+    log = []
+    with pytest.raises(ValueError, match=r"stopped at step 1: .* edge 0 is nan; lower lr"):
+        optimize(
+            path, module, [images()], steps=5, lr=1e300, on_step=lambda m, p: log.append((m, p))
+        )
+    assert len(log) == 1 and all(t.isfinite().all() for t in log[0][1].interior.values())
+    with pytest.raises(ValueError, match="not finite after step 0; lower lr"):
+        optimize(path, module, [images()], steps=1, lr=float("inf"))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(lr=0), "lr must be positive, got 0"),
+        (dict(lr=-0.1), "lr must be positive, got -0.1"),
+        (dict(lr=math.nan), "lr must be positive, got nan"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(path, module, options, words):
+    with pytest.raises(ValueError, match=words):
+        optimize(path, module, [images()], **options)
+
+
+def test_a_path_of_another_module_is_refused_by_name(path):
+    with pytest.raises(ValueError, match="conv1.weight has shape .* in the path and .* the module"):
+        optimize(path, models.resnet(8, 0.5, in_channels=1, num_classes=5), [images()])
+    with pytest.raises(ValueError, match="layers.0.weight is in the module and not in the path"):
+        optimize(path, models.mlp(64), [images()])
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def test_evaluation_equals_the_loop(path, module):
+    x, y = images(40), torch.arange(40) % 5
+    path = optimize(path, module, [x], steps=2)
+    result = evaluate(path, module, {"train": (x, y), "test": [(x[:7], y[:7])]}, batch_size=16)
+
+    loss, accuracy, p = [], [], []
+    for point in path.points():
+        logits = functional_call(module, point, (x,))
+        loss.append(F.cross_entropy(logits, y).item())
+        accuracy.append((logits.argmax(1) == y).double().mean().item())
+        p.append(logits.softmax(1).detach())
+    train = result.splits["train"]
+    assert train.loss == pytest.approx(loss) and train.accuracy == pytest.approx(accuracy)
+    assert train.barrier == pytest.approx(max(loss) - (loss[0] + loss[-1]) / 2)
+    line = [loss[0] + i / 6 * (loss[-1] - loss[0]) for i in range(7)]
+    excess = [point - straight for point, straight in zip(loss, line, strict=True)]
+    assert train.barrier_above_line == pytest.approx(max(excess))
+
+    def divergence(q, r):
+        m = (q + r) / 2
+        return ((q * (q / m).log() + r * (r / m).log()).sum(1) / 2).mean().item()
+
+    def distance(q, r):
+        return (2 * (q * r).sqrt().sum(1).clamp(max=1).acos()).square().mean().sqrt().item()
+
+    edges = list(zip(p[:-1], p[1:], strict=True))
+    divergences = [divergence(q, r) for q, r in edges]
+    assert result.energy == pytest.approx(sum(divergences))
+    assert result.sqrt_jsd == pytest.approx(sum(map(math.sqrt, divergences)))
+    assert result.fisher_rao == pytest.approx(sum(distance(q, r) for q, r in edges))
+    assert result.fisher_rao_lower_bound == pytest.approx(distance(p[0], p[-1]))
+    assert result.euclidean == pytest.approx(path.euclidean().sum().item())
+    few = functional_call(module, path.start, (x[:7],))
+    assert result.splits["test"].loss[0] == pytest.approx(F.cross_entropy(few, y[:7]).item())
+
+
+def test_no_path_is_shorter_than_its_chord(module):
+    x, y = images(), torch.zeros(12, dtype=torch.long)
+    for seed in range(10):
+        path = Path.linear(tiny_resnet(2 * seed), tiny_resnet(2 * seed + 1), 3 + seed)
+        for steps in (0, 5):
+            if steps:
+                path = optimize(path, module, [x], steps=steps)
+            result = evaluate(path, module, {"x": (x, y)})
+            assert result.fisher_rao >= result.fisher_rao_lower_bound > 0
+
+
+def test_lengths_of_a_fine_line_agree_with_the_fisher_metric(module):
+    """sqrt 8 sum sqrt JSD (Eq. 1) and the Fisher-Rao length are, within 1 %, the length under the
+    metric of Eq. 3, E_p[(d log p / dt)^2], from Jacobian-vector products."""
+    a, b = tiny_resnet(1).state_dict(), tiny_resnet(2).state_dict()
+    x, points = images(), 257
+    direction = {name: b[name] - a[name] for name in a}
+
+    def speed(t):
+        state = {name: torch.lerp(a[name], b[name], t) for name in a}
+        log_p, change = jvp(
+            lambda state: functional_call(module, state, (x,)).log_softmax(-1),
+            (state,),
+            (direction,),
+        )
+        return (log_p.exp() * change.square()).sum(-1).mean().sqrt().item()
+
+    middles = (torch.arange(512) + 0.5).double() / 512
+    length = sum(speed(t) for t in middles) / 512
+    y = torch.zeros(12, dtype=torch.long)
+    result = evaluate(Path.linear(a, b, points), module, {"x": (x, y)})
+    assert math.sqrt(8) * result.sqrt_jsd == pytest.approx(length, rel=0.01)
+    assert result.fisher_rao == pytest.approx(length, rel=0.01)
+
+
+def test_bad_splits_are_named(path, module):
+    with pytest.raises(ValueError, match="'test' has 12 inputs and 11 labels"):
+        evaluate(path, module, {"test": (images(), torch.zeros(11, dtype=torch.long))})
+    with pytest.raises(ValueError, match="'test' holds no data"):
+        evaluate(path, module, {"test": []})
+    with pytest.raises(ValueError, match="at least one set"):
+        evaluate(path, module, {})

@@ -1,0 +1,102 @@
+"""Stacked training against one network at a time with torch's own optimiser and schedule."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgeo import models
+from fastgeo.config import PRESETS
+from fastgeo.data import load
+from fastgeo.train import train_ends
+
+CONFIG = replace(PRESETS["paper"], epochs=4, train_batch_size=16, train_lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load("digits", train_subset=80, augment="flip-crop")
+
+
+def make_module():
+    return models.resnet(8, 0.25, in_channels=1)
+
+
+def train_alone(dataset, seed, config):
+    """The schedule of the paper's appendix and public code, in torch's own terms."""
+    torch.manual_seed(seed)
+    module = make_module()
+    optimizer = torch.optim.SGD(
+        module.parameters(), 1e-9, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        config.train_lr,
+        epochs=config.epochs,
+        steps_per_epoch=5,
+        pct_start=0.1,
+        div_factor=1e9,
+        final_div_factor=1e6,
+    )
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for x, y in dataset.shuffled(16, generator, epochs=config.epochs):
+        loss = F.cross_entropy(module(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return module.state_dict(), losses
+
+
+def test_each_stacked_network_is_the_one_trained_alone(dataset):
+    log = []
+    seeds = (3, 8, 11)
+    ends = train_ends(make_module, dataset, seeds, CONFIG, on_step=lambda m, e: log.append(m))
+    for i, seed in enumerate(seeds):
+        state, losses = train_alone(dataset, seed, CONFIG)
+        assert [line["loss"][i] for line in log] == pytest.approx(losses, rel=1e-3)
+        torch.testing.assert_close(ends[i], state, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(ends[0]["conv1.weight"], ends[1]["conv1.weight"])
+
+
+def test_the_same_seeds_give_the_same_networks_bit_for_bit(dataset):
+    first, second = (train_ends(make_module, dataset, (0, 1), CONFIG) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_lowers_the_loss_and_leaves_the_global_generator_alone(dataset):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    log = []
+    config = replace(CONFIG, epochs=10)
+    train_ends(make_module, dataset, (0, 1), config, on_step=lambda m, e: log.append(m["loss"]))
+    assert torch.equal(torch.rand(3), expected)
+    for i in range(2):
+        assert sum(loss[i] for loss in log[-5:]) < 0.7 * sum(loss[i] for loss in log[:5])
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_states(dataset):
+    kept = []
+    config = replace(CONFIG, train_lr=1e30)
+    with pytest.raises(ValueError, match=r"stopped at step 1 of 20.*lower train-lr \(now 1e\+30\)"):
+        train_ends(make_module, dataset, (0, 1), config, on_step=lambda m, e: kept.append(e))
+    assert len(kept) == 1
+    assert all(tensor.isfinite().all() for end in kept[0] for tensor in end.values())
+
+
+@pytest.mark.parametrize("epochs, batch_size", [(2, 80), (2, 16), (3, 50)])
+def test_a_handful_of_steps_is_enough(dataset, epochs, batch_size):
+    log = []
+    config = replace(CONFIG, epochs=epochs, train_batch_size=batch_size)
+    train_ends(make_module, dataset, (0, 1), config, on_step=lambda m, e: log.append(m["lr"]))
+    assert len(log) == epochs * (80 // batch_size) and max(log) == pytest.approx(0.05)
+
+
+def test_settings_that_leave_no_steps_are_refused(dataset):
+    for changes in (dict(train_batch_size=81), dict(train_batch_size=80, epochs=1)):
+        with pytest.raises(ValueError, match="fewer than two steps on 80 training images"):
+            train_ends(make_module, dataset, (0, 1), replace(CONFIG, **changes))
