@@ -53,7 +53,7 @@ def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, T
         for name, tensor in named.items()
     }
     order = {group: list(named) for group, named in groups.items()}
-    # One entry: safetensors writes several in no fixed order, and equal content is equal bytes here.
+    # One entry, since safetensors writes several in no fixed order: equal content, equal bytes.
     header = {"fastgeo": json.dumps({"schema": SCHEMA, "kind": kind, "order": order})}
     write_bytes(file, safetensors.torch.save(tensors, header))
 

@@ -96,7 +96,8 @@ def train_ends(
                 rate = schedule.get_last_lr()[0]
                 on_step({"step": step, "loss": loss.tolist(), "lr": rate}, _unstack(stacked))
             optimizer.step()
-            schedule.step()
+            if step < steps - 1:
+                schedule.step()
             bar.update(batch)
             bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
     return _unstack(stacked)
