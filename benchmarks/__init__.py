@@ -1,0 +1,1 @@
+"""Measurements: each module is one command, prints one table and writes one file of results."""
