@@ -1,5 +1,6 @@
 """Geodesics between trained networks: every network on the path in one pass."""
 
+from fastgeo.allocator import keep_pages
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.matching import Matching, match
 from fastgeo.optimize import optimize
@@ -12,6 +13,7 @@ __all__ = [
     "Path",
     "SplitEvaluation",
     "evaluate",
+    "keep_pages",
     "match",
     "optimize",
     "stack",

@@ -31,3 +31,11 @@ def tiny_resnet(seed: int = 0, norm: str = "group") -> models.ResNet:
 def images(count: int = 12, channels: int = 1, size: int = 8, seed: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave tests marked `gpu` out where there is no GPU; they count as deselected, not passed."""
+    if not torch.cuda.is_available():
+        without = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in without])
+        items[:] = without
