@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 import tyro
 
 from benchmarks.harness import environment, headline, table, write_result
-from fastgeo.allocator import keep_pages
+from fastgeo import keep_pages
 from fastgeo.config import PRESETS
 from fastgeo.files import read_json
 from fastgeo.pipeline import Run, run_all

@@ -21,8 +21,7 @@ from benchmarks.harness import (
     time_alternating,
     write_result,
 )
-from fastgeo import Path, models, optimize
-from fastgeo.allocator import keep_pages
+from fastgeo import Path, keep_pages, models, optimize
 
 SETTINGS = {  # depth, width, channels, pixels, N, B
     "digits preset": (8, 0.5, 1, 8, 25, 128),
@@ -41,6 +40,8 @@ class Options:
     """steps in one measurement"""
     repeats: int = 15
     """measurements of each"""
+    keep_pages: bool = True
+    """let malloc reuse large blocks, as the command line does (see fastgeo.keep_pages)"""
     save: bool = False
     """write benchmarks/results/step-DEVICE.json"""
 
@@ -119,7 +120,8 @@ def measure(name: str, options: Options, device: str) -> list[dict]:
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.step")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    keep_pages()
+    if options.keep_pages:
+        keep_pages()
     names = list(SETTINGS) if options.setting == "all" else [options.setting]
     if unknown := set(names) - set(SETTINGS):
         raise SystemExit(f"setting must be all or one of {', '.join(SETTINGS)}, got {unknown}")
