@@ -2,13 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path as FilePath
-from typing import Annotated
+from typing import Annotated, ClassVar
 
+import torch
 import tyro
 from tyro.conf import Positional, subcommand
 
+from fastgeo import pipeline
+from fastgeo.allocator import keep_pages
 from fastgeo.config import (
     PRESETS,
     Config,
@@ -18,12 +23,17 @@ from fastgeo.config import (
     TrainConfig,
     select,
 )
+from fastgeo.pipeline import Run
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)
 class _New:
+    """A command that starts a run folder."""
+
+    settings: ClassVar[type]
+
     preset: str = "digits"
     """digits (bundled data, under a minute on a CPU), cifar10, or paper (both for a GPU)"""
     out: FilePath | None = None
@@ -31,25 +41,39 @@ class _New:
     overwrite: bool = False
     """replace the run that the folder holds"""
 
-    def create(self, config: Config):
-        from fastgeo.pipeline import Run
+    def create(self) -> Run:
+        config = replace(PRESETS[self.preset], **select(self, self.settings))
+        folder = self.out or FilePath("runs") / self.preset
+        return Run.create(folder, config, overwrite=self.overwrite)
 
-        return Run.create(
-            self.out or FilePath("runs") / self.preset, config, overwrite=self.overwrite
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class _Existing:
+    """A command that does a stage in a run folder."""
+
+    settings: ClassVar[type | None] = None
+
+    folder: Positional[FilePath]
+    """run folder"""
+    overwrite: bool = False
+    """replace this stage's files, and drop what later stages made of them"""
+
+    def redo(self, stage: str) -> Run:
+        changes = select(self, self.settings) if self.settings else {}
+        return Run.open(self.folder).redo(stage, overwrite=self.overwrite, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(Config, _New):
     """Train two networks, match them, find the geodesic between them, and report."""
 
+    settings = Config
+
     def __post_init__(self) -> None:
-        """Checked as a Config in __call__: an error here would reach the user in tyro's frame."""
+        """Checked as a Config in `create`: an error here would reach the user in tyro's frame."""
 
     def __call__(self) -> None:
-        from fastgeo import pipeline
-
-        run = self.create(Config(**select(self, Config)))
+        run = self.create()
         print(f"\n{pipeline.run_all(run)}\nReport, figures and weights: {run.folder}")
 
 
@@ -57,71 +81,53 @@ class RunCommand(Config, _New):
 class TrainCommand(TrainConfig, _New):
     """Train both ends in one stacked pass; starts a run folder."""
 
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+    settings = TrainConfig
 
     def __call__(self) -> None:
-        from fastgeo import pipeline
-
-        changes = select(self, TrainConfig) | {"device": self.device}
-        run = self.create(replace(PRESETS[self.preset], **changes))
+        run = self.create()
         pipeline.train(run)
-        print(f"{run.file('ends.safetensors')}; next: fastgeo match {run.folder}")
+        print(f"{run.file('ends.safetensors')}; next: {run.again('match')}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Existing:
-    folder: Positional[FilePath]
-    """run folder"""
-    overwrite: bool = False
-    """replace this stage's files, and drop what later stages made of them"""
-
-    def again(self, stage: str, part: type | None = None):
-        from fastgeo.pipeline import Run
-
-        changes = select(self, part) if part else {}
-        return Run.open(self.folder).again(stage, overwrite=self.overwrite, **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchCommand(MatchConfig, _Existing):
+class MatchCommand(_Existing, MatchConfig):
     """Permute end b towards end a; needs `fastgeo train`."""
 
-    def __call__(self) -> None:
-        from fastgeo import pipeline
+    settings = MatchConfig
 
-        run = self.again("match", MatchConfig)
+    def __call__(self) -> None:
+        run = self.redo("match")
         pipeline.match_ends(run)
         found = run.stages["match"]
         print(
             f"inner product with a: {found['objective_before']:.2f} before, "
             f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; "
-            f"next: fastgeo optimize {run.folder}"
+            f"next: {run.again('optimize')}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeCommand(OptimizeConfig, _Existing):
+class OptimizeCommand(_Existing, OptimizeConfig):
     """Optimise the path from a to the matched b; needs `fastgeo match`."""
 
-    def __call__(self) -> None:
-        from fastgeo import pipeline
+    settings = OptimizeConfig
 
-        run = self.again("optimize", OptimizeConfig)
+    def __call__(self) -> None:
+        run = self.redo("optimize")
         pipeline.optimize_path(run)
-        print(f"{run.file('path.safetensors')}; next: fastgeo evaluate {run.folder}")
+        print(f"{run.file('path.safetensors')}; next: {run.again('evaluate')}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(EvaluateConfig, _Existing):
+class EvaluateCommand(_Existing, EvaluateConfig):
     """Evaluate the line, the matched line and the geodesic; needs `fastgeo optimize`."""
 
-    def __call__(self) -> None:
-        from fastgeo import pipeline
+    settings = EvaluateConfig
 
-        run = self.again("evaluate", EvaluateConfig)
+    def __call__(self) -> None:
+        run = self.redo("evaluate")
         pipeline.evaluate_paths(run)
-        print(f"{run.file('report.json')}; next: fastgeo plot {run.folder}")
+        print(f"{run.file('report.json')}; next: {run.again('plot')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,62 +135,53 @@ class PlotCommand(_Existing):
     """Draw the figures and write report.md; needs `fastgeo evaluate`."""
 
     def __call__(self) -> None:
-        from fastgeo import pipeline
-
-        run = self.again("plot")
+        run = self.redo("plot")
         print(f"\n{pipeline.plot_report(run)}\nReport and figures: {run.folder}")
+
+
+COMMANDS = {
+    "run": RunCommand,
+    "train": TrainCommand,
+    "match": MatchCommand,
+    "optimize": OptimizeCommand,
+    "evaluate": EvaluateCommand,
+    "plot": PlotCommand,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 2 for bad input, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        command = _parse(argv)
-        from fastgeo.allocator import keep_pages
-
         keep_pages()
-        command()
+        _command(argv)()
     except (ValueError, OSError) as error:
         _complain(f"fastgeo: {error}", error)
         sys.exit(BAD_INPUT)
+    except torch.OutOfMemoryError as error:
+        _complain("fastgeo: out of memory; lower batch-size, eval-batch-size or points", error)
+        sys.exit(BAD_INPUT)
     except KeyboardInterrupt as error:
-        _complain("\nfastgeo: interrupted; finished stages are kept", error)
+        _complain("\nfastgeo: interrupted", error)
         sys.exit(INTERRUPTED)
 
 
-def _parse(argv: list[str]):
-    """The command, its defaults taken from the preset or the run folder it names."""
+def _command(argv: list[str]) -> _New | _Existing:
+    """The command, its defaults those of the preset or of the run folder that it names."""
     preset = _preset(argv)
-    settings = asdict(PRESETS[preset])
-    if len(argv) > 1 and argv[0] in ("match", "optimize", "evaluate") and argv[1][0] != "-":
-        from fastgeo.pipeline import Run
+    command = _parse(argv, preset, PRESETS[preset])
+    if isinstance(command, _Existing) and command.settings:
+        command = _parse(argv, preset, Run.open(command.folder).config)
+    return command
 
-        settings = asdict(Run.open(FilePath(argv[1])).config)
 
-    def default(command: type, part: type, **own):
-        return command(**own, **select(Config(**settings), part))
-
-    new, old = {"preset": preset}, {"folder": tyro.MISSING}
-    train = {**new, "device": settings["device"]}
-    commands = (
-        Annotated[RunCommand, subcommand("run", default=default(RunCommand, Config, **new))]
-        | Annotated[
-            TrainCommand, subcommand("train", default=default(TrainCommand, TrainConfig, **train))
-        ]
-        | Annotated[
-            MatchCommand, subcommand("match", default=default(MatchCommand, MatchConfig, **old))
-        ]
-        | Annotated[
-            OptimizeCommand,
-            subcommand("optimize", default=default(OptimizeCommand, OptimizeConfig, **old)),
-        ]
-        | Annotated[
-            EvaluateCommand,
-            subcommand("evaluate", default=default(EvaluateCommand, EvaluateConfig, **old)),
-        ]
-        | Annotated[PlotCommand, subcommand("plot")]
-    )
-    return tyro.cli(commands, args=argv, prog="fastgeo", description=__doc__)
+def _parse(argv: list[str], preset: str, defaults: Config) -> _New | _Existing:
+    choices = []
+    for name, command in COMMANDS.items():
+        own = {"preset": preset} if issubclass(command, _New) else {"folder": tyro.MISSING}
+        values = select(defaults, command.settings) if command.settings else {}
+        choices.append(Annotated[command, subcommand(name, default=command(**own, **values))])
+    return tyro.cli(reduce(or_, choices), args=argv, prog="fastgeo", description=__doc__)
 
 
 def _preset(argv: list[str]) -> str:

@@ -4,12 +4,21 @@
 "Git Re-Basin" is Ainsworth et al. (2022).
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class DeviceConfig:
+    """Where to compute."""
+
+    device: str = "auto"
+    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DeviceConfig):
     """Data, network and training of the two ends."""
 
     data: str = "digits"
@@ -39,7 +48,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     """L2 penalty (paper)"""
     warmup_fraction: float = 0.1
-    """share of the steps with rising rate (paper: pct_start)"""
+    """share of the steps with rising rate, two steps at least (paper: pct_start)"""
     lr_start_divisor: float = 1e9
     """peak rate over first rate (paper: div_factor)"""
     lr_end_divisor: float = 1e6
@@ -51,7 +60,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchConfig:
+class MatchConfig(DeviceConfig):
     """Weight matching of end b to end a."""
 
     match_sweeps: int = 30
@@ -61,7 +70,7 @@ class MatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeConfig:
+class OptimizeConfig(DeviceConfig):
     """The path and its optimisation."""
 
     points: int = 25
@@ -69,7 +78,7 @@ class OptimizeConfig:
     spacing: Literal["even", "release"] = "even"
     """even: point i at i / (N - 1) (paper); release: at i / (N + 1) (its public code)"""
     steps: int = 100
-    """optimisation steps (paper: 3,920, 20 epochs)"""
+    """optimisation steps (paper: 3,920, 20 epochs of 196; a partial batch is left out here)"""
     batch_size: int = 128
     """images in an optimisation step (paper: 256)"""
     lr: float = 0.1
@@ -81,7 +90,7 @@ class OptimizeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(DeviceConfig):
     """Evaluation of the three paths."""
 
     eval_batch_size: int = 256
@@ -92,24 +101,34 @@ class EvaluateConfig:
 class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown in reverse
     """All of a run."""
 
-    device: str = "auto"
-    """auto (cuda where there is one), cpu, cuda, cuda:1, ..."""
-
     def __post_init__(self) -> None:
         """ValueError on the first number that cannot be meant."""
-        for name in ("train_lr", "lr", "width"):
-            if not getattr(self, name) > 0:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                bounds = f"at least {low:g}" if high == math.inf else f"within {low:g}..{high:g}"
+                raise ValueError(f"{flag(name)} must be {bounds}, got {value}")
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}")
-        for name in ("epochs", "train_batch_size", "batch_size", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("steps", "match_sweeps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.points < 3:
             raise ValueError(
                 f"points must be at least 3 (two ends and one between), got {self.points}"
             )
+
+
+POSITIVE = ("train_lr", "lr", "lr_start_divisor", "lr_end_divisor", "width")
+RANGES = {
+    "width": (0, 1000),
+    "weight_decay": (0, 1),
+    "warmup_fraction": (0, 1),
+    "momentum_low": (0, 1),
+    "momentum_high": (0, 1),
+} | dict.fromkeys(
+    ("epochs", "train_batch_size", "batch_size", "eval_batch_size", "steps", "match_sweeps"),
+    (1, math.inf),
+)
+RANGES |= dict.fromkeys(("seed_a", "seed_b", "match_seed", "path_seed"), (0, 2**63 - 1))
 
 
 def flag(field: str) -> str:
@@ -123,7 +142,7 @@ def select(config: Any, part: type) -> dict[str, Any]:
 
 
 PRESETS = {
-    # Of the pairs of seeds in benchmarks/results/seeds, one whose matched line has a clear bump.
+    # Of the pairs in benchmarks/results/seeds.json, one whose matched line has a clear bump.
     "digits": Config(seed_a=4, seed_b=5),
     "cifar10": Config(
         data="cifar10",

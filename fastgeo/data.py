@@ -5,6 +5,7 @@ Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0.
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -22,6 +23,7 @@ TORCHVISION = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
 }
+MOST_CLASSES = 2**18  # a label beyond is a mistake, and would ask for a head of that size
 NAMES = ("digits", *TORCHVISION, "npz:PATH")
 
 
@@ -76,6 +78,11 @@ class Dataset:
             generator: of the order and the augmentation.
             epochs: how many; without end by default.
         """
+        if not 1 <= batch_size <= len(self.train.labels):
+            raise ValueError(
+                f"batch_size must be within 1..{len(self.train.labels)}, the training images, got "
+                f"{batch_size}"
+            )
         epoch = 0
         while epochs is None or epoch < epochs:
             order = torch.randperm(len(self.train.labels), generator=generator)
@@ -86,10 +93,20 @@ class Dataset:
             epoch += 1
 
     def in_order(
-        self, split: str, batch_size: int, generator: torch.Generator | None = None
+        self, split: str, batch_size: int, *, augment_seed: int | None = None
     ) -> "Batches":
-        """All inputs and labels of the split "train" or "test"; augmented if given a generator."""
-        return Batches(self, getattr(self, split), batch_size, generator)
+        """All inputs and labels of the split "train" or "test", the same in every pass.
+
+        Args:
+            split: "train" or "test".
+            batch_size: B; the last batch may be smaller.
+            augment_seed: flip and crop the images with a generator of this seed.
+        """
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return Batches(self, getattr(self, split), batch_size, augment_seed)
 
     def to(self, device: torch.device | str) -> "Dataset":
         """The same data on another device."""
@@ -105,15 +122,16 @@ class Batches:
     dataset: Dataset
     split: Split
     batch_size: int
-    generator: torch.Generator | None
+    augment_seed: int | None
 
     def __len__(self) -> int:
         return -(-len(self.split.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.augment_seed or 0)
         for images, labels in zip(*(t.split(self.batch_size) for t in self.split), strict=True):
-            if self.generator is not None:
-                images = flip_and_crop(images, self.generator)
+            if self.augment_seed is not None:
+                images = flip_and_crop(images, generator)
             yield self.dataset.normalize(images), labels
 
 
@@ -222,12 +240,15 @@ def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
         raise ValueError(f"{x_name} must be images [n, H, W] or [n, H, W, C], got {list(x.shape)}")
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ValueError(f"{x_name} must be uint8 or float, got {x.dtype}")
-    if y.dtype.kind not in "iu" or y.size != len(y):
+    if y.dtype.kind not in "iu" or y.ndim == 0 or y.size != len(y):
         raise ValueError(f"{name}: {y_name} must be integers [n], got {y.dtype} {list(y.shape)}")
     if len(x) != len(y):
         raise ValueError(f"{x_name} has {len(x)} images and {y_name} {len(y)} labels")
-    if y.min() < 0:
-        raise ValueError(f"{name}: {y_name} has class {y.min()}; classes count from 0")
+    for worst in (y.min(), y.max()):
+        if not 0 <= worst < MOST_CLASSES:
+            raise ValueError(
+                f"{name}: {y_name} has class {worst}; classes count from 0 to {MOST_CLASSES - 1}"
+            )
     if x.dtype.kind == "f":
         x = x.astype(np.float32)
         if not np.isfinite(x).all():
@@ -237,20 +258,26 @@ def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
 
 
 def _read_npz(file: FilePath) -> list[np.ndarray]:
+    keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            return [archive[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+            arrays = [archive[key] for key in keys]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise ValueError("members that are no arrays")
     except KeyError as error:
-        raise ValueError(
-            f"{file} must hold x_train, y_train, x_test and y_test: {error.args[0]}"
-        ) from error
+        raise ValueError(f"{file} must hold {', '.join(keys)}: {error.args[0]}") from error
     except FileNotFoundError as error:
         raise ValueError(f"cannot read {file}: there is no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from error
+    except (OSError, ValueError, EOFError, NotImplementedError, MemoryError) as error:
         raise ValueError(f"cannot read {file}: it is not a NumPy archive (.npz)") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {file}: it is damaged ({error})") from error
+    return arrays
 
 
 def _torchvision_arrays(name: str, root: str) -> list[np.ndarray]:

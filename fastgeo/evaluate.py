@@ -1,7 +1,7 @@
 """Loss, accuracy, barriers and lengths of a path."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastgeo.optimize import check_path_of
 from fastgeo.path import Path
-from fastgeo.stacking import stack
+from fastgeo.stacking import evaluation_mode, stack
 
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -25,8 +25,8 @@ class SplitEvaluation:
         loss: [N] mean cross-entropy, nats.
         accuracy: [N] share of inputs classified correctly.
         barrier: highest loss less the mean of the two ends, nats.
-        barrier_above_line: highest excess of a point's loss over the straight line between the
-            losses of the ends, nats; 0 if no point is above it.
+        barrier_above_line: highest excess of the loss of point i over the straight line between
+            the losses of the ends at i / (N - 1), nats; 0 if no point is above it.
     """
 
     loss: list[float]
@@ -75,22 +75,25 @@ def evaluate(
 
     Args:
         path: the path.
-        module: the network of all points; its parameter values are not used.
-        splits: name -> (inputs [n, ...], labels [n]), or an iterable of such batches. The lengths
-            are taken on the first split.
+        module: the network of all points, run in eval mode; its parameter values are not used.
+        splits: name -> (inputs [n, ...], labels [n] of 0 .. C - 1), or an iterable of such batches.
+            The lengths are taken on the first split.
         batch_size: inputs in one pass, for splits given as tensors.
         progress: show a progress bar.
         description: its label.
 
     Raises:
-        ValueError: a path that is not of this module, no data, or inputs and labels whose counts
-            differ.
+        TypeError: a path or module of another type, or a batch that is not a pair of tensors.
+        ValueError: a path that is not of this module, no data, inputs and labels whose counts
+            differ, or labels that are not classes.
 
     Example:
         >>> evaluate(path, module, {"test": (images, labels)}).splits["test"].barrier
         0.0123
     """
     check_path_of(path, module)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
     network = stack(module)
@@ -98,14 +101,17 @@ def evaluate(
     results, lengths = {}, None
     for name, data in splits.items():
         totals = _Totals(len(path), path.device)
-        for inputs, labels in tqdm(
+        for batch in tqdm(
             _batches(name, data, batch_size),
             desc=f"{description} {name}",
             unit="batch",
             disable=not progress,
         ):
-            logits = network(stacked, inputs.to(path.device))
-            totals.add(logits, labels.to(path.device), lengths=lengths is None)
+            inputs, labels = _pair(name, batch)
+            with evaluation_mode(module):
+                logits = network(stacked, inputs.to(path.device))  # [N, B, C]
+            _check_labels(name, labels, logits)
+            totals.add(logits, labels.to(path.device).long(), lengths=lengths is None)
         if totals.count == 0:
             raise ValueError(f"split {name!r} holds no data")
         results[name] = totals.split()
@@ -162,7 +168,33 @@ class _Totals:
 def _batches(name: str, data: Data, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
     if not isinstance(data, tuple):
         return data
-    inputs, labels = data
+    inputs, labels = _pair(name, data)
     if len(inputs) != len(labels):
         raise ValueError(f"split {name!r} has {len(inputs)} inputs and {len(labels)} labels")
     return list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+
+
+def _pair(name: str, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+    pair = isinstance(batch, tuple | list) and len(batch) == 2
+    if not pair or not all(map(torch.is_tensor, batch)):
+        raise TypeError(
+            f"split {name!r} must be a tuple (inputs, labels) or an iterable of such tuples"
+        )
+    return batch
+
+
+def _check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
+    """ValueError unless labels [B] are classes of logits [N, B, C]."""
+    if logits.ndim != 3:
+        raise ValueError(f"the module must return logits [B, C], got {list(logits.shape[1:])}")
+    batch, classes = logits.shape[1:]
+    if labels.shape != (batch,) or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"split {name!r}: labels must be integers [{batch}], got {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"split {name!r}: labels must be within 0..{classes - 1}, got {int(labels.min())}.."
+            f"{int(labels.max())}"
+        )

@@ -1,5 +1,6 @@
 """What fastgeo writes and reads: JSON and safetensors, whole or not at all, never pickle."""
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 SCHEMA = 1
@@ -22,6 +24,13 @@ def write_bytes(file: FilePath, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
+
+
+def write_figure(file: FilePath, figure: Figure) -> None:
+    """A matplotlib figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    write_bytes(file, content.getvalue())
 
 
 def write_json(file: FilePath, content: Mapping[str, Any]) -> None:
@@ -38,11 +47,25 @@ def read_json(file: FilePath) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
         schema = content.pop("schema")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
     _check_schema(file, schema)
     return content
+
+
+def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
+    """One JSON object a line.
+
+    Raises:
+        ValueError: a missing or damaged file.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
 def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastgeo.models import MLP, ResNet
 from fastgeo.path import StateDict, check_same_form, state_dict
 from fastgeo.permutation import (
     Axes,
@@ -55,7 +56,9 @@ def match(
     """Permute the channels of b to bring its parameters as near to a's as weight matching can.
 
     Args:
-        a, b: two modules, or two state dicts, of `fastgeo.models.resnet` or `mlp`; not changed.
+        a, b: two modules, or two state dicts, of `fastgeo.models.resnet` or `mlp`; not changed. A
+            state dict is known by its names and shapes; that its network computes what these
+            models compute is taken on trust.
         max_sweeps: limit on the sweeps over all permutations; stops earlier at a sweep that
             improves nothing.
         seed: of the order of the permutations within each sweep.
@@ -71,6 +74,12 @@ def match(
         <All keys matched successfully>
     """
     started = time.perf_counter()
+    for network in (a, b):
+        if isinstance(network, nn.Module) and not isinstance(network, ResNet | MLP):
+            raise ValueError(
+                "weight matching knows the symmetries of fastgeo.models.resnet and mlp only, got "
+                f"{type(network).__name__}"
+            )
     a, b = state_dict(a), state_dict(b)
     check_same_form(a, b)
     if max_sweeps < 1:

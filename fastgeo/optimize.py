@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.path import Path
-from fastgeo.stacking import StackedModule, stack
+from fastgeo.stacking import StackedModule, evaluation_mode, stack
 
 
 def optimize(
@@ -40,9 +40,9 @@ def optimize(
 
     Args:
         path: where to start; not changed.
-        module: the network of all points; its parameter values are not used.
-        batches: inputs [B, ...], or tuples whose first entry they are (targets are ignored). Gone
-            through again, if it can be, until all steps are done.
+        module: the network of all points, run in eval mode; its parameter values are not used.
+        batches: iterable of inputs [B, ...], or of tuples whose first entry they are (targets are
+            ignored). Gone through again, if it can be, until all steps are done.
         steps: how many; one pass over the batches by default.
         lr: learning rate.
         precondition: multiply the gradient by the inverse path Laplacian; False is the SGD of
@@ -55,8 +55,9 @@ def optimize(
         A new path with the same ends.
 
     Raises:
-        ValueError: a path that is not of this module, lr <= 0, too few batches, or an energy that
-            stops being finite.
+        TypeError: a path, module or batches of another type.
+        ValueError: a path that is not of this module, no parameter to train, lr <= 0, too few
+            batches, or an energy that stops being finite.
 
     Example:
         >>> path = Path.linear(a, b, 25)
@@ -72,22 +73,25 @@ def optimize(
     inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
 
     taken = 0
-    with tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar:
+    with (
+        evaluation_mode(module),
+        tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar,
+    ):
         for step, inputs in enumerate(islice(_inputs(batches, repeat=steps is not None), steps)):
             energies, gradient = energy_and_gradient(path, network, inputs.to(path.device), trained)
-            energy = energies.sum().item()
             if not torch.isfinite(energies).all():
                 edge = int((~torch.isfinite(energies)).nonzero()[0])
+                cause = f"lower lr (now {lr})" if step else "look at the inputs and the two ends"
                 raise ValueError(
                     f"optimisation stopped at step {step}: the divergence of edge {edge} is "
-                    f"{energies[edge].item()}; lower lr (now {lr})"
+                    f"{energies[edge].item()}; {cause}"
                 )
             if on_step is not None:
                 on_step(_metrics(step, energies, path), path)
             path = _updated(path, gradient, trained, lr, inverse)
             taken += 1
             bar.update()
-            bar.set_postfix_str(f"energy {energy:.4f} nats", refresh=False)
+            bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)
     if taken < (steps or 1):
         raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
     for name, tensor in path.interior.items():
@@ -108,12 +112,15 @@ def energy_and_gradient(
         for name in dict.fromkeys(trained.values())
     }
     tied = {name: leaves[first] for name, first in trained.items()}
-    logits = network(path.stacked_interior() | tied, inputs)  # [N-2, B, C]
+    with torch.enable_grad():
+        logits = network(path.stacked_interior() | tied, inputs)  # [N-2, B, C]
     if logits.ndim != 3:
         raise ValueError(f"the module must return logits [B, C], got {list(logits.shape[1:])}")
     whole = torch.cat([end_logits[:1], logits.detach(), end_logits[1:]])
     energies, gradient = path_js_div_value_and_grad(whole)
-    gradients = torch.autograd.grad(logits, list(leaves.values()), gradient[1:-1])
+    gradients = torch.autograd.grad(
+        logits, list(leaves.values()), gradient[1:-1].to(logits), materialize_grads=True
+    )
     return energies, dict(zip(leaves, gradients, strict=True))
 
 
@@ -130,7 +137,11 @@ def inverse_path_laplacian(size: int) -> Tensor:
 
 
 def check_path_of(path: Path, module: nn.Module) -> None:
-    """ValueError, naming the first difference, unless the path's points are states of module."""
+    """TypeError or ValueError, naming the first difference, unless the points are of module."""
+    if not isinstance(path, Path):
+        raise TypeError(f"path must be a fastgeo.Path, got {type(path).__name__}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     state = module.state_dict()
     for name in [*state, *path.start]:
         if name not in state or name not in path.start:
@@ -147,16 +158,27 @@ def _trained_names(module: nn.Module) -> dict[str, str]:
     """Name of every parameter to train -> the first name of it (tied parameters have several)."""
     first: dict[nn.Parameter, str] = {}
     names = module.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(p, name) for name, p in names if p.requires_grad}
+    trained = {name: first.setdefault(p, name) for name, p in names if p.requires_grad}
+    if not trained:
+        raise ValueError("the module has no parameter with requires_grad to train")
+    return trained
 
 
 def _inputs(batches: Iterable, *, repeat: bool) -> Iterator[Tensor]:
     """The inputs of one pass, or of pass after pass until one is empty."""
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of inputs; give one batch as [inputs]")
     while True:
         empty = True
         for batch in batches:
             empty = False
-            yield batch[0] if isinstance(batch, tuple | list) else batch
+            inputs = batch[0] if isinstance(batch, tuple | list) else batch
+            if not isinstance(inputs, Tensor):
+                raise TypeError(
+                    "each of batches must be inputs [B, ...], or a tuple that begins with them, "
+                    f"got {type(batch).__name__}"
+                )
+            yield inputs
         if empty or not repeat:
             return
 
@@ -172,7 +194,9 @@ def _updated(
     moved = {}
     for name, grad in gradient.items():
         if inverse is not None:
-            grad = (inverse.to(grad) @ grad.reshape(len(grad), -1)).view_as(grad)
+            precision = torch.promote_types(grad.dtype, inverse.dtype)  # at least fp32
+            rows = grad.reshape(len(grad), -1).to(precision)
+            grad = (inverse.to(precision) @ rows).view_as(grad).to(grad)
         moved[name] = path.interior[name] - lr * grad
     tied = {name: moved[first] for name, first in trained.items()}
     return Path(path.start, path.interior | tied, path.end)

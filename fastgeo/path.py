@@ -46,6 +46,8 @@ class Path:
         """
         a, b = state_dict(a), state_dict(b)
         check_same_form(a, b)
+        if not any(tensor.is_floating_point() for tensor in a.values()):
+            raise ValueError("the two ends have no floating point entries to interpolate")
         if n < 3:
             raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
         if spacing not in ("even", "release"):
@@ -116,6 +118,7 @@ class Path:
         for name, between in self.interior.items():
             ends = (between[:1] - self.start[name], self.end[name] - between[-1:])
             steps = torch.cat([ends[0], between.diff(dim=0), ends[1]])
+            steps = steps.to(torch.promote_types(steps.dtype, torch.float32))
             squares = squares + steps.reshape(len(steps), -1).square().sum(1)
         return squares.sqrt()
 
@@ -173,5 +176,11 @@ def check_same_form(a: StateDict, b: StateDict) -> None:
                 f"the two ends differ: {name} has shape {list(a[name].shape)} in a and "
                 f"{list(b[name].shape)} in b"
             )
+        for what in ("dtype", "device"):
+            found = [getattr(end[name], what) for end in (a, b)]
+            if found[0] != found[1]:
+                raise ValueError(
+                    f"the two ends differ: {name} has {what} {found[0]} in a and {found[1]} in b"
+                )
         if not a[name].is_floating_point() and not torch.equal(a[name], b[name]):
             raise ValueError(f"{name} is not floating point and differs between the two ends")

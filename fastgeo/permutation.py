@@ -5,7 +5,7 @@ function of a network unchanged (Entezari et al., 2022; Ainsworth et al., "Git R
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ Axes = dict[str, tuple[str | None, ...]]  # parameter -> the permutation of each
 Permutations = dict[str, Tensor]  # permutation -> [size] int64: new position -> old index
 
 
-def permutation_axes(names: Iterable[str]) -> Axes:
+def permutation_axes(state: Mapping[str, Tensor]) -> Axes:
     """The symmetries of `fastgeo.models.resnet` and `fastgeo.models.mlp`, by parameter names.
 
     Returns:
@@ -22,16 +22,21 @@ def permutation_axes(names: Iterable[str]) -> Axes:
         Axes of one permutation are permuted together.
 
     Raises:
-        ValueError: the names of another network.
+        ValueError: names or shapes of another network.
     """
-    names = list(names)
-    axes = _resnet_axes(names) if "conv1.weight" in names else _mlp_axes(names)
-    unknown = [name for name in names if name not in axes]
-    if unknown or not axes:
-        raise ValueError(
-            "weight matching knows the symmetries of fastgeo.models.resnet and mlp only; "
-            f"{unknown[0] if unknown else 'an empty state dict'} is not of either"
-        )
+    axes = _resnet_axes(list(state)) if "conv1.weight" in state else _mlp_axes(list(state))
+    lengths: dict[str, int] = {}
+    for name in [*state, *axes]:
+        known = name in state and name in axes and state[name].ndim >= len(axes[name])
+        for axis, permutation in enumerate(axes[name] if known else ()):
+            if permutation is not None:
+                length = state[name].shape[axis]
+                known = known and lengths.setdefault(permutation, length) == length
+        if not known:
+            raise ValueError(
+                "weight matching knows the symmetries of fastgeo.models.resnet and mlp only, and "
+                f"{name} is not as it is in either"
+            )
     return axes
 
 

@@ -29,12 +29,20 @@ from fastgeo import models, plot, report
 from fastgeo.config import Config, flag
 from fastgeo.data import Dataset, load
 from fastgeo.evaluate import evaluate
-from fastgeo.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from fastgeo.files import (
+    read_json,
+    read_json_lines,
+    read_tensors,
+    write_bytes,
+    write_figure,
+    write_json,
+    write_tensors,
+)
 from fastgeo.matching import match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.permutation import permutation_axes, permute
-from fastgeo.train import train_ends
+from fastgeo.train import train_ends, training_steps
 
 WRITES = {
     "train": ("ends.safetensors", "ends.partial.safetensors", "training.jsonl"),
@@ -44,7 +52,7 @@ WRITES = {
     "plot": ("report.md", "path_loss.png", "path_length.png"),
 }
 STAGES = tuple(WRITES)
-SAME_FUNCTION = 1e-4  # largest change of a logit by a permutation, relative to the largest logit
+SAME_FUNCTION = 1e-10  # relative change of logits by a permutation, in float64
 
 
 class Run:
@@ -69,15 +77,22 @@ class Run:
         """
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder with --out")
-        occupied = folder.exists() and any(folder.iterdir())
-        if occupied and not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is not empty and holds no run; name another with --out")
-        if occupied and not overwrite:
-            raise ValueError(
-                f"{folder} already holds a run; name another folder with --out, or --overwrite it"
-            )
+        if folder.exists() and any(folder.iterdir()):
+            try:
+                cls.open(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder} is not empty and holds no run ({error}); name another with --out"
+                ) from error
+            if not overwrite:
+                raise ValueError(
+                    f"{folder} already holds a run; name another with --out, or --overwrite it"
+                )
+        if config.data.startswith("npz:"):  # later stages may start from another folder
+            file = FilePath(config.data.removeprefix("npz:")).expanduser().absolute()
+            config = replace(config, data=f"npz:{file}")
         run = cls(folder, config)
-        run.new_module()
+        run.check()
         folder.mkdir(parents=True, exist_ok=True)
         run.drop("train")
         return run
@@ -94,21 +109,20 @@ class Run:
             raise ValueError(f"{folder} holds no run (no config.json); start one with: fastgeo run")
         content = read_json(file)
         try:
-            return cls(folder, Config(**content["config"]), content["stages"])
-        except (KeyError, TypeError) as error:
+            return cls(folder, Config(**content["config"]), dict(content["stages"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read {file}: {error}") from error
 
-    def again(self, stage: str, *, overwrite: bool, **changes: object) -> "Run":
+    def redo(self, stage: str, *, overwrite: bool, **changes: object) -> "Run":
         """The same run with other settings, about to do a stage (again).
 
         Raises:
             ValueError: the stage was done and not overwrite, or the one before was not.
         """
         before = STAGES[STAGES.index(stage) - 1]
-        if not self.file(WRITES[before][0]).exists():
+        if before not in self.stages or not self.file(WRITES[before][0]).exists():
             raise ValueError(
-                f"{self.folder} has no {WRITES[before][0]} yet; "
-                f"make it with: fastgeo {before} {self.folder}"
+                f"{self.folder} has no {WRITES[before][0]} yet; make it with: {self.again(before)}"
             )
         if self.file(WRITES[stage][0]).exists() and not overwrite:
             raise ValueError(
@@ -116,9 +130,21 @@ class Run:
                 "stages made of it"
             )
         run = Run(self.folder, replace(self.config, **changes), self.stages)
-        run.new_module()
+        if stage != "plot":
+            run.check()
         run.drop(stage)
         return run
+
+    def again(self, stage: str) -> str:
+        """The command that does a stage of this run."""
+        if stage == "train":
+            return f"fastgeo train --out {self.folder} --overwrite"
+        return f"fastgeo {stage} {self.folder}"
+
+    def check(self) -> None:
+        """ValueError if the settings do not fit the data, the network or the machine."""
+        self.new_module()
+        training_steps(self.dataset, self.config)
 
     def drop(self, stage: str) -> None:
         """Remove what this stage and later ones wrote."""
@@ -144,8 +170,11 @@ class Run:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
+            device = torch.device(name)
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError("fastgeo runs on cpu and cuda")
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {name!r} cannot be used: {reason}") from error
 
@@ -188,99 +217,117 @@ class Run:
 
 def train(run: Run) -> None:
     """Train both ends in one stacked pass."""
-    started, c = time.perf_counter(), run.config
-    with _steps(run, "training.jsonl", "ends.partial.safetensors", _write_ends) as on_step:
+    c = run.config
+    with (
+        _stage(run, "train"),
+        _steps(run, "training.jsonl", "ends.partial.safetensors", _write_ends) as on_step,
+    ):
         ends = train_ends(
             run.new_module, run.dataset, (c.seed_a, c.seed_b), c, on_step=on_step, progress=True
         )
-    _write_ends(run.file("ends.safetensors"), ends)
-    run.finish("train", seconds=time.perf_counter() - started)
+        _write_ends(run.file("ends.safetensors"), ends)
 
 
 def match_ends(run: Run) -> None:
     """Match b to a, and check that the permuted b computes what b computes."""
-    started, c = time.perf_counter(), run.config
-    a, b = run.ends()
-    matching = match(a, b, max_sweeps=c.match_sweeps, seed=c.match_seed, progress=True)
-    inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
-    module = run.new_module()
+    c = run.config
+    with _stage(run, "match") as found:
+        a, b = run.ends()
+        matching = match(a, b, max_sweeps=c.match_sweeps, seed=c.match_seed, progress=True)
+        inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
+        change = change_of_logits(run.new_module(), b, matching.state_dict, inputs)
+        if not change <= SAME_FUNCTION:
+            raise ValueError(
+                f"the permuted network does not compute what b does: logits differ by {change:.1e} "
+                "of the largest"
+            )
+        permutations = {"permutation": matching.permutations}
+        write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
+        found.update(
+            objective_before=matching.objective_before,
+            objective_after=matching.objective_after,
+            sweeps=matching.sweeps,
+            relative_change_of_logits=change,
+        )
+
+
+def change_of_logits(
+    module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], inputs: Tensor
+) -> float:
+    """Largest difference of the logits of two states, over the largest logit; in float64."""
     with torch.no_grad():
-        before, after = (
-            torch.func.functional_call(module, state, (inputs,))
-            for state in (b, matching.state_dict)
+        was, now = (
+            torch.func.functional_call(
+                module.double(),
+                {name: tensor.double().cpu() for name, tensor in state.items()},
+                (inputs.double().cpu(),),
+            )
+            for state in (before, after)
         )
-    change = ((after - before).abs().max() / before.abs().max()).item()
-    if not change <= SAME_FUNCTION:
-        raise ValueError(
-            f"the permuted network does not compute what b does: logits differ by {change:.1e} of "
-            "the largest"
-        )
-    write_tensors(
-        run.file("permutation.safetensors"), "permutation", {"permutation": matching.permutations}
-    )
-    run.finish(
-        "match",
-        seconds=time.perf_counter() - started,
-        objective_before=matching.objective_before,
-        objective_after=matching.objective_after,
-        sweeps=matching.sweeps,
-        relative_change_of_logits=change,
-    )
+    return ((now - was).abs().max() / was.abs().max()).item()
 
 
 def optimize_path(run: Run) -> None:
     """Optimise the interior of the line from a to the matched b."""
-    started, c = time.perf_counter(), run.config
-    a, b = run.ends()
-    path = Path.linear(a, run.matched(b), c.points, spacing=c.spacing)
-    generator = torch.Generator().manual_seed(c.path_seed)
-    with _steps(run, "metrics.jsonl", "path.partial.safetensors", _write_path) as on_step:
+    c = run.config
+    with (
+        _stage(run, "optimize"),
+        _steps(run, "metrics.jsonl", "path.partial.safetensors", _write_path) as on_step,
+    ):
+        a, b = run.ends()
         path = optimize(
-            path,
+            Path.linear(a, run.matched(b), c.points, spacing=c.spacing),
             run.new_module(),
-            run.dataset.shuffled(c.batch_size, generator),
+            run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed)),
             steps=c.steps,
             lr=c.lr,
             precondition=c.precondition,
             on_step=on_step,
             progress=True,
         )
-    _write_path(run.file("path.safetensors"), path)
-    run.finish("optimize", seconds=time.perf_counter() - started)
+        _write_path(run.file("path.safetensors"), path)
 
 
 def evaluate_paths(run: Run) -> None:
     """Evaluate the line, the matched line and the geodesic, and write report.json."""
-    started, c = time.perf_counter(), run.config
-    a, b = run.ends()
-    paths = {
-        "linear": Path.linear(a, b, c.points, spacing=c.spacing),
-        "matched": Path.linear(a, run.matched(b), c.points, spacing=c.spacing),
-        "geodesic": Path.load(run.file("path.safetensors"), run.device),
-    }
-    module, results = run.new_module(), {}
-    for name, path in paths.items():
-        splits = {
-            split: run.dataset.in_order(split, c.eval_batch_size) for split in ("train", "test")
+    c = run.config
+    with _stage(run, "evaluate"):
+        a, b = run.ends()
+        paths = {
+            "linear": Path.linear(a, b, c.points, spacing=c.spacing),
+            "matched": Path.linear(a, run.matched(b), c.points, spacing=c.spacing),
+            "geodesic": Path.load(run.file("path.safetensors"), run.device),
         }
-        if run.dataset.augmented:  # the same augmented images on every path
-            generator = torch.Generator().manual_seed(c.path_seed)
-            splits["augmented_train"] = run.dataset.in_order("train", c.eval_batch_size, generator)
-        results[name] = evaluate(
-            path, module, splits, progress=True, description=f"evaluate {name}"
-        )
-    run.finish("evaluate", seconds=time.perf_counter() - started)
+        in_order, size = run.dataset.in_order, c.eval_batch_size
+        splits = {split: in_order(split, size) for split in ("train", "test")}
+        if run.dataset.augmented:
+            splits["augmented_train"] = in_order("train", size, augment_seed=c.path_seed)
+        module = run.new_module()
+        results = {
+            name: evaluate(path, module, splits, progress=True, description=f"evaluate {name}")
+            for name, path in paths.items()
+        }
     write_json(run.file("report.json"), report.build(c, run.stages, run.device, results))
 
 
 def plot_report(run: Run) -> str:
     """Draw the figures and write report.md; returns the summary table."""
     content = read_json(run.file("report.json"))
-    metrics = [json.loads(line) for line in run.file("metrics.jsonl").read_text().splitlines()]
-    plot.path_loss(content, run.file("path_loss.png"))
-    plot.path_length(metrics, content, run.file("path_length.png"))
-    write_bytes(run.file("report.md"), report.markdown(content).encode())
-    return report.summary(content)
+    metrics = read_json_lines(run.file("metrics.jsonl"))
+    try:
+        figures = {
+            "path_loss.png": plot.loss_figure(content),
+            "path_length.png": plot.length_figure(metrics, content),
+        }
+        for name, figure in figures.items():
+            write_figure(run.file(name), figure)
+        write_bytes(run.file("report.md"), report.markdown(content).encode())
+        return report.summary(content)
+    except KeyError as error:
+        raise ValueError(
+            f"report.json or metrics.jsonl in {run.folder} lacks {error}; make them anew with: "
+            f"{run.again('optimize')} --overwrite"
+        ) from error
 
 
 def run_all(run: Run) -> str:
@@ -290,6 +337,18 @@ def run_all(run: Run) -> str:
     optimize_path(run)
     evaluate_paths(run)
     return plot_report(run)
+
+
+@contextlib.contextmanager
+def _stage(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """Time a stage and record it with what it found; if it is cut short, note how to go on."""
+    started, found = time.perf_counter(), {}
+    try:
+        yield found
+    except BaseException as error:
+        error.add_note(f"finished stages are in {run.folder}; go on with: {run.again(name)}")
+        raise
+    run.finish(name, seconds=time.perf_counter() - started, **found)
 
 
 @contextlib.contextmanager

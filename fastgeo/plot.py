@@ -13,7 +13,7 @@ LABELS = {
 }
 
 
-def path_loss(report: Mapping, file: FilePath) -> None:
+def loss_figure(report: Mapping) -> Figure:
     """Loss along the three paths, train solid and test dashed (Figure 2, right)."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -24,7 +24,7 @@ def path_loss(report: Mapping, file: FilePath) -> None:
             label = f"{LABELS[name]}, {split}"
             axes.plot(position, loss, style, color=COLOURS[name], label=label, marker=".", ms=4)
     axes.set(
-        xlabel="position on the path (0: end a, 1: end b)",
+        xlabel="position on the path, i / (N − 1) (0: end a, 1: end b)",
         ylabel="cross-entropy (nats)",
         xlim=(0, 1),
         ylim=(0, None),
@@ -32,10 +32,10 @@ def path_loss(report: Mapping, file: FilePath) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=150)
+    return figure
 
 
-def path_length(metrics: Sequence[Mapping], report: Mapping, file: FilePath) -> None:
+def length_figure(metrics: Sequence[Mapping], report: Mapping) -> Figure:
     """Lengths of the path during optimisation (Figure 2, left)."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     left = figure.add_subplot()
@@ -53,9 +53,10 @@ def path_length(metrics: Sequence[Mapping], report: Mapping, file: FilePath) -> 
     left.set(xlabel="optimisation step", ylim=(0, None), title=_title(report))
     left.grid(alpha=0.3)
     left.legend(handles=lines, frameon=False, loc="center right")
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 def _title(report: Mapping) -> str:
     c = report["config"]
-    return f"{c['model']}, width {c['width']:g}, on {c['data']}; N = {c['points']}"
+    data = FilePath(c["data"]).name  # of an npz, the file only
+    return f"{c['model']}, width {c['width']:g}, on {data}; N = {c['points']}"

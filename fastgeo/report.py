@@ -161,6 +161,9 @@ def _version(package: str) -> str:
 
 
 def _cpu_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as stream:
-        names = [line.split(":", 1)[1].strip() for line in stream if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            names = [line.split(":", 1)[1] for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()

@@ -45,13 +45,7 @@ def train_ends(
         ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss that
             stops being finite.
     """
-    steps_per_epoch = len(dataset.train.labels) // config.train_batch_size
-    steps = config.epochs * steps_per_epoch
-    if steps < 2:
-        raise ValueError(
-            f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave "
-            f"fewer than two steps on {len(dataset.train.labels)} training images"
-        )
+    steps = training_steps(dataset, config)
     device = dataset.train.images.device
     states, batches = [], []
     for seed in seeds:
@@ -100,7 +94,24 @@ def train_ends(
                 schedule.step()
             bar.update(batch)
             bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
+    for name, tensor in stacked.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite after training; lower train-lr (now {config.train_lr})"
+            )
     return _unstack(stacked)
+
+
+def training_steps(dataset: Dataset, config: TrainConfig) -> int:
+    """How many steps a training takes; ValueError if fewer than two."""
+    images = len(dataset.train.labels)
+    steps = config.epochs * (images // config.train_batch_size)
+    if steps < 2:
+        raise ValueError(
+            f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave "
+            f"fewer than two steps on {images} training images"
+        )
+    return steps
 
 
 def _unstack(stacked: dict[str, Tensor]) -> States:

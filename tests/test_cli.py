@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,13 +45,16 @@ def inside(tmp_path, monkeypatch):
 
 
 def refused(capsys, *argv):
-    """The one sentence that bad input gets on stderr, with exit code 2."""
+    """The one sentence that bad input gets on stderr besides progress bars, with exit code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(list(map(str, argv)))
     assert stopped.value.code == 2
-    sentences = [line for line in capsys.readouterr().err.splitlines() if "fastgeo: " in line]
-    assert len(sentences) == 1
-    return sentences[0]
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line and "it/s" not in line and "/s]" not in line]
+    lines = [line for line in lines if "/s, " not in line]
+    assert len(lines) == 1 and lines[0].startswith("fastgeo: ")
+    return lines[0]
 
 
 def test_a_run_leaves_every_file_and_nothing_else(run):
@@ -128,10 +132,10 @@ def test_two_runs_with_one_seed_are_identical(run):
 
 def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(capsys):
     main(["run", "--out", "r", *SMALL])
-    capsys.readouterr()
     assert "r/path.safetensors exists; --overwrite" in refused(capsys, "optimize", "r")
-    main(["optimize", "r", "--overwrite", "--no-precondition"])
+    main(["optimize", "--overwrite", "--no-precondition", "r"])  # flags first, too
     config = json.loads(open("r/config.json").read())
+    assert config["config"]["points"] == 5 and config["config"]["batch_size"] == 50
     assert config["config"]["steps"] == 4 and config["config"]["precondition"] is False
     assert set(config["stages"]) == {"train", "match", "optimize"}
     assert not os.path.exists("r/report.json") and not os.path.exists("r/path_loss.png")
@@ -140,9 +144,31 @@ def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(ca
     )
 
 
+def test_the_settings_reach_the_stages(run):
+    """Each of these settings changes what its stage leaves."""
+    base = {name: (run / name).read_bytes() for name in WEIGHTS}
+    changes = {
+        "ends.safetensors": [["--seed-a", "7"], ["--weight-decay", "0.1"], ["--norm", "channel"]],
+        "permutation.safetensors": [["--match-sweeps", "1"], ["--match-seed", "3"]],
+        "path.safetensors": [
+            *(["--spacing", "release"], ["--path-seed", "3"], ["--lr", "0.2"]),
+            ["--no-precondition"],
+        ],
+    }
+    for i, (file, options) in enumerate(changes.items()):
+        for j, option in enumerate(options):
+            folder = f"{i}-{j}"
+            main(["run", "--out", folder, *SMALL, *option])
+            with open(f"{folder}/{file}", "rb") as changed:
+                assert changed.read() != base[file], option
+            for before in list(changes)[:i]:
+                with open(f"{folder}/{before}", "rb") as same:
+                    assert same.read() == base[before], option
+
+
 def test_an_mlp_a_mixed_norm_and_augmentation_run_too():
     main(["run", "--out", "mlp", *SMALL, "--model", "mlp"])
-    options = ["--norm", "channel", "--augment", "flip-crop", "--spacing", "release"]
+    options = ["--norm", "channel", "--augment", "flip-crop"]
     main(["run", "--out", "channel", *SMALL, *options])
     report = json.loads(open("channel/report.json").read())
     assert len(report["paths"]["matched"]["augmented_train"]["loss"]) == 5
@@ -159,8 +185,53 @@ def test_npz_data_runs():
         noise = rng.integers(0, 50, (count, 8, 8, 3))
         arrays[f"x_{split}"] = (noise + 60 * arrays[f"y_{split}"][:, None, None, None]).astype("u1")
     np.savez("data.npz", **arrays)
-    main(["run", "--data", "npz:data.npz", "--out", "r", *SMALL[:2], *SMALL[4:]])
-    assert json.loads(open("r/report.json").read())["paths"]["geodesic"]["test"]["accuracy"]
+    options = ["--epochs", "20", "--points", "5", "--steps", "4"]
+    small = ["--width", "0.25", "--batch-size", "50", "--train-batch-size", "20"]
+    main(["run", "--data", "npz:data.npz", "--out", "r", *small, *options])
+    report = json.loads(open("r/report.json").read())["paths"]["geodesic"]
+    assert report["test"]["accuracy"][0] == report["test"]["accuracy"][-1] == 1
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")  # the run knows its data from anywhere
+    main(["evaluate", "../r", "--overwrite"])
+
+
+def test_the_match_stage_refuses_a_permutation_that_changes_the_function(capsys, monkeypatch):
+    from fastgeo import pipeline
+
+    def wrong(a, b, **options):
+        matching = real(a, b, **options)
+        matching.state_dict["norm1.weight"][:2] += torch.tensor([0.1, -0.1])
+        return matching
+
+    real = pipeline.match
+    monkeypatch.setattr(pipeline, "match", wrong)
+    assert "does not compute what b does" in refused(capsys, "run", "--out", "r", *SMALL)
+    assert not os.path.exists("r/permutation.safetensors")
+
+
+def test_figures_and_summary_show_the_numbers_of_the_report(run):
+    from fastgeo import plot, report
+
+    content = json.loads((run / "report.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    drawn = plot.loss_figure(content).axes[0].get_lines()
+    expected = [content["paths"][n][s]["loss"] for n in content["paths"] for s in ("train", "test")]
+    assert [list(line.get_ydata()) for line in drawn] == expected
+    assert list(drawn[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    left, right = plot.length_figure(metrics, content).axes
+    assert list(left.get_lines()[0].get_ydata()) == [line["sqrt_jsd"] for line in metrics]
+    assert list(right.get_lines()[0].get_ydata()) == [line["euclidean"] for line in metrics]
+    assert "nats" in left.get_ylabel() and left.get_legend() is not None
+
+    row = next(
+        line for line in report.summary(content).splitlines() if line.startswith("geodesic")
+    ).split()
+    path = content["paths"]["geodesic"]
+    numbers = [max(path["train"]["loss"]), max(path["test"]["loss"]), path["train"]["barrier"]]
+    numbers += [path["test"]["barrier"], 100 * min(path["test"]["accuracy"])]
+    assert [float(word) for word in row[1:6]] == pytest.approx(numbers, abs=0.051)
+    numbers = [path["sqrt_jsd"], path["fisher_rao"], path["euclidean"]]
+    assert [float(word) for word in row[7:]] == pytest.approx(numbers, abs=0.0051)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +251,14 @@ def test_npz_data_runs():
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--train-subset", "9999"], "train-subset must be within 1..1437"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used: fastgeo runs on cpu and cuda"),
+        (["--width", "inf"], "width must be within 0..1000, got inf"),
+        (["--lr", "nan"], "lr must be positive, got nan"),
+        (["--lr-start-divisor", "0"], "lr-start-divisor must be positive"),
+        (["--warmup-fraction", "2"], "warmup-fraction must be within 0..1, got 2"),
+        (["--weight-decay", "-1"], "weight-decay must be within 0..1"),
+        (["--match-seed", "-1"], "match-seed must be within 0.."),
+        (["--epochs", "1", "--train-batch-size", "1000"], "leave fewer than two steps"),
     ],
 )
 def test_bad_settings_get_one_sentence_and_leave_nothing(capsys, argv, words):
@@ -191,7 +270,9 @@ def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(run, capsys):
     before = {file.name: file.read_bytes() for file in run.iterdir()}
     assert "already holds a run" in refused(capsys, "run", "--out", run, *SMALL)
     # bad settings are noticed before anything is replaced
-    refused(capsys, "run", "--out", run, "--overwrite", "--model", "vgg")
+    one_step = ["--train-subset", "200", "--epochs", "1", "--train-batch-size", "150"]
+    for bad in (["--model", "vgg"], ["--weight-decay", "-1"], one_step):
+        refused(capsys, "run", "--out", run, "--overwrite", *bad)
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
     os.mkdir("other")
     open("other/thesis.tex", "w").close()
@@ -199,6 +280,10 @@ def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(run, capsys):
     assert "is not empty" in refused(capsys, "run", "--out", "other", "--overwrite")
     assert "is a file" in refused(capsys, "run", "--out", "other/thesis.tex")
     assert os.listdir("other") == ["thesis.tex"]
+    with open("other/config.json", "w") as foreign:
+        foreign.write('{"architectures": ["BertModel"]}')
+    assert "holds no run" in refused(capsys, "run", "--out", "other", "--overwrite")
+    assert set(os.listdir("other")) == {"thesis.tex", "config.json"}
 
 
 def test_stages_without_the_one_before_say_which_to_run(capsys):
@@ -207,6 +292,8 @@ def test_stages_without_the_one_before_say_which_to_run(capsys):
     assert "r has no permutation.safetensors yet; make it with: fastgeo match r" in refused(
         capsys, "optimize", "r"
     )
+    os.remove("r/ends.safetensors")
+    assert "make it with: fastgeo train --out r --overwrite" in refused(capsys, "match", "r")
 
 
 def test_damaged_run_files_are_named(capsys):
@@ -222,6 +309,20 @@ def test_damaged_run_files_are_named(capsys):
     assert "r/config.json has schema 2; this fastgeo reads schema 1" in refused(
         capsys, "match", "r"
     )
+    with open("r/config.json", "w") as stream:
+        stream.write("[]")
+    assert "cannot read r/config.json" in refused(capsys, "match", "r")
+
+
+def test_damaged_metrics_and_reports_are_named(run, capsys):
+    shutil.copytree(run, "r")
+    with open("r/metrics.jsonl", "a") as stream:
+        stream.write('{"step": 4, "ener')
+    assert "cannot read r/metrics.jsonl" in refused(capsys, "plot", "r", "--overwrite")
+    with open("r/metrics.jsonl", "w") as stream:
+        stream.write('{"step": 0}')
+    sentence = refused(capsys, "plot", "r", "--overwrite")
+    assert "in r lacks 'sqrt_jsd'; make them anew with: fastgeo optimize r --overwrite" in sentence
 
 
 def test_a_diverging_optimisation_keeps_the_last_good_path(capsys):
@@ -249,8 +350,8 @@ def test_ctrl_c_keeps_what_was_finished_and_says_where():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; finished stages are kept" in errors
-    assert "the last good state is in r/path.partial.safetensors" in errors
+    assert "fastgeo: interrupted; the last good state is in r/path.partial.safetensors" in errors
+    assert "finished stages are in r; go on with: fastgeo optimize r" in errors
     assert len(Path.load("r/path.partial.safetensors")) == 25
     assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
 

@@ -161,11 +161,14 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(x_test=None), "must hold x_train, y_train, x_test and y_test: .*x_test"),
+        (dict(x_test=None), "must hold x_train, y_train, x_test, y_test: x_test is not"),
         (dict(y_train=np.zeros(19, int)), "x_train has 20 images and y_train 19 labels"),
         (dict(y_test=np.full(8, 4)), "y_test has class 4, outside 0..3"),
         (dict(y_train=np.full(20, -1)), "y_train has class -1; classes count from 0"),
         (dict(y_test=np.zeros(8)), "y_test must be integers"),
+        (dict(y_test=np.array(3)), "y_test must be integers"),
+        (dict(y_test=np.full(8, 2**63, "u8")), "y_test has class 9223372036854775808"),
+        (dict(y_train=np.full(20, 2**40)), "y_train has class 1099511627776; classes count"),
         (
             dict(y_train=np.zeros((20, 4), int)),
             r"y_train must be integers \[n\], got int64 \[20, 4",
@@ -195,11 +198,40 @@ def test_files_that_are_no_archives_are_named(tmp_path):
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cannot read"):
         data.load(f"npz:{file}")
+    np.savez_compressed(file, **ARRAYS)
+    content = bytearray(file.read_bytes())
+    content[60:90] = bytes(30)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read"):
+        data.load(f"npz:{file}")
     np.save(tmp_path / "single.npy", ARRAYS["x_train"])
     with pytest.raises(ValueError, match="cannot read"):
         data.load(f"npz:{tmp_path / 'single.npy'}")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="Is a directory"):
         data.load(f"npz:{tmp_path}")
+
+
+def test_batches_that_cannot_be_are_refused(tmp_path):
+    dataset, generator = data.load(npz(tmp_path)), torch.Generator()
+    for size in (0, 21):
+        with pytest.raises(ValueError, match=f"within 1..20, the training images, got {size}"):
+            next(dataset.shuffled(size, generator))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        dataset.in_order("train", 0)
+    with pytest.raises(ValueError, match="'train' or 'test', got 'valid'"):
+        dataset.in_order("valid", 4)
+
+
+def test_augmented_batches_in_order_are_the_same_in_every_pass(tmp_path):
+    dataset = data.load(npz(tmp_path))
+    first, again, other = (
+        torch.cat([x for x, _ in batches])
+        for batches in [dataset.in_order("train", 6, augment_seed=1)] * 2
+        + [dataset.in_order("train", 6, augment_seed=2)]
+    )
+    plain = torch.cat([x for x, _ in dataset.in_order("train", 6)])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other) and not torch.equal(first, plain)
 
 
 def test_unknown_names_are_refused():

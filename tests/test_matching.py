@@ -90,9 +90,10 @@ def test_matching_stops_where_no_single_permutation_gains():
 
 
 def test_the_seed_decides_the_result():
-    a, b = tiny_resnet(seed=1), tiny_resnet(seed=2)
+    a, b = models.resnet(14, 1), models.resnet(14, 1)
     first, second = match(a, b, seed=3), match(a, b, seed=3)
     assert all(torch.equal(first.state_dict[k], second.state_dict[k]) for k in first.state_dict)
+    assert len({match(a, b, seed=seed).objective_after for seed in range(4)}) > 1
 
 
 def test_modules_and_their_states_are_left_alone():
@@ -104,11 +105,27 @@ def test_modules_and_their_states_are_left_alone():
 
 
 def test_unknown_networks_and_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="resnet and mlp only; 0.weight is not of either"):
-        match(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
+    other = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="resnet and mlp only, got Sequential"):
+        match(other, other)
+    with pytest.raises(ValueError, match="resnet and mlp only, and 0.weight is not as it is"):
+        match(other.state_dict(), other.state_dict())
     with pytest.raises(ValueError, match="conv1.weight has shape"):
         match(models.resnet(8, 1), models.resnet(8, 2))
     with pytest.raises(ValueError, match="sweeps must be at least 1, got 0"):
         match(tiny_resnet(), tiny_resnet(), max_sweeps=0)
     with pytest.raises(TypeError, match="got int"):
         match(1, 2)
+
+
+def test_states_that_only_resemble_the_models_are_refused():
+    mlp, resnet = models.mlp(6, (5,), 3).state_dict(), tiny_resnet().state_dict()
+    for state, name in (
+        (mlp | {"layers.2.bias": torch.ones(2)}, "layers.2.weight"),
+        ({"layers.0.weight": torch.ones(4, 3), "layers.1.bias": torch.ones(2)}, "layers.0.bias"),
+        (mlp | {"layers.1.weight": torch.ones(5)}, "layers.1.weight"),
+        (mlp | {"layers.0.bias": torch.ones(4)}, "layers.0.bias"),
+        (resnet | {"extra": torch.ones(3)}, "extra"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not as it is in either"):
+            match(state, state)

@@ -15,7 +15,7 @@ from fastgeo.optimize import inverse_path_laplacian
 
 def loop_energy(module, points, x):
     """Sum of the Jensen-Shannon divergences of neighbours, by definition, as a loop."""
-    p = [functional_call(module, point, (x,)).softmax(-1) for point in points]
+    p = [functional_call(module, q, (x,), tie_weights=False).softmax(-1) for q in points]
     energy = 0
     for left, right in zip(p[:-1], p[1:], strict=True):
         middle = ((left + right) / 2).log()
@@ -139,7 +139,7 @@ def test_batches_are_gone_through_once_or_until_the_steps_are_done(path, module)
         steps_taken([])
 
 
-def test_tied_and_frozen_parameters_and_buffers():
+def test_tied_and_frozen_parameters():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -151,12 +151,69 @@ def test_tied_and_frozen_parameters_and_buffers():
         def forward(self, x):
             return self.frozen(F.relu(self.second(F.relu(self.first(x)))))
 
-    a, b = Tied(), Tied()
+    a, b, x = Tied().double(), Tied().double(), torch.randn(8, 4).double()
     path = Path.linear(a, b, 5)
-    got = optimize(path, a, [torch.randn(8, 4)], steps=3)
-    assert not torch.equal(got.interior["first.weight"], path.interior["first.weight"])
+    got = optimize(path, a, [x], steps=1, precondition=False)
     assert torch.equal(got.interior["first.weight"], got.interior["second.weight"])
     assert torch.equal(got.interior["frozen.weight"], path.interior["frozen.weight"])
+
+    points = [{k: v.clone() for k, v in point.items()} for point in path.points()]
+    shared = [point["first.weight"].requires_grad_() for point in points[1:-1]]
+    for point, weight in zip(points[1:-1], shared, strict=True):
+        point["second.weight"] = weight
+    gradient = torch.autograd.grad(loop_energy(a, points, x), shared)
+    expected = path.interior["first.weight"] - 0.1 * torch.stack(gradient)
+    torch.testing.assert_close(got.interior["first.weight"], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_unused_parameters_stay_and_nothing_to_train_is_refused(path):
+    module = nn.Sequential(nn.Linear(4, 3))
+    module.unused = nn.Linear(2, 2)
+    module.forward = lambda x: module[0](x)
+    other = nn.Sequential(nn.Linear(4, 3))
+    other.unused = nn.Linear(2, 2)
+    line = Path.linear(module, other, 4)
+    got = optimize(line, module, [torch.randn(5, 4)], steps=2)
+    assert torch.equal(got.interior["unused.weight"], line.interior["unused.weight"])
+    assert not torch.equal(got.interior["0.weight"], line.interior["0.weight"])
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        optimize(line, module.requires_grad_(False), [torch.randn(5, 4)])
+
+
+def test_optimisation_works_where_gradients_are_off(path, module):
+    expected = optimize(path, module, [images()], steps=1)
+    with torch.no_grad():
+        got = optimize(path, module, [images()], steps=1)
+    torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
+
+
+def test_half_precision_paths_take_the_step_of_fp32(path, module):
+    x = images().float()
+    expected = optimize(_cast(path, torch.float32), module.float(), [x], steps=1, lr=1.0)
+    got = optimize(_cast(path, torch.bfloat16), module.bfloat16(), [x.bfloat16()], steps=1, lr=1.0)
+    for name, tensor in got.interior.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), expected.interior[name], rtol=0.02, atol=0.02)
+
+
+def _cast(path, dtype):
+    return Path(*({k: v.to(dtype) for k, v in part.items()} for part in path._parts().values()))
+
+
+def test_dropout_is_off_on_a_path_and_the_module_keeps_its_mode():
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 5))
+
+    module, x, y = network().double(), images(), torch.zeros(12, dtype=torch.long)
+    path = Path.linear(network().double(), network().double(), 5)
+    results = [evaluate(path, module.train(mode), {"x": (x, y)}) for mode in (True, True, False)]
+    assert results[0] == results[1] == results[2]
+    steps = [optimize(path, module.train(mode), [x], steps=2).interior for mode in (True, False)]
+    torch.testing.assert_close(*steps, rtol=0, atol=0)
+    module.train()
+    module[2].eval()
+    evaluate(path, module, {"x": (x, y)})
+    assert [layer.training for layer in module] == [True, True, False, True]
 
 
 def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, module):
@@ -166,6 +223,8 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
             path, module, [images()], steps=5, lr=1e300, on_step=lambda m, p: log.append((m, p))
         )
     assert len(log) == 1 and all(t.isfinite().all() for t in log[0][1].interior.values())
+    with pytest.raises(ValueError, match="step 0: .* edge 0 is nan; look at the inputs"):
+        optimize(path, module, [images() * math.nan], steps=1)
     with pytest.raises(ValueError, match="not finite after step 0; lower lr"):
         optimize(path, module, [images()], steps=1, lr=float("inf"))
 
@@ -182,6 +241,16 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
 def test_bad_settings_are_refused(path, module, options, words):
     with pytest.raises(ValueError, match=words):
         optimize(path, module, [images()], **options)
+
+
+def test_arguments_of_another_type_are_named(path, module):
+    for batches in (images(), [{"image": images()}], [None]):
+        with pytest.raises(TypeError, match="inputs"):
+            optimize(path, module, batches, steps=1)
+    with pytest.raises(TypeError, match="path must be a fastgeo.Path, got dict"):
+        optimize(path.at(0), module, [images()])
+    with pytest.raises(TypeError, match="module must be an nn.Module, got function"):
+        evaluate(path, lambda x: x, {"x": (images(), torch.zeros(12))})
 
 
 def test_a_path_of_another_module_is_refused_by_name(path):
@@ -272,3 +341,31 @@ def test_bad_splits_are_named(path, module):
         evaluate(path, module, {"test": []})
     with pytest.raises(ValueError, match="at least one set"):
         evaluate(path, module, {})
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        evaluate(path, module, {"test": (images(), torch.zeros(12))}, batch_size=0)
+    for data in ([images(), torch.zeros(12)], (images(),), [{"x": images()}]):
+        with pytest.raises(TypeError, match=r"a tuple \(inputs, labels\)"):
+            evaluate(path, module, {"test": data})
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (torch.full((12,), 5), r"within 0..4, got 5..5"),
+        (torch.arange(12) - 100, r"within 0..4, got -100..-89"),
+        (torch.zeros(12), r"integers \[12\], got torch.float32"),
+        (torch.zeros(12, 1, dtype=torch.long), r"integers \[12\], got torch.int64 \[12, 1\]"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(path, module, labels, words):
+    with pytest.raises(ValueError, match=words):
+        evaluate(path, module, {"test": (images(), labels)})
+
+
+def test_labels_of_any_integer_type_count(path, module):
+    labels = torch.arange(12) % 5
+    results = [
+        evaluate(path, module, {"test": (images(), labels.to(dtype))})
+        for dtype in (torch.int64, torch.int32, torch.uint8)
+    ]
+    assert results[0] == results[1] == results[2]

@@ -133,6 +133,11 @@ def test_integer_entries_stay_and_floating_buffers_interpolate(tmp_path):
             ValueError,
             r"conv1.weight has shape \[4, 1, 3, 3\] in a and \[4, 3, 3, 3\] in b",
         ),
+        (
+            lambda b: b.update({"linear.bias": b["linear.bias"].half()}),
+            ValueError,
+            "linear.bias has dtype torch.float64 in a and torch.float16 in b",
+        ),
         (lambda b: b.update(extra="text"), TypeError, "an nn.Module or a state dict"),
     ],
 )
@@ -141,6 +146,18 @@ def test_ends_that_differ_are_named(change, error, words):
     change(b)
     with pytest.raises(error, match=words):
         Path.linear(a, b, 5)
+
+
+def test_half_precision_lengths_do_not_overflow():
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = {"w": torch.zeros(100, dtype=dtype)}, {"w": torch.full((100,), 300, dtype=dtype)}
+        assert Path.linear(a, b, 3).euclidean().sum().item() == pytest.approx(3000, rel=1e-2)
+
+
+def test_ends_without_numbers_to_interpolate_are_refused():
+    for end in ({}, {"index": torch.arange(3)}):
+        with pytest.raises(ValueError, match="no floating point entries"):
+            Path.linear(end, end, 5)
 
 
 def test_fewer_than_three_points_are_refused(path):

@@ -114,6 +114,90 @@ def test_what_has_no_stacked_form_runs_through_vmap_and_says_so(module, words, p
     assert_equals_the_loop(module, images(), 3, per_point, engine="vmap")
 
 
+class Body(nn.Module):
+    """A convolution and a linear head around some function of the features [B, 4, 6, 6]."""
+
+    def __init__(self, function, layer=None):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.layer = layer or nn.Identity()
+        self.head = nn.Linear(144, 5)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.conv(x), self.layer).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "function, layer",
+    [
+        (lambda x, layer: x + x.mean(0), None),  # [B, C, H, W] + [C, H, W]
+        (lambda x, layer: x + x.mean((2, 3), keepdim=True), None),
+        (lambda x, layer: x + x.mean((-1, -2), True), None),
+        (lambda x, layer: x + x.mean(), None),
+        (lambda x, layer: torch.mean(x, dim=1, keepdim=True) + x, None),
+        (lambda x, layer: 2 + (x + 1), None),
+        (lambda x, layer: torch.flatten(input=x, start_dim=2), None),
+        (lambda x, layer: layer(input=x), nn.GroupNorm(2, 4)),
+        (lambda x, layer: layer(x.flatten(2)), nn.GroupNorm(2, 4)),
+        (lambda x, layer: layer(x) + x, nn.ReLU()),
+    ],
+)
+@pytest.mark.parametrize("points", [3, 12])  # 12 is also the batch, so a wrong broadcast would fit
+def test_shapes_and_arguments_behind_n(function, layer, points):
+    assert_equals_the_loop(Body(function, layer).double(), images(), points, False)
+
+
+@pytest.mark.parametrize(
+    "function, layer, words",
+    [
+        (lambda x, layer: layer(x) + x, nn.ReLU(inplace=True), "in place"),
+        (lambda x, layer: F.relu(x, inplace=True) + x, None, "in place"),
+        (lambda x, layer: torch.add(x, x, alpha=2), None, "alpha"),
+        (lambda x, layer: x + x.mean(1, True, dtype=torch.float64), None, "dtype"),
+    ],
+)
+def test_uses_that_are_not_covered_run_through_vmap(function, layer, words):
+    module = Body(function, layer).double()
+    assert words in stack(module).reason
+    assert_equals_the_loop(module, images(), 3, False, engine="vmap")
+
+
+class Accumulating(nn.Module):
+    """torchvision's residual addition: out += identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x
+        return self.head(out.flatten(1))
+
+
+def test_a_residual_added_in_place_is_stacked():
+    assert_equals_the_loop(Accumulating().double(), images(), 3, False)
+
+
+def test_hooks_and_replaced_forwards_are_honoured():
+    hooked = tiny_resnet()
+    hooked.norm1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    replaced = tiny_resnet()
+    replaced.linear.forward = lambda x: F.linear(x, replaced.linear.weight)
+    for module, name in ((hooked, "norm1"), (replaced, "linear")):
+        network = stack(module)
+        assert network.engine == "vmap" and name in network.reason
+        stacked = {k: v.detach()[None] for k, v in module.state_dict().items()}
+        torch.testing.assert_close(network(stacked, images())[0], module(images()))
+
+
+def test_what_is_not_a_module_is_refused():
+    with pytest.raises(TypeError, match="must be an nn.Module, got dict"):
+        stack({})
+
+
 def test_batch_norm_is_refused_by_name():
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match="layer 1 is BatchNorm.*do not interpolate.*GroupNorm"):
@@ -176,10 +260,3 @@ def test_channel_norm_normalises_each_pixel():
 def test_impossible_resnets_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         models.resnet(**options)
-
-
-def test_relu_of_the_models_is_not_in_place():
-    x = -torch.ones(2, 1, 8, 8)
-    F.relu(x)
-    models.resnet(8, 0.25, in_channels=1)(x)
-    assert torch.equal(x, -torch.ones(2, 1, 8, 8))

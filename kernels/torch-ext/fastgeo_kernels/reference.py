@@ -301,18 +301,18 @@ def stacked_group_norm(
         torch.stack([F.group_norm(x[i], num_groups, weight[i], bias[i], eps) for i in range(N)])
 
     Args:
-        x: [N, B, C, H, W].
+        x: [N, B, C, ...].
         num_groups: groups of channels in one network; 1 takes statistics over C, H and W.
         weight, bias: [N, C].
         eps: added to the variance.
 
     Returns:
-        [N, B, C, H, W].
+        [N, B, C, ...].
 
     Raises:
         ValueError: x or weight with another number of dimensions or networks.
     """
-    points = _check_stacked("stacked_group_norm", x, 5, weight, 2)
+    points = _check_stacked("stacked_group_norm", x, None, weight, 2)
     weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
     return _unfold(F.group_norm(_fold(x), points * num_groups, weight, bias, eps), points)
 
@@ -348,12 +348,12 @@ def stacked_layer_norm(
 
 
 def _fold(x: Tensor) -> Tensor:
-    """[N, B, C, H, W] -> [B, N*C, H, W], a view of what `_unfold` gave."""
+    """[N, B, C, ...] -> [B, N*C, ...], a view of what `_unfold` gave."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
 def _unfold(x: Tensor, points: int) -> Tensor:
-    """[B, N*C, H, W] -> [N, B, C, H, W], a view."""
+    """[B, N*C, ...] -> [N, B, C, ...], a view."""
     return x.unflatten(1, (points, -1)).transpose(0, 1)
 
 
