@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import warnings
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,14 @@ try:
 except ImportError:
     triton = None
 
-jit = triton.jit if triton is not None else lambda function: function
+if triton is None:
+    jit = kernel = lambda function: function
+else:
+    jit = triton.jit
+    # Numbers that change from call to call neither recompile nor turn into constants.
+    kernel = triton.jit(
+        do_not_specialize=["N", "B", "stride_n", "stride_b", "stride_ue", "stride_ub"]
+    )
 
 
 # --- Kernels: N path points, E = N - 1 edges, B batch, C classes ----------------------------------
@@ -140,7 +146,7 @@ def _close_row(grad, p):
     return tl.where(leads, -rest, grad)
 
 
-@jit
+@kernel
 def _path_rows_kernel(
     logits_ptr,  # [N, B, C]
     upstream_ptr,  # [E, B]
@@ -154,6 +160,7 @@ def _path_rows_kernel(
     stride_ue,
     stride_ub,
     ALIGNED: tl.constexpr,  # divides stride_n and stride_b
+    WIDE: tl.constexpr,  # offsets within a program's rows need 64 bits
     C: tl.constexpr,
     INV_T: tl.constexpr,
     VALUE: tl.constexpr,  # 0: none, 1: a row each, 2: the block's share of the batch mean
@@ -168,26 +175,34 @@ def _path_rows_kernel(
     BLOCK: tl.constexpr,
 ):
     """Rows that fit a tile: [ROWS, BLOCK] of each point at a time."""
-    stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
-    stride_b = tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0).to(tl.int64) * ROWS
     first = tl.program_id(1) * SEGMENT - HALO
+    local = tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
-    floor = tl.where(col < C, -1e30, -3e38)[None, :]
+    row = start + local
     row_ok = row < B
     mask = row_ok[:, None] & (col < C)[None, :]
-    logits_ptr += row[:, None] * stride_b + col.to(tl.int64)[None, :] * stride_c
-    grad_ptr += row[:, None] * C + col[None, :]
+    floor = tl.where(col < C, -1e30, -3e38)[None, :]
+    grad_ptr += start * C
+    grad_at = local[:, None] * C + col[None, :]
+    stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
+    logits_ptr += start * tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
+    if WIDE:
+        at = local.to(tl.int64)[:, None] * tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
+        at += col.to(tl.int64)[None, :] * stride_c
+    else:
+        at = local[:, None] * tl.multiple_of(stride_b.to(tl.int32), ALIGNED)
+        at += col[None, :] * stride_c
 
-    x = _load(logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n, mask, floor)
-    y = _load(logits_ptr + (first + 1).to(tl.int64) * stride_n, mask, floor)
+    x = _load(logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n + at, mask, floor)
+    y = _load(logits_ptr + (first + 1).to(tl.int64) * stride_n + at, mask, floor)
     x_top, x_lse, p = _softmax(x, INV_T)
     grad = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(EDGES):
         edge = first + i
         # The row after next is on its way while this edge is computed.
         ahead = tl.minimum(edge + 2, N - 1).to(tl.int64)
-        following = _load(logits_ptr + ahead * stride_n, mask, floor)
+        following = _load(logits_ptr + ahead * stride_n + at, mask, floor)
         y_top, y_lse, q = _softmax(y, INV_T)
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
         log_p, log_q, h, gap = _terms(d, p, q)
@@ -206,18 +221,20 @@ def _path_rows_kernel(
             scale = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
                 at = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                scale *= tl.load(upstream_ptr + at + row * stride_ub, mask=row_ok, other=0.0)[:, None]
+                scale *= tl.load(upstream_ptr + at + row * stride_ub, mask=row_ok, other=0.0)[
+                    :, None
+                ]
             if MEAN:
                 scale /= B
             grad += scale * p * (log_p - tl.sum(p * log_p, 1, keep_dims=True))
             if (edge >= first + HALO) & (edge < N):
-                here = grad_ptr + edge.to(tl.int64) * B * C
+                here = grad_ptr + edge.to(tl.int64) * B * C + grad_at
                 tl.store(here, _close_row(grad, p).to(grad_ptr.dtype.element_ty), mask=mask)
             grad = scale * q * (log_q - tl.sum(q * log_q, 1, keep_dims=True))
         x, x_top, x_lse, p = y, y_top, y_lse, q
         y = following
     if GRAD and not HALO:
-        last = grad_ptr + (first + EDGES).to(tl.int64) * B * C
+        last = grad_ptr + (first + EDGES).to(tl.int64) * B * C + grad_at
         tl.store(last, _close_row(grad, p).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
@@ -226,13 +243,11 @@ def _tile(row_ptr, start, stride_c, C: tl.constexpr, TILE: tl.constexpr):
     """[TILE] logits of one row from class `start` on, and which classes they are."""
     col = start + tl.arange(0, TILE)
     floor = tl.where(col < C, -1e30, -3e38)
-    return _load(row_ptr + col.to(tl.int64) * stride_c, col < C, floor), col
+    return _load(row_ptr + col * stride_c, col < C, floor), col
 
 
 @jit
-def _sweep_lse(
-    row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr
-):
+def _sweep_lse(row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
     """The largest logit of a row, log sum exp(x / T) without it, and 1 / sum."""
     top = tl.full([TILE], -3.3e38, tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -339,7 +354,7 @@ def _sweep_grad(
     tl.store(grad_ptr + leader, rest.to(grad_ptr.dtype.element_ty), mask=leader >= 0)
 
 
-@jit
+@kernel
 def _path_tiles_kernel(
     logits_ptr,  # [N, B, C]
     upstream_ptr,  # [E, B]
@@ -353,6 +368,7 @@ def _path_tiles_kernel(
     stride_ue,
     stride_ub,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     C: tl.constexpr,
     INV_T: tl.constexpr,
     VALUE: tl.constexpr,
@@ -367,6 +383,8 @@ def _path_tiles_kernel(
     BLOCK: tl.constexpr,
 ):
     """Rows longer than a tile, one at a time; arguments as of `_path_rows_kernel`."""
+    if WIDE:
+        stride_c = stride_c.to(tl.int64)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
     stride_b = tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS
@@ -384,7 +402,19 @@ def _path_tiles_kernel(
         is_edge = (edge >= 0) & (edge < N - 1)
         y_top, y_lse, y_inv = _sweep_lse(y_ptr, stride_c, C, INV_T, BLOCK)
         value, kl_p, kl_q = _sweep_edge(
-            x_ptr, y_ptr, x_top, y_top, x_lse, y_lse, x_inv, y_inv, stride_c, C, INV_T, FISHER, BLOCK
+            x_ptr,
+            y_ptr,
+            x_top,
+            y_top,
+            x_lse,
+            y_lse,
+            x_inv,
+            y_inv,
+            stride_c,
+            C,
+            INV_T,
+            FISHER,
+            BLOCK,
         )
         if is_edge & (edge >= first + HALO):
             if VALUE == 1:
@@ -468,16 +498,20 @@ class Blocks(NamedTuple):
         return self.rows == 1 and self.block == TILE
 
 
+# Set by TRITON_INTERPRET=1 before triton is imported: kernels run in Python, on CPU tensors.
+INTERPRETED = triton is not None and not isinstance(_path_rows_kernel, triton.JITFunction)
+
 WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps hold it
-TILE = 8192
+TILE = 4096
 
 
 def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
-    A tile gives a thread 8 numbers (measured: see `python -m benchmarks.resources`). Tiny
-    problems take the whole batch in one program, which then also sums it. Where there are fewer
-    than four programs a multiprocessor the path is cut: each further piece reads one point more.
+    A thread gets 8 numbers of a tile, 16 of a row of 513 to 1,024 classes: fewer warps then share
+    the sums over a row (`python -m benchmarks.resources` prints the registers this takes). Tiny
+    problems take the whole batch in one program, which then also sums it. Where a multiprocessor
+    would get less than 16 warps the path is cut; each further piece reads two rows more.
     """
     block = max(4, 1 << (classes - 1).bit_length())
     if block > WHOLE_ROW:
@@ -485,11 +519,13 @@ def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blo
     elif batch * block <= 4096:
         rows = 1 << (batch - 1).bit_length()
         warps = min(16, max(1, rows * block // 256))
+    elif block == 1024:
+        rows, warps = 1, 2
     else:
         rows = max(1, 1024 // block)
         warps = max(4, block // 256)
     programs = -(-batch // rows)
-    pieces = min(points, max(1, 4 * processors // programs)) if processors > 1 else 1
+    pieces = min(points, max(1, 16 * processors // (programs * warps))) if processors > 1 else 1
     return Blocks(rows, block, -(-points // pieces), warps)
 
 
@@ -499,19 +535,16 @@ def _launch(
     value: str,
     upstream: Optional[Tensor] = None,
     grad: bool = False,
-    blocks: Optional[Blocks] = None,
 ) -> Tuple[Optional[Tensor], Optional[Tensor]]:
     """One launch over [N, B, C] logits; `value` is "none", "rows", "mean" or "fisher"."""
     points, batch, classes = logits.shape
-    blocks = blocks or choose_blocks(points, batch, classes, _processors(logits.device))
+    blocks = choose_blocks(points, batch, classes, _processors(logits.device))
     programs = -(-batch // blocks.rows)
-    whole = blocks.segment >= points
     shape = {"none": (0,), "mean": (programs, points - 1)}.get(value, (points - 1, batch))
     values = logits.new_empty(shape, dtype=torch.float32)
     dlogits = logits.new_empty(logits.shape if grad else (0,))
-    kernel = _path_tiles_kernel if blocks.tiled else _path_rows_kernel
     with torch.cuda.device(logits.device if logits.is_cuda else -1):
-        kernel[(programs, -(-points // blocks.segment))](
+        kernel_for(blocks)[(programs, -(-points // blocks.segment))](
             logits,
             logits if upstream is None else upstream,
             values,
@@ -520,25 +553,61 @@ def _launch(
             batch,
             *logits.stride(),
             *((0, 0) if upstream is None else upstream.stride()),
-            ALIGNED=_aligned(logits),
-            C=classes,
-            INV_T=1 / temperature,
-            VALUE={"none": 0, "mean": 2}.get(value, 1),
-            FISHER=value == "fisher",
-            GRAD=grad,
-            UPSTREAM=upstream is not None,
-            MEAN=value == "mean",
-            EDGES=points - 1 if whole else blocks.segment + 1,
-            SEGMENT=blocks.segment,
-            HALO=0 if whole else 1,
-            ROWS=blocks.rows,
-            BLOCK=blocks.block,
+            **constants(
+                points,
+                classes,
+                blocks,
+                aligned=_aligned(logits),
+                wide=_wide(logits, blocks.rows),
+                temperature=temperature,
+                value=value,
+                grad=grad,
+                upstream=upstream is not None,
+                mean=value == "mean",
+            ),
             num_warps=blocks.warps,
             enable_fp_fusion=False,  # where a product may be fused is written out
         )
     if value == "mean":
         values = values[0] if programs == 1 else values.sum(0)
     return values, dlogits
+
+
+def kernel_for(blocks: Blocks):
+    return _path_tiles_kernel if blocks.tiled else _path_rows_kernel
+
+
+def constants(
+    points: int,
+    classes: int,
+    blocks: Blocks,
+    *,
+    aligned: int,
+    wide: bool,
+    temperature: float,
+    value: str,
+    grad: bool,
+    upstream: bool,
+    mean: bool,
+) -> Dict[str, object]:
+    """The constexpr arguments of a launch."""
+    whole = blocks.segment >= points
+    return dict(
+        ALIGNED=aligned,
+        WIDE=wide,
+        C=classes,
+        INV_T=1 / temperature,
+        VALUE={"none": 0, "mean": 2}.get(value, 1),
+        FISHER=value == "fisher",
+        GRAD=grad,
+        UPSTREAM=upstream,
+        MEAN=mean,
+        EDGES=points - 1 if whole else blocks.segment + 1,
+        SEGMENT=blocks.segment,
+        HALO=0 if whole else 1,
+        ROWS=blocks.rows,
+        BLOCK=blocks.block,
+    )
 
 
 def _aligned(logits: Tensor) -> int:
@@ -549,8 +618,382 @@ def _aligned(logits: Tensor) -> int:
     return math.gcd(16 // logits.element_size(), *logits.stride()[:2])
 
 
+def _wide(logits: Tensor, rows: int) -> bool:
+    """A program's rows reach further than a 32-bit offset."""
+    _, _, classes = logits.shape
+    return rows * logits.stride(1) + classes * logits.stride(2) >= 1 << 31
+
+
 @functools.lru_cache(maxsize=None)
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- Operators: opaque to torch.compile, known to vmap --------------------------------------------
+
+# The module's own name, so that two copies of this folder in one process do not collide.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+def _rows(logits: Tensor, temperature: float, fisher: bool) -> Tensor:
+    return _launch(logits, temperature, "fisher" if fisher else "rows")[0]
+
+
+def _grad(logits: Tensor, upstream: Tensor, temperature: float) -> Tensor:
+    return _launch(logits, temperature, "none", upstream, grad=True)[1]
+
+
+def _value_and_grad(
+    logits: Tensor, upstream: Optional[Tensor], mean: bool, temperature: float
+) -> Tuple[Tensor, Tensor]:
+    return _launch(logits, temperature, "mean" if mean else "rows", upstream, grad=True)
+
+
+_rows_op = torch.library.custom_op(
+    f"{_NAMESPACE}::rows",
+    _rows,
+    mutates_args=(),
+    schema="(Tensor logits, float temperature, bool fisher) -> Tensor",
+)
+_grad_op = torch.library.custom_op(
+    f"{_NAMESPACE}::grad",
+    _grad,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor upstream, float temperature) -> Tensor",
+)
+_value_and_grad_op = torch.library.custom_op(
+    f"{_NAMESPACE}::value_and_grad",
+    _value_and_grad,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor? upstream, bool mean, float temperature) -> (Tensor, Tensor)",
+)
+
+
+@_rows_op.register_fake
+def _(logits, temperature, fisher):
+    points, batch, _ = logits.shape
+    return logits.new_empty((points - 1, batch), dtype=torch.float32)
+
+
+@_grad_op.register_fake
+def _(logits, upstream, temperature):
+    return logits.new_empty(logits.shape)
+
+
+@_value_and_grad_op.register_fake
+def _(logits, upstream, mean, temperature):
+    points, batch, _ = logits.shape
+    shape = (points - 1,) if mean else (points - 1, batch)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+def _fold(tensor: Tensor, dim: Optional[int], size: int) -> Tensor:
+    """Moves the dimension that vmap maps over into the batch, which is dimension 1."""
+    if dim is None:
+        tensor = tensor.unsqueeze(1).expand(-1, size, *tensor.shape[1:])
+    else:
+        tensor = tensor.movedim(dim, 1)
+    return tensor.flatten(1, 2)
+
+
+@_rows_op.register_vmap
+def _(info, in_dims, logits, temperature, fisher):
+    rows = _rows_op(_fold(logits, in_dims[0], info.batch_size), temperature, fisher)
+    return rows.unflatten(1, (info.batch_size, -1)), 1
+
+
+@_grad_op.register_vmap
+def _(info, in_dims, logits, upstream, temperature):
+    logits = _fold(logits, in_dims[0], info.batch_size)
+    upstream = _fold(upstream, in_dims[1], info.batch_size)
+    return _grad_op(logits, upstream, temperature).unflatten(1, (info.batch_size, -1)), 1
+
+
+@_value_and_grad_op.register_vmap
+def _(info, in_dims, logits, upstream, mean, temperature):
+    logits = _fold(logits, in_dims[0], info.batch_size)
+    if upstream is not None:
+        upstream = _fold(upstream, in_dims[1], info.batch_size)
+    elif mean:
+        upstream = logits.new_ones((1, 1), dtype=torch.float32).expand(
+            logits.shape[0] - 1, logits.shape[1]
+        )
+    if mean:
+        upstream = upstream / (logits.shape[1] // info.batch_size)
+    value, grad = _value_and_grad_op(logits, upstream, False, temperature)
+    value = value.unflatten(1, (info.batch_size, -1))
+    return (value.mean(2) if mean else value, grad.unflatten(1, (info.batch_size, -1))), (1, 1)
+
+
+class _PathJSDiv(torch.autograd.Function):
+    """[N, B, C] logits -> [E, B] nats, any upstream gradient, first order only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, temperature: float) -> Tensor:
+        return _rows_op(logits, temperature, False)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        logits, ctx.temperature = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        (logits,) = ctx.saved_tensors
+        return _grad_op(logits, upstream, ctx.temperature), None
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def path_js_div(
+    logits: Tensor,
+    *,
+    reduction: str = "batchmean",
+    edge_weight: Optional[Tensor] = None,
+    sample_weight: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Jensen-Shannon divergence between neighbouring rows of a path of logits.
+
+    In exact arithmetic the same as::
+
+        p = (logits / temperature).softmax(-1)
+        m = (p[:-1] + p[1:]) / 2
+        kl = lambda p: (p * (p / m).log()).sum(-1)
+        (kl(p[:-1]) + kl(p[1:])).div(2).mean(-1)
+
+    Args:
+        logits: [N, B, C] with N >= 2, floating point, any strides. Computed in fp32 (fp64 for
+            fp64 logits, in plain PyTorch). Classes with a logit of -inf in both rows drop out;
+            in one row only they give the limit of a probability that goes to 0. A row of
+            nothing but -inf counts as uniform.
+        reduction: "batchmean" averages over B; "none" keeps every row.
+        edge_weight: [E], multiplies the values.
+        sample_weight: [B], non-negative or bool: "batchmean" is then the weighted mean
+            (0 where all weights are 0); "none" multiplies every row by its weight.
+        temperature: divides the logits; between 1e-6 and 1e6.
+        impl: "triton" (on a GPU; on a CPU under TRITON_INTERPRET=1), "torch", or "auto": Triton
+            for fp32, bf16 and fp16 logits on a GPU, else PyTorch.
+
+    Returns:
+        [E] or [E, B] nats, E = N - 1, each within [0, ln 2] before the weights; fp32 (fp64 for
+        fp64 logits). Differentiable once, under any upstream gradient; second derivatives and
+        forward-mode differentiation raise.
+
+    Raises:
+        TypeError: logits or weights that are not real floating point tensors.
+        ValueError: another shape than [N >= 2, B >= 1, C >= 1], weights of another shape or
+            device, a temperature out of range, an unknown reduction or impl.
+        RuntimeError: impl="triton" where it cannot run; the message says what is missing.
+
+    Example:
+        >>> path_js_div(torch.zeros(3, 5, 10))
+        tensor([0., 0.])
+    """
+    reference.check_options(logits, reduction, edge_weight, sample_weight, temperature)
+    if not _use_triton(logits, impl):
+        return reference.path_js_div(
+            logits,
+            reduction=reduction,
+            edge_weight=edge_weight,
+            sample_weight=sample_weight,
+            temperature=temperature,
+        )
+    rows = _PathJSDiv.apply(logits, float(temperature))
+    return reference.reduce_rows(rows, reduction, edge_weight, sample_weight)
+
+
+def path_js_div_value_and_grad(
+    logits: Tensor,
+    edge_weight: Optional[Tensor] = None,
+    *,
+    sample_weight: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tuple[Tensor, Tensor]:
+    """Divergence of every edge, and the gradient of their (weighted) sum, in one call.
+
+    Equivalent to::
+
+        value = path_js_div(logits)
+        (grad,) = torch.autograd.grad((edge_weight * value).sum(), logits)
+
+    On a GPU one launch reads the logits once and writes the gradient once; batches that need more
+    than one program add a sum of the programs' shares of the value.
+
+    Args:
+        logits: [N, B, C] with N >= 2, floating point, any strides; -inf as in `path_js_div`.
+        edge_weight: [E], one weight an edge; all 1 by default.
+        sample_weight: [B], non-negative or bool; the means over B are weighted means.
+        temperature, impl: as in `path_js_div`.
+
+    Returns:
+        [E] nats (fp32, or fp64 for fp64 logits), not multiplied by edge_weight; and [N, B, C] in
+        the logits' dtype, contiguous. Neither is attached to the graph.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `path_js_div`.
+
+    Example:
+        >>> value, grad = path_js_div_value_and_grad(torch.randn(25, 256, 10))
+        >>> value.shape, grad.shape
+        (torch.Size([24]), torch.Size([25, 256, 10]))
+    """
+    reference.check_options(logits, "batchmean", edge_weight, sample_weight, temperature)
+    if not _use_triton(logits, impl):
+        return reference.path_js_div_value_and_grad(
+            logits, edge_weight, sample_weight=sample_weight, temperature=temperature
+        )
+    with torch.no_grad():
+        if sample_weight is not None:
+            upstream = reference.row_weights(logits, edge_weight, sample_weight)
+            rows, grad = _value_and_grad_op(logits, upstream, False, float(temperature))
+            return reference.reduce_rows(rows, "batchmean", None, sample_weight), grad
+        if edge_weight is None:
+            return _value_and_grad_op(logits, None, True, float(temperature))
+        upstream = edge_weight.float()[:, None].expand(-1, logits.shape[1])
+        return _value_and_grad_op(logits, upstream, True, float(temperature))
+
+
+def js_div(
+    p_logits: Tensor,
+    q_logits: Tensor,
+    *,
+    reduction: str = "batchmean",
+    sample_weight: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Jensen-Shannon divergence between two tensors of logits: a path of two points.
+
+    In exact arithmetic the same as::
+
+        p, q = p_logits.softmax(-1), q_logits.softmax(-1)
+        log_m = ((p + q) / 2).log()
+        kl = lambda p: F.kl_div(log_m, p, reduction="none").sum(-1)
+        (kl(p) + kl(q)).div(2).mean()
+
+    Args:
+        p_logits, q_logits: [..., C], floating point, of one shape, dtype and device.
+        reduction: "batchmean" averages over everything but C; "none" keeps every row.
+        sample_weight: [...], non-negative or bool, as in `path_js_div`.
+        temperature, impl: as in `path_js_div`.
+
+    Returns:
+        A scalar, or [...], in nats within [0, ln 2]. Differentiable once, in both arguments.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `path_js_div`, and for arguments that differ in
+            shape, dtype or device.
+
+    Example:
+        >>> js_div(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
+        tensor(0.6931)
+    """
+    for name, logits in (("p_logits", p_logits), ("q_logits", q_logits)):
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    p, q = ((list(x.shape), x.dtype, x.device) for x in (p_logits, q_logits))
+    if p != q:
+        raise ValueError(
+            f"p_logits and q_logits must have one shape, dtype and device, got {p} and {q}"
+        )
+    if p_logits.ndim < 1 or p_logits.numel() == 0:
+        raise ValueError(f"p_logits must be [..., C] and not empty, got {list(p_logits.shape)}")
+    leading = p_logits.shape[:-1]
+    if sample_weight is not None:
+        if tuple(sample_weight.shape) != tuple(leading):
+            raise ValueError(
+                f"sample_weight must be {list(leading)}, got {list(sample_weight.shape)}"
+            )
+        sample_weight = sample_weight.reshape(-1)
+    path = torch.stack([x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits)])
+    value = path_js_div(
+        path,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        temperature=temperature,
+        impl=impl,
+    )[0]
+    return value if reduction == "batchmean" else value.reshape(leading)
+
+
+@torch.no_grad()
+def path_fisher_rao(
+    logits: Tensor,
+    *,
+    reduction: str = "batchmean",
+    sample_weight: Optional[Tensor] = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Fisher-Rao distance between neighbouring rows of a path of logits; not differentiable.
+
+    In exact arithmetic the same as::
+
+        p = (logits / temperature).softmax(-1)
+        d = 2 * (p[:-1] * p[1:]).sqrt().sum(-1).acos()
+        d.square().mean(-1).sqrt()
+
+    but evaluated as 4 asin(|sqrt p - sqrt q| / 2), which keeps its digits for near-equal rows.
+
+    Args:
+        logits: [N, B, C] with N >= 2, floating point.
+        reduction: "batchmean" gives the distance of the joint distributions p(x) p(y | x), the
+            root mean square over B; "none" the distance of every row, whatever its weight.
+        sample_weight: [B], non-negative or bool; the mean square is then the weighted one.
+        temperature, impl: as in `path_js_div`.
+
+    Returns:
+        [E] or [E, B] radians, each within [0, pi]; fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `path_js_div`.
+
+    Example:
+        >>> path_fisher_rao(torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]])) / torch.pi
+        tensor([1.])
+    """
+    reference.check_options(logits, reduction, None, sample_weight, temperature)
+    if not _use_triton(logits, impl):
+        return reference.path_fisher_rao(
+            logits, reduction=reduction, sample_weight=sample_weight, temperature=temperature
+        )
+    hellinger = _rows_op(logits, float(temperature), True)
+    return reference.reduce_fisher_rao(hellinger, reduction, sample_weight)
+
+
+def _use_triton(logits: Tensor, impl: str) -> bool:
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+    if impl == "torch" or (impl == "auto" and not logits.is_cuda):
+        return False
+    missing = _what_is_missing(logits)
+    if missing and impl == "triton":
+        raise RuntimeError(f"impl='triton' cannot run: {missing}")
+    if missing and not torch.compiler.is_compiling():
+        _say_once(f"the path divergence runs in plain PyTorch on a GPU: {missing}")
+    return not missing
+
+
+def _what_is_missing(logits: Tensor) -> str:
+    if triton is None:
+        return "the package triton is not installed"
+    if not logits.is_cuda and not INTERPRETED:
+        return f"the logits are on {logits.device}, not on a GPU (nor is TRITON_INTERPRET=1 set)"
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16 logits, got {logits.dtype}"
+    return ""
+
+
+@functools.lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
