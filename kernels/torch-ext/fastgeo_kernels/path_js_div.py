@@ -220,10 +220,11 @@ def _path_rows_kernel(
         if GRAD:
             scale = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
-                at = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                scale *= tl.load(upstream_ptr + at + row * stride_ub, mask=row_ok, other=0.0)[
-                    :, None
-                ]
+                weights = (
+                    upstream_ptr + tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
+                )
+                weight = tl.load(weights + row * stride_ub, mask=row_ok, other=0.0)
+                scale *= weight[:, None]
             if MEAN:
                 scale /= B
             grad += scale * p * (log_p - tl.sum(p * log_p, 1, keep_dims=True))
@@ -384,7 +385,7 @@ def _path_tiles_kernel(
 ):
     """Rows longer than a tile, one at a time; arguments as of `_path_rows_kernel`."""
     if WIDE:
-        stride_c = stride_c.to(tl.int64)
+        stride_c = tl.cast(stride_c, tl.int64)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
     stride_b = tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS
@@ -424,8 +425,10 @@ def _path_tiles_kernel(
         if GRAD:
             right = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
-                at = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                right *= tl.load(upstream_ptr + at + row * stride_ub)
+                weights = (
+                    upstream_ptr + tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
+                )
+                right *= tl.load(weights + row * stride_ub)
             if MEAN:
                 right /= B
             if (edge >= first + HALO) & (edge < N):
