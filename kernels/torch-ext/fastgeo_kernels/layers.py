@@ -1,8 +1,9 @@
-"""Stateless layers around the functions of the same name."""
+"""Stateless layers around the functions of the same name, with their default options.
+
+`kernels.kernelize` maps a layer in by its forward's signature, hence the fewest arguments.
+"""
 
 from __future__ import annotations
-
-from typing import Optional
 
 from torch import Tensor, nn
 
@@ -15,21 +16,8 @@ class PathJSDiv(nn.Module):
     has_backward: bool = True
     can_torch_compile: bool = True
 
-    def forward(
-        self,
-        logits: Tensor,
-        edge_weight: Optional[Tensor] = None,
-        sample_weight: Optional[Tensor] = None,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-    ) -> Tensor:
-        return path_js_div(
-            logits,
-            reduction=reduction,
-            edge_weight=edge_weight,
-            sample_weight=sample_weight,
-            temperature=temperature,
-        )
+    def forward(self, logits: Tensor) -> Tensor:
+        return path_js_div(logits)
 
 
 class JSDiv(nn.Module):
@@ -38,18 +26,5 @@ class JSDiv(nn.Module):
     has_backward: bool = True
     can_torch_compile: bool = True
 
-    def forward(
-        self,
-        p_logits: Tensor,
-        q_logits: Tensor,
-        sample_weight: Optional[Tensor] = None,
-        temperature: float = 1.0,
-        reduction: str = "batchmean",
-    ) -> Tensor:
-        return js_div(
-            p_logits,
-            q_logits,
-            reduction=reduction,
-            sample_weight=sample_weight,
-            temperature=temperature,
-        )
+    def forward(self, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        return js_div(p_logits, q_logits)

@@ -220,10 +220,9 @@ def _path_rows_kernel(
         if GRAD:
             scale = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
-                weights = (
-                    upstream_ptr + tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                )
-                weight = tl.load(weights + row * stride_ub, mask=row_ok, other=0.0)
+                weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
+                weights = weights + row * stride_ub
+                weight = tl.load(upstream_ptr + weights, mask=row_ok, other=0.0)
                 scale *= weight[:, None]
             if MEAN:
                 scale /= B
@@ -425,10 +424,9 @@ def _path_tiles_kernel(
         if GRAD:
             right = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
-                weights = (
-                    upstream_ptr + tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                )
-                right *= tl.load(weights + row * stride_ub)
+                weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
+                weights += row * stride_ub
+                right *= tl.load(upstream_ptr + weights)
             if MEAN:
                 right /= B
             if (edge >= first + HALO) & (edge < N):
@@ -511,17 +509,17 @@ TILE = 4096
 def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
-    A thread gets 8 numbers of a tile, 16 of a row of 513 to 1,024 classes: fewer warps then share
-    the sums over a row (`python -m benchmarks.resources` prints the registers this takes). Tiny
-    problems take the whole batch in one program, which then also sums it. Where a multiprocessor
-    would get less than 16 warps the path is cut; each further piece reads two rows more.
+    A thread gets 8 numbers of a tile, or 16 where fewer warps then share the sums over a row
+    (`python -m benchmarks.resources` prints the registers this takes). Tiny problems take the
+    whole batch in one program, which then also sums it. Where a multiprocessor would get less
+    than 16 warps the path is cut; each further piece reads two rows more.
     """
     block = max(4, 1 << (classes - 1).bit_length())
     if block > WHOLE_ROW:
         rows, block, warps = 1, TILE, 16
     elif batch * block <= 4096:
         rows = 1 << (batch - 1).bit_length()
-        warps = min(16, max(1, rows * block // 256))
+        warps = max(1, rows * block // 512)
     elif block == 1024:
         rows, warps = 1, 2
     else:
@@ -962,8 +960,8 @@ def path_fisher_rao(
         TypeError, ValueError, RuntimeError: as `path_js_div`.
 
     Example:
-        >>> path_fisher_rao(torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]])) / torch.pi
-        tensor([1.])
+        >>> path_fisher_rao(torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]]))
+        tensor([3.1416])
     """
     reference.check_options(logits, reduction, None, sample_weight, temperature)
     if not _use_triton(logits, impl):

@@ -196,10 +196,9 @@ def _log_ratio_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     e = torch.exp2(a.mul(-1 / LN2))
     inverse = (1 + e).reciprocal_()
     larger_far = inverse.log().add_(LN2)
-    larger = half.abs().sub_(log_cosh).lerp_(larger_far, far)
-    h = (half * tanh).sub_(log_cosh)
-    h.lerp_(larger_far.sub_(a.mul_(e).mul_(inverse)), far)
-    return larger, h, tanh.lerp_(inverse.mul_(4).sub_(2).mul_(half), far)  # far: half = 1/2, signed
+    larger = half.abs().sub_(log_cosh).lerp(larger_far, far)
+    h = (half * tanh).sub_(log_cosh).lerp(larger_far.sub_(a.mul_(e).mul_(inverse)), far)
+    return larger, h, tanh.lerp(inverse.mul_(4).sub_(2).mul_(half), far)  # far: half = 1/2, signed
 
 
 def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
