@@ -161,6 +161,7 @@ def check_any_upstream_gradient(logits, impl):
 
 
 def check_strides(impl, device="cpu"):
+    torch.manual_seed(0)
     base = torch.randn(3, 4, 2, 14, device=device)
     views = {
         "transposed": torch.randn(5, 3, 7, device=device).transpose(0, 1),
@@ -177,7 +178,7 @@ def check_strides(impl, device="cpu"):
             path_js_div_value_and_grad(view.contiguous().clone(), impl=impl),
             strict=True,
         ):
-            torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=name)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
 def check_fisher_rao(logits, impl):
