@@ -110,7 +110,8 @@ def test_auto_is_triton_and_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_one_launch_at_the_paper_s_size():
+def test_one_launch_at_the_paper_s_size(monkeypatch):
+    monkeypatch.undo()  # poisoning is a launch, too
     logits = claims.path(25, 256, 10, 1.0).cuda()
     path_js_div_value_and_grad(logits)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
