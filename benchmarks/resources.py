@@ -100,7 +100,7 @@ def compile_kernel(
         constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = {"num_warps": blocks.warps, "enable_fp_fusion": False}
+    options = kernels.options(blocks, nvidia=chip.target.backend == "cuda")
     return triton.compile(source, target=chip.target, options=options), blocks
 
 
