@@ -56,7 +56,7 @@ def command() -> str:
 
 
 def version_of(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         return "none"
     from importlib.metadata import version
 

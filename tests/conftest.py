@@ -33,9 +33,21 @@ def images(count: int = 12, channels: int = 1, size: int = 8, seed: int = 3) -> 
     return torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
 
 
+DESELECTED = pytest.StashKey[int]()
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave tests marked `gpu` out where there is no GPU; they count as deselected, not passed."""
-    if not torch.cuda.is_available():
-        without = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in without])
-        items[:] = without
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.stash[DESELECTED] = len(on_gpu)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    count = config.stash.get(DESELECTED, 0)
+    if count:
+        terminalreporter.write_line(f"{count} tests marked gpu deselected: no GPU here")

@@ -1,13 +1,12 @@
 """Operations on the logits and layers of N stacked networks.
 
 N path points, E = N - 1 edges between neighbours, B batch, C classes.
-Needs torch alone; the folder can be copied into another project as it is.
+Needs torch alone, and triton on GPUs; the folder can be copied into another project as it is.
 """
 
+from . import layers
+from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
 from .reference import (
-    path_fisher_rao,
-    path_js_div,
-    path_js_div_value_and_grad,
     stacked_conv2d,
     stacked_group_norm,
     stacked_layer_norm,
@@ -15,6 +14,8 @@ from .reference import (
 )
 
 __all__ = [
+    "js_div",
+    "layers",
     "path_fisher_rao",
     "path_js_div",
     "path_js_div_value_and_grad",

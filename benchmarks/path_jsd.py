@@ -1,0 +1,189 @@
+"""Value and gradient of the path divergence: time, bandwidth, memory and error.
+
+    python -m benchmarks.path_jsd     # the table, and benchmarks/results/path_jsd-<device>.json
+
+On a GPU the times are the device's own (a pause lets the host run ahead), next to wall time. GB/s
+counts one read and one write of the logits, whatever an implementation really moves; its share is
+of a copy of as many bytes in the same run. An implementation off by more than 1e-3 in the value
+or the gradient is reported as wrong, without a time
+(1e-2 where the gradient leaves in bf16).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from fastgeo_kernels import path_js_div_value_and_grad
+
+from .harness import (
+    copy_bandwidth,
+    device_slug,
+    environment,
+    headline,
+    quantiles,
+    table,
+    time_alternating,
+    version_of,
+    write_result,
+)
+
+# N, B, C
+GPU_SHAPES = [(25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (25, 64, 32768), (2, 1024, 32768)]
+CPU_SHAPES = [(25, 256, 10), (25, 64, 1000), (2, 64, 32768)]
+PAPER = "paper's loop, eager"
+
+
+def pair(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The paper's formula for one edge: softmax, log, kl_div."""
+    p, q = x.float().softmax(-1), y.float().softmax(-1)
+    log_m = ((p + q) / 2).log()
+    kl = [F.kl_div(log_m, rows, reduction="batchmean") for rows in (p, q)]
+    return (kl[0] + kl[1]) / 2
+
+
+def loop(logits: torch.Tensor) -> torch.Tensor:
+    points = logits.unbind(0)
+    return torch.stack([pair(x, y) for x, y in zip(points, points[1:], strict=False)])
+
+
+def stacked(logits: torch.Tensor) -> torch.Tensor:
+    """The same without a loop."""
+    p = logits.float().softmax(-1)
+    log_m = ((p[:-1] + p[1:]) / 2).log()
+    kl = [F.kl_div(log_m, rows, reduction="none").sum(-1) for rows in (p[:-1], p[1:])]
+    return ((kl[0] + kl[1]) / 2).mean(-1)
+
+
+def liger(logits: torch.Tensor) -> torch.Tensor:
+    """Liger-Kernel's JSD for each pair; its gradient goes to the first argument alone, so that
+    both orders are needed."""
+    from liger_kernel.ops.jsd import LigerJSDFunction
+
+    log_p = logits.float().log_softmax(-1).unbind(0)
+    edges = []
+    for x, y in zip(log_p, log_p[1:], strict=False):
+        there = LigerJSDFunction.apply(x, y.detach(), None, 0.5, -100)
+        back = LigerJSDFunction.apply(y, x.detach(), None, 0.5, -100)
+        edges.append(there + back - back.detach())
+    return torch.stack(edges)
+
+
+def with_autograd(function: Callable, logits: torch.Tensor) -> Callable:
+    leaf = logits.detach().requires_grad_()
+
+    def value_and_grad():
+        value = function(leaf)
+        (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad
+
+    return value_and_grad
+
+
+def implementations(logits: torch.Tensor, compile: bool) -> dict[str, Callable]:
+    found = {}
+    if logits.is_cuda:
+        found["this, Triton"] = lambda: path_js_div_value_and_grad(logits, impl="triton")
+    found["this, torch"] = lambda: path_js_div_value_and_grad(logits, impl="torch")
+    found[PAPER] = with_autograd(loop, logits)
+    found["stacked, eager"] = with_autograd(stacked, logits)
+    if compile:
+        torch._dynamo.reset()
+        fused = torch.compile(path_js_div_value_and_grad)
+        found["this, torch, torch.compile"] = lambda: fused(logits, impl="torch")
+        found["stacked, torch.compile"] = with_autograd(torch.compile(stacked), logits)
+    if logits.is_cuda and version_of("liger-kernel") != "none":
+        found["Liger-Kernel a pair"] = with_autograd(liger, logits)
+    return found
+
+
+def error(got, expected) -> float:
+    """The larger of the value's and the gradient's error, each over its largest entry."""
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        for a, b in zip(got, expected, strict=True)
+    )
+
+
+def peak_mib(function: Callable, device: torch.device) -> str:
+    if device.type != "cuda":
+        return "-"
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+
+def measure(shape, dtype: torch.dtype, device: torch.device, compile: bool, repeats: int):
+    generator = torch.Generator(device).manual_seed(0)
+    steps = torch.randn(shape, device=device, generator=generator)
+    logits = (3 * steps[:1] + steps.cumsum(0)).to(dtype)
+    functions, errors = implementations(logits, compile), {}
+    expected = path_js_div_value_and_grad(logits.double().cpu(), impl="torch")
+    for name, function in list(functions.items()):
+        try:
+            errors[name] = error([t.cpu() for t in function()], expected)
+        except Exception as failure:  # a baseline that does not run is a row, not the end
+            if name.startswith("this"):
+                raise
+            print(f"{name}: {type(failure).__name__}: {str(failure).splitlines()[0]}")
+            del functions[name]
+    allowed = 1e-3 if dtype == torch.float32 else 1e-2  # gradients leave in the logits' dtype
+    sound = {name: f for name, f in functions.items() if errors[name] < allowed}
+    wall = time_alternating(sound, repeats)
+    seconds = time_alternating(sound, repeats, "device") if device.type == "cuda" else wall
+    bandwidth = copy_bandwidth(logits.numel() * logits.element_size() // 4, device)
+    paper = quantiles(seconds[PAPER])["p50"] if PAPER in sound else None
+    rows = []
+    for name in functions:
+        row = {"impl": name, "N, B, C": "{}, {}, {}".format(*shape), "dtype": str(dtype)[6:]}
+        if name not in sound:
+            blank = dict.fromkeys(
+                ("ms p20", "p50", "p80", "wall ms", "GB/s", "of copy", "peak MiB"), "wrong"
+            )
+            rows.append({**row, **blank, "max error": f"{errors[name]:.0e}", "vs paper": "-"})
+            continue
+        times = quantiles(seconds[name])
+        rate = 2 * logits.nbytes / times["p50"]
+        rows.append(
+            {
+                **row,
+                "ms p20": f"{times['p20'] * 1e3:.4g}",
+                "p50": f"{times['p50'] * 1e3:.4g}",
+                "p80": f"{times['p80'] * 1e3:.4g}",
+                "wall ms": f"{quantiles(wall[name])['p50'] * 1e3:.4g}",
+                "GB/s": f"{rate / 1e9:.4g}",
+                "of copy": f"{rate / bandwidth:.1%}",
+                "peak MiB": peak_mib(functions[name], device),
+                "max error": f"{errors[name]:.0e}",
+                "vs paper": f"{paper / times['p50']:.1f}x" if paper else "-",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--threads", type=int, help="of the CPU; all by default")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    print(headline(environment()), end="\n\n")
+    rows = []
+    for shape in GPU_SHAPES if gpu else CPU_SHAPES:
+        for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
+            rows += measure(shape, dtype, device, not arguments.no_compile, arguments.repeats)
+    print(table(rows))
+    write_result(f"path_jsd-{device_slug()}", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The Triton kernels on a device, at real sizes: `pytest -m gpu`."""
+
+import os
+
+import path_js_div_claims as claims
+import pytest
+import torch
+from fastgeo_kernels import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter is no device"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# N, B, C: every tiling that choose_blocks knows, odd sizes, the ends of the ranges
+SHAPES = [
+    (2, 1, 1),
+    (2, 1, 2),
+    (25, 256, 10),
+    (25, 257, 10),
+    (3, 20_000, 10),
+    (25, 65, 17),
+    (5, 300, 128),
+    (7, 129, 1000),
+    (5, 33, 2000),
+    (5, 33, 4096),
+    (3, 5, 4097),
+    (4, 3, 32768),
+    (2, 2, 262_144),
+    (1024, 3, 10),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every output tensor holds NaN before the launch."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        result = new_empty(self, *args, **kwargs)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distance", [1e-3, 1.0, 10.0])
+def test_the_float64_definition(shape, dtype, distance):
+    logits = claims.path(*shape, distance).to("cuda", dtype)
+    weight = torch.rand(shape[0] - 1, device="cuda")
+    claims.check_against_the_definition(logits, "triton", 1.0, weight)
+    claims.check_against_the_definition(logits, "triton", 2.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_symmetry_repetition_and_fisher_rao(shape):
+    logits = claims.path(*shape, 1.0).cuda()
+    claims.check_symmetry_and_repetition(logits, "triton")
+    claims.check_fisher_rao(logits, "triton")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_upstream_gradient(shape):
+    if shape[1] == 1:
+        shape = (shape[0], 4, shape[2])
+    if shape[2] == 1:
+        pytest.skip("the length of one class is 0, its derivative infinite")
+    claims.check_any_upstream_gradient(claims.path(*shape, 1.0).cuda(), "triton")
+
+
+def test_extremes_masks_and_strides():
+    claims.check_survives_extremes("triton", "cuda", DTYPES)
+    claims.check_masked_classes("triton", "cuda")
+    claims.check_strides("triton", "cuda")
+
+
+def test_offsets_beyond_32_bits():
+    """Classes outermost, 2^19 rows apart: 64-bit offsets within a row."""
+    base = torch.randn(2, 4200, 1 << 19, device="cuda", dtype=torch.bfloat16)
+    logits = base.permute(0, 2, 1)
+    got = path_js_div(logits, reduction="none", impl="triton")[:, ::65536]
+    expected = path_js_div(logits[:, ::65536], reduction="none", impl="torch")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_auto_is_triton_and_never_waits_for_the_device():
+    """Captured in a CUDA graph, where any synchronisation would fail, and replayed."""
+    logits = claims.path(25, 256, 10, 1.0).cuda()
+    expected = path_js_div_value_and_grad(logits)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        path_js_div_value_and_grad(logits)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = path_js_div_value_and_grad(logits)
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        path_js_div(logits.requires_grad_()).sqrt().sum().backward()
+        path_fisher_rao(logits.detach(), sample_weight=torch.ones(256, device="cuda"))
+        js_div(*logits.detach()[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_launch_at_the_paper_s_size(monkeypatch):
+    monkeypatch.undo()  # poisoning is a launch, too
+    logits = claims.path(25, 256, 10, 1.0).cuda()
+    path_js_div_value_and_grad(logits)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        path_js_div_value_and_grad(logits)
+        torch.cuda.synchronize()
+    launched = [e.key for e in profile.key_averages() if e.device_type.name == "CUDA"]
+    assert [name for name in launched if "path_rows" in name] and len(launched) == 1, launched
+
+
+def test_compiled_with_inductor():
+    logits = claims.path(25, 256, 10, 1.0).cuda()
+
+    def loss(x):
+        return path_js_div(2 * x, impl="triton").sqrt().sum()
+
+    a, b = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss(a).backward()
+    torch.compile(loss, fullgraph=True)(b).backward()
+    torch.testing.assert_close(b.grad, a.grad)

@@ -1,0 +1,144 @@
+"""The Triton kernels under the interpreter; `test_path_js_div.py` runs this file in a process
+with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
+
+import importlib
+
+import path_js_div_claims as claims
+import pytest
+import torch
+from fastgeo_kernels import path_js_div, path_js_div_value_and_grad
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+kernels = importlib.import_module("fastgeo_kernels.path_js_div")
+assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy: inf in unused branches
+
+Blocks = kernels.Blocks
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every output tensor holds NaN before the launch."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        result = new_empty(self, *args, **kwargs)
+        return result.fill_(torch.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sets the blocks of every launch."""
+    return lambda *cut: monkeypatch.setattr(kernels, "choose_blocks", lambda *_: Blocks(*cut))
+
+
+# rows, classes of a tile, points a program owns
+WAYS_TO_CUT = {
+    "whole batch, whole path": (16, 32, 5, 1),
+    "rows cut": (4, 32, 5, 1),
+    "path cut": (16, 32, 2, 1),
+    "a program each point": (16, 32, 1, 1),
+    "classes tiled": (1, 8, 5, 1),
+    "classes tiled, path cut": (1, 8, 2, 1),
+}
+
+
+@pytest.mark.parametrize("cut", WAYS_TO_CUT.values(), ids=WAYS_TO_CUT)
+@pytest.mark.parametrize("distance", [1e-3, 1.0, 10.0])
+def test_every_way_to_cut_is_the_float64_definition(blocks, monkeypatch, cut, distance):
+    batch, classes = (1, 19) if cut[0] == 1 else (9, 19)
+    monkeypatch.setattr(kernels, "TILE", 8)
+    blocks(*cut)
+    logits = claims.path(5, batch, classes, distance, seed=1)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    claims.check_against_the_definition(logits, "triton", 2.0, weight)
+    claims.check_fisher_rao(logits, "triton")
+    claims.check_symmetry_and_repetition(logits, "triton")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    points=st.sampled_from([2, 3, 9]),
+    batch=st.sampled_from([1, 7, 64]),
+    classes=st.sampled_from([1, 2, 10, 17]),
+    distance=st.sampled_from([0.0, 1e-4, 1e-2, 1.0, 10.0]),
+    shift=st.sampled_from([0.0, 5.0, 300.0]),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_small_rows_are_the_float64_definition(
+    points, batch, classes, distance, shift, temperature, seed
+):
+    logits = claims.path(points, batch, classes, distance, seed, shift=shift)
+    weight = torch.rand(points - 1, generator=torch.Generator().manual_seed(seed))
+    claims.check_against_the_definition(logits, "triton", temperature, weight)
+
+
+@pytest.mark.parametrize("classes", [1000, 5000])
+@pytest.mark.parametrize("distance", [1e-3, 1.0])
+def test_large_rows_are_the_float64_definition(classes, distance):
+    claims.check_against_the_definition(claims.path(3, 1, classes, distance), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_half_precision_logits(blocks, monkeypatch, dtype, tiled):
+    """The interpreter truncates where a GPU rounds, so that a whole unit is allowed."""
+    if tiled:
+        monkeypatch.setattr(kernels, "TILE", 8)
+        blocks(1, 8, 3, 1)
+    logits = claims.path(3, 3, 19, 1.0).to(dtype)
+    value, grad = path_js_div_value_and_grad(logits, impl="triton")
+    expected, expected_grad = path_js_div_value_and_grad(logits.float(), impl="torch")
+    torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(
+        grad.float(), expected_grad, rtol=2 * torch.finfo(dtype).eps, atol=1.2e-7
+    )
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_extremes_masks_strides_and_upstream(blocks, monkeypatch, tiled):
+    if tiled:
+        monkeypatch.setattr(kernels, "TILE", 4)
+        blocks(1, 4, 9, 1)
+    claims.check_survives_extremes("triton", dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    claims.check_masked_classes("triton")
+    claims.check_any_upstream_gradient(claims.path(3, 4, 9, 1.0), "triton")
+    if not tiled:
+        claims.check_strides("triton")
+
+
+def test_grad_vmap_and_one_graph():
+    claims.check_functional_transforms("triton")
+    claims.check_compiles_as_one_graph("triton")
+    claims.check_other_derivatives_raise("triton")
+
+
+def test_energy_of_a_free_point_falls():
+    claims.check_energy_falls("triton")
+
+
+def test_operators_pass_opcheck():
+    logits, upstream = claims.path(3, 4, 5, 1.0), torch.rand(2, 4)
+    torch.library.opcheck(kernels._rows_op, (logits, 2.0, False))
+    torch.library.opcheck(kernels._rows_op, (logits, 2.0, True))
+    torch.library.opcheck(kernels._grad_op, (logits, upstream, 2.0))
+    torch.library.opcheck(kernels._value_and_grad_op, (logits, None, True, 1.0))
+    torch.library.opcheck(kernels._value_and_grad_op, (logits, upstream, False, 1.0))
+
+
+def test_forward_saves_the_logits_and_nothing_else():
+    logits = claims.path(3, 4, 5, 1.0).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        path_js_div(logits, reduction="none", impl="triton")
+    assert [t.data_ptr() for t in saved] == [logits.data_ptr()]
+
+
+def test_float64_is_not_for_triton():
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 logits, got torch.f"):
+        path_js_div(torch.zeros(2, 1, 3, dtype=torch.float64), impl="triton")
