@@ -37,7 +37,7 @@ def path(points, batch, classes, distance, seed=0, spread=3.0, shift=0.0):
 
 def check_against_the_definition(logits, impl, temperature=1.0, edge_weight=None):
     """Value within 1e-5 where JSD >= 1e-9. Gradient: within 2e-6 of the largest entry that any of
-    the row's edges gives it, and where rows are saturated within 2e-7 (1 - p_max) of the weight.
+    the row's edges gives it, and where rows are saturated within 1e-8 (1 - p_max) of the weight.
     """
     points, batch, _ = logits.shape
     rows, grad_p, grad_q, p = by_definition(logits, temperature)
@@ -68,7 +68,7 @@ def check_against_the_definition(logits, impl, temperature=1.0, edge_weight=None
     # numbers below 1e-38 are 0 in fp32 (6e-8 in fp16).
     floor = 6e-8 if logits.dtype == torch.float16 else 1e-14 * weight.abs().amax()
     error = (grad.double() - expected).abs()
-    allowed = 2e-6 * largest + 2e-7 * saturated + rounding * expected.abs() + floor
+    allowed = 2e-6 * largest + 1e-8 * saturated + rounding * expected.abs() + floor
     assert (error <= allowed).all(), (error / allowed).max()
 
 
@@ -125,7 +125,8 @@ def check_masked_classes(impl, device="cpu"):
 def check_symmetry_and_repetition(logits, impl):
     forward = path_js_div(logits, reduction="none", impl=impl)
     backward = path_js_div(logits.flip(0), reduction="none", impl=impl).flip(0)
-    assert torch.equal(forward, backward)
+    # Bit for bit in Triton; torch's exp2 on a CPU rounds the end of a tensor in another way.
+    torch.testing.assert_close(forward, backward, rtol=0 if impl == "triton" else 1e-6, atol=0)
     value, grad = path_js_div_value_and_grad(logits, impl=impl)
     again, grad_again = path_js_div_value_and_grad(logits, impl=impl)
     assert torch.equal(value, again) and torch.equal(grad, grad_again)

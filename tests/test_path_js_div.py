@@ -51,7 +51,7 @@ def test_torch_drops_masked_classes():
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1.0, 30.0])
-def test_torch_is_symmetric_and_repeats_bit_for_bit(distance):
+def test_torch_is_symmetric_to_rounding_and_repeats_bit_for_bit(distance):
     claims.check_symmetry_and_repetition(claims.path(6, 33, 10, distance), "torch")
 
 

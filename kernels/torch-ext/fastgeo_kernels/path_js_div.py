@@ -2,14 +2,16 @@
 
 With p = softmax(x / T), q = softmax(y / T), m = (p + q) / 2 and d = log p - log q, the value is
 1/4 sum (p + q) h and the gradient 1/2 p (log(p / m) - KL(p || m)) / T; the formula and its source
-stand in `reference.py`. Three things keep fp32 enough:
+stand in `reference.py`. Four things keep fp32 enough:
 
 * d is the difference of the logits, with its rounding error added back, then of the two rows'
   log-sum-exps. What those two still round shifts a whole row of d: the gradient does not feel such
   a shift, and from the value its square, (sum p - sum q)^2 / 8, is taken off.
 * For |d| < 1 polynomials give log cosh(d / 2) and tanh(d / 2): the closed forms cancel there.
+* Where most of p and of q is on classes that the other lacks, every log(p / m) that counts is
+  near log 2. The gradient stays as it is without that constant, and only then keeps its digits.
 * A class with more than half of a row takes the gradient that makes the row sum to 0: its own
-  closed form is the difference of two numbers near log 2.
+  closed form is the difference of two nearly equal numbers.
 
 A program walks along the path and holds the row it came from in registers, so that logits are read
 once and gradients written once. A row that does not fit is swept in tiles: log-sum-exp, sums,
@@ -89,7 +91,7 @@ def _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T: tl.constexpr):
 
 @jit
 def _terms(d, p, q):
-    """log(p / m), log(q / m), (p + q) h / 2 and p - q, all without cancellation."""
+    """log(max(p, q) / m), the same less log 2, (p + q) h / 2 and p - q, none by cancellation."""
     a = tl.abs(d)
     near = a < 1.0
     u = d * d
@@ -109,10 +111,17 @@ def _terms(d, p, q):
     log1p = tl.fma(e, log1p, -4.99998710e-01)
     log1p = tl.fma(e, log1p, 9.99999995e-01)  # log(1 + e) / e
     larger = tl.where(near, tl.fma(a, 0.5, -log_cosh), tl.fma(-e, log1p, 0.6931471805599453))
+    below = tl.where(near, larger - 0.6931471805599453, -e * log1p)
     log_p = larger + tl.minimum(d, 0.0)
     log_q = larger - tl.maximum(d, 0.0)
     h = tl.where(near, (p + q) * tl.fma(0.5 * d, tanh, -log_cosh), p * log_p + q * log_q)
-    return log_p, log_q, h, tl.where(near, (p + q) * tanh, p - q)
+    return larger, below, h, tl.where(near, (p + q) * tanh, p - q)
+
+
+@jit
+def _alone(d, p, q):
+    """p, or q, on classes that the other lacks; above 1 in sum, log(p / m) goes less log 2."""
+    return tl.where(d >= 1.0, p, tl.where(d <= -1.0, q, 0.0))
 
 
 @jit
@@ -205,7 +214,9 @@ def _path_rows_kernel(
         following = _load(logits_ptr + ahead * stride_n + at, mask, floor)
         y_top, y_lse, q = _softmax(y, INV_T)
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-        log_p, log_q, h, gap = _terms(d, p, q)
+        if GRAD:
+            alone = tl.sum(_alone(d, p, q), 1, keep_dims=True) > 1.0
+        larger, below, h, gap = _terms(d, p, q)
         is_edge = (edge >= 0) & (edge < N - 1)
         if VALUE:
             if FISHER:
@@ -226,10 +237,13 @@ def _path_rows_kernel(
                 scale *= weight[:, None]
             if MEAN:
                 scale /= B
+            larger = tl.where(alone, below, larger)
+            log_p = larger + tl.minimum(d, 0.0)
             grad += scale * p * (log_p - tl.sum(p * log_p, 1, keep_dims=True))
             if (edge >= first + HALO) & (edge < N):
                 here = grad_ptr + edge.to(tl.int64) * B * C + grad_at
                 tl.store(here, _close_row(grad, p).to(grad_ptr.dtype.element_ty), mask=mask)
+            log_q = larger - tl.maximum(d, 0.0)
             grad = scale * q * (log_q - tl.sum(q * log_q, 1, keep_dims=True))
         x, x_top, x_lse, p = y, y_top, y_lse, q
         y = following
@@ -279,11 +293,14 @@ def _sweep_edge(
     GRAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Value, KL(p || m) and KL(q || m) of one edge."""
+    """Value, KL(p || m) and KL(q || m) of one edge; whether the two are less log 2."""
     total = tl.zeros([TILE], tl.float32)
     gap = tl.zeros([TILE], tl.float32)
     kl_p = tl.zeros([TILE], tl.float32)
     kl_q = tl.zeros([TILE], tl.float32)
+    below_p = tl.zeros([TILE], tl.float32)
+    below_q = tl.zeros([TILE], tl.float32)
+    alone = tl.zeros([TILE], tl.float32)
     # Backwards: what the sweep before this one read last is still in the cache.
     for back in range(0, C, TILE):
         start = (C - 1) // TILE * TILE - back
@@ -292,16 +309,22 @@ def _sweep_edge(
         p = _exp((x - x_top) * INV_T) * x_inv
         q = _exp((y - y_top) * INV_T) * y_inv
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-        log_p, log_q, h, difference = _terms(d, p, q)
+        larger, below, h, difference = _terms(d, p, q)
         if FISHER:
             h = _hellinger_term(d, p, q)
         total += h
         gap += difference
         if GRAD:
-            kl_p += p * log_p
-            kl_q += q * log_q
+            kl_p += p * (larger + tl.minimum(d, 0.0))
+            kl_q += q * (larger - tl.maximum(d, 0.0))
+            below_p += p * (below + tl.minimum(d, 0.0))
+            below_q += q * (below - tl.maximum(d, 0.0))
+            alone += _alone(d, p, q)
     value = _finish_value(tl.sum(total, 0), tl.sum(gap, 0), FISHER)
-    return value, tl.sum(kl_p, 0), tl.sum(kl_q, 0)
+    less = tl.sum(alone, 0) > 1.0
+    kl_of_p = tl.where(less, tl.sum(below_p, 0), tl.sum(kl_p, 0))
+    kl_of_q = tl.where(less, tl.sum(below_q, 0), tl.sum(kl_q, 0))
+    return value, kl_of_p, kl_of_q, less
 
 
 @jit
@@ -317,10 +340,12 @@ def _sweep_grad(
     x_lse,
     y_lse,
     x_inv,
-    left,  # weight and KL of the edge (w, x), then of (x, y)
+    left,  # of the edge (w, x), then of (x, y): weight, KL, and whether it is less log 2
     left_kl,
+    left_less,
     right,
     right_kl,
+    right_less,
     has_left,
     has_right,
     stride_c,
@@ -338,12 +363,14 @@ def _sweep_grad(
         if has_left:
             w, _ = _tile(w_ptr, start, stride_c, C, TILE)
             d = _log_ratio(x, w, x_top, w_top, x_lse, w_lse, INV_T)
-            log_p, _, _, _ = _terms(d, p, p)
+            larger, below, _, _ = _terms(d, p, p)
+            log_p = tl.where(left_less, below, larger) + tl.minimum(d, 0.0)
             grad += left * (log_p - left_kl)
         if has_right:
             y, _ = _tile(y_ptr, start, stride_c, C, TILE)
             d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-            log_p, _, _, _ = _terms(d, p, p)
+            larger, below, _, _ = _terms(d, p, p)
+            log_p = tl.where(right_less, below, larger) + tl.minimum(d, 0.0)
             grad += right * (log_p - right_kl)
         grad *= p
         leads = p > 0.5
@@ -398,12 +425,13 @@ def _path_tiles_kernel(
     w_ptr, w_top, w_lse = x_ptr, x_top, x_lse
     left = x_lse * 0
     left_kl = x_lse * 0
+    left_less = left > 0
     for i in range(EDGES):
         edge = first + i
         y_ptr = logits_ptr + tl.minimum(edge + 1, N - 1).to(tl.int64) * stride_n
         is_edge = (edge >= 0) & (edge < N - 1)
         y_top, y_lse, y_inv = _sweep_lse(y_ptr, stride_c, C, INV_T, BLOCK)
-        value, kl_p, kl_q = _sweep_edge(
+        value, kl_p, kl_q, less = _sweep_edge(
             x_ptr,
             y_ptr,
             x_top,
@@ -447,8 +475,10 @@ def _path_tiles_kernel(
                     x_inv,
                     left,
                     left_kl,
+                    left_less,
                     right,
                     kl_p,
+                    less,
                     edge > 0,
                     is_edge,
                     stride_c,
@@ -456,7 +486,7 @@ def _path_tiles_kernel(
                     INV_T,
                     BLOCK,
                 )
-            left, left_kl = right, kl_q
+            left, left_kl, left_less = right, kl_q, less
             w_ptr, w_top, w_lse = x_ptr, x_top, x_lse
         x_ptr, x_top, x_lse, x_inv = y_ptr, y_top, y_lse, y_inv
     if GRAD and not HALO:
@@ -474,8 +504,10 @@ def _path_tiles_kernel(
             x_inv,
             left,
             left_kl,
+            left_less,
             left,
             left_kl,
+            left_less,
             EDGES > 0,
             EDGES < 0,
             stride_c,
@@ -506,7 +538,7 @@ class Blocks(NamedTuple):
 INTERPRETED = triton is not None and not isinstance(_path_rows_kernel, triton.JITFunction)
 
 WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps hold it
-TILE = 4096
+TILE = 2048
 
 
 def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
