@@ -2,8 +2,8 @@
 
     python -m benchmarks.numerics     # the table, and benchmarks/results/numerics-<device>.json
 
-Neighbouring rows of 10 classes, the worst of 4,096 rows. Where there is no GPU the two Triton kernels
-run in Triton's interpreter, which has no rounding of its own in exp and log.
+Neighbouring rows of 10 classes, the worst of 4,096 rows; about three minutes. Where there is no GPU
+the two Triton kernels run in Triton's interpreter, which has no rounding of its own in exp and log.
 """
 
 from __future__ import annotations
