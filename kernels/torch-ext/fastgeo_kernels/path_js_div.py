@@ -616,9 +616,9 @@ def options(blocks: Blocks, nvidia: bool) -> Dict[str, object]:
     """How a launch is compiled. Where a product may be fused with a sum is written out, so that
     the reversed path gives the same bits."""
     chosen: Dict[str, object] = {"num_warps": blocks.warps, "enable_fp_fusion": False}
-    if nvidia and blocks.warps == 16:
-        # Or the assembler spills a few registers to fit a second program of this size.
-        chosen["maxnreg"] = 128
+    if nvidia and blocks.warps in (2, 16):
+        # Or the assembler spills a few registers to fit one more program of this size.
+        chosen["maxnreg"] = 248 if blocks.warps == 2 else 128
     return chosen
 
 

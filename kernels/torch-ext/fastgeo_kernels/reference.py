@@ -242,7 +242,7 @@ def _jensen_shannon_grad(
     scale = (upstream / 2)[..., None]
     # A constant taken off every log(p / m) of a row changes nothing. Where most of p and of q is on
     # classes that the other lacks, they are all near log 2, and keep their digits without it.
-    alone = (d >= 1).to(d.dtype).mul_(p[:-1]).addcmul_((d <= -1).to(d.dtype), p[1:])
+    alone = (d >= 1).to(d.dtype).mul_(p[:-1]).add_((d <= -1).to(d.dtype).mul_(p[1:]))
     larger = larger.lerp(below, (alone.sum(-1, keepdim=True) > 1).to(d.dtype))
     first = _centred(d.clamp(max=0).add_(larger), p[:-1]).mul_(scale)
     second = _centred(larger - d.clamp(min=0), p[1:]).mul_(scale)
