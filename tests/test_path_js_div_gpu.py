@@ -60,12 +60,11 @@ def test_symmetry_repetition_and_fisher_rao(shape):
     claims.check_fisher_rao(logits, "triton")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# The length of one class is 0, its derivative infinite.
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] > 1], ids=str)
 def test_any_upstream_gradient(shape):
     if shape[1] == 1:
         shape = (shape[0], 4, shape[2])
-    if shape[2] == 1:
-        pytest.skip("the length of one class is 0, its derivative infinite")
     claims.check_any_upstream_gradient(claims.path(*shape, 1.0).cuda(), "triton")
 
 
