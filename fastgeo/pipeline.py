@@ -117,13 +117,14 @@ class Run:
         """The same run with other settings, about to do a stage (again).
 
         Raises:
-            ValueError: the stage was done and not overwrite, or the one before was not.
+            ValueError: the stage was done and not overwrite, or one before it was not.
         """
-        before = STAGES[STAGES.index(stage) - 1]
-        if before not in self.stages or not self.file(WRITES[before][0]).exists():
-            raise ValueError(
-                f"{self.folder} has no {WRITES[before][0]} yet; make it with: {self.again(before)}"
-            )
+        for before in STAGES[: STAGES.index(stage)]:
+            result = WRITES[before][0]
+            if before not in self.stages or not self.file(result).exists():
+                raise ValueError(
+                    f"{self.folder} has no {result} yet; make it with: {self.again(before)}"
+                )
         if self.file(WRITES[stage][0]).exists() and not overwrite:
             raise ValueError(
                 f"{self.file(WRITES[stage][0])} exists; --overwrite replaces it and what later "

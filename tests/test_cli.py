@@ -292,6 +292,7 @@ def test_stages_without_the_one_before_say_which_to_run(capsys):
     assert "r has no permutation.safetensors yet; make it with: fastgeo match r" in refused(
         capsys, "optimize", "r"
     )
+    assert "r has no permutation.safetensors yet" in refused(capsys, "plot", "r")
     os.remove("r/ends.safetensors")
     assert "make it with: fastgeo train --out r --overwrite" in refused(capsys, "match", "r")
 
