@@ -40,8 +40,12 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10, 2048, 65536, 148, "B200"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10, 2048, 512, 304, "MI300X"),
 }
-# N, B, C: the paper's batch, a large one, ImageNet's classes, pairs and a path over a vocabulary
-SHAPES = [(25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (2, 4096, 32768), (25, 64, 32768)]
+# N, B, C: the paper's batch, a large one, ImageNet's classes, the longest whole rows, pairs and a
+# path over a vocabulary
+SHAPES = [
+    *((25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (25, 1024, 2000), (25, 1024, 4000)),
+    *((2, 4096, 32768), (25, 64, 32768)),
+]
 MODES = {
     "value and gradient": dict(value="mean", grad=True),
     "value": dict(value="rows"),
@@ -143,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     plain = [(*case, {}) for case in itertools.product(SHAPES, MODES.items(), CHIPS)]
     value_and_grad, *_ = MODES.items()
-    variants = itertools.product(SHAPES[1:4], [value_and_grad], ("sm_90", "gfx942"), VARIANTS)
+    variants = itertools.product(SHAPES[1:-1], [value_and_grad], ("sm_90", "gfx942"), VARIANTS)
     rows = []
     for shape, (mode, options), target, variant in [*plain, *variants]:
         chip = CHIPS[target]

@@ -1,7 +1,5 @@
 """The Triton kernels on a device, at real sizes: `pytest -m gpu`."""
 
-import os
-
 import path_js_div_claims as claims
 import pytest
 import torch
@@ -9,7 +7,7 @@ from fastgeo_kernels import js_div, path_fisher_rao, path_js_div, path_js_div_va
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter is no device"),
+    pytest.mark.usefixtures("poisoned_outputs"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, B, C: every tiling that choose_blocks knows, odd sizes, the ends of the ranges
@@ -29,18 +27,6 @@ SHAPES = [
     (2, 2, 262_144),
     (1024, 3, 10),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Every output tensor holds NaN before the launch."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        result = new_empty(self, *args, **kwargs)
-        return result.fill_(torch.nan) if result.is_floating_point() else result
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

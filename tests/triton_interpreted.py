@@ -12,21 +12,12 @@ from hypothesis import strategies as st
 
 kernels = importlib.import_module("fastgeo_kernels.path_js_div")
 assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy: inf in unused branches
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy: inf in unused branches
+]
 
 Blocks = kernels.Blocks
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Every output tensor holds NaN before the launch."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        result = new_empty(self, *args, **kwargs)
-        return result.fill_(torch.nan) if result.is_floating_point() else result
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.fixture
@@ -35,22 +26,21 @@ def blocks(monkeypatch):
     return lambda *cut: monkeypatch.setattr(kernels, "choose_blocks", lambda *_: Blocks(*cut))
 
 
-# rows, classes of a tile, points a program owns
+# rows, classes of a tile, points a program owns, warps, whether rows are longer than a tile
 WAYS_TO_CUT = {
-    "whole batch, whole path": (16, 32, 5, 1),
-    "rows cut": (4, 32, 5, 1),
-    "path cut": (16, 32, 2, 1),
-    "a program each point": (16, 32, 1, 1),
-    "classes tiled": (1, 8, 5, 1),
-    "classes tiled, path cut": (1, 8, 2, 1),
+    "whole batch, whole path": (16, 32, 5, 1, False),
+    "rows cut": (4, 32, 5, 1, False),
+    "path cut": (16, 32, 2, 1, False),
+    "a program each point": (16, 32, 1, 1, False),
+    "classes tiled": (1, 8, 5, 1, True),
+    "classes tiled, path cut": (1, 8, 2, 1, True),
 }
 
 
 @pytest.mark.parametrize("cut", WAYS_TO_CUT.values(), ids=WAYS_TO_CUT)
 @pytest.mark.parametrize("distance", [1e-3, 1.0, 10.0])
-def test_every_way_to_cut_is_the_float64_definition(blocks, monkeypatch, cut, distance):
+def test_every_way_to_cut_is_the_float64_definition(blocks, cut, distance):
     batch, classes = (1, 19) if cut[0] == 1 else (9, 19)
-    monkeypatch.setattr(kernels, "TILE", 8)
     blocks(*cut)
     logits = claims.path(5, batch, classes, distance, seed=1)
     weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
@@ -85,11 +75,10 @@ def test_large_rows_are_the_float64_definition(classes, distance):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tiled", [False, True])
-def test_half_precision_logits(blocks, monkeypatch, dtype, tiled):
+def test_half_precision_logits(blocks, dtype, tiled):
     """The interpreter truncates where a GPU rounds, so that a whole unit is allowed."""
     if tiled:
-        monkeypatch.setattr(kernels, "TILE", 8)
-        blocks(1, 8, 3, 1)
+        blocks(1, 8, 3, 1, True)
     logits = claims.path(3, 3, 19, 1.0).to(dtype)
     value, grad = path_js_div_value_and_grad(logits, impl="triton")
     expected, expected_grad = path_js_div_value_and_grad(logits.float(), impl="torch")
@@ -101,10 +90,9 @@ def test_half_precision_logits(blocks, monkeypatch, dtype, tiled):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-def test_extremes_masks_strides_and_upstream(blocks, monkeypatch, tiled):
+def test_extremes_masks_strides_and_upstream(blocks, tiled):
     if tiled:
-        monkeypatch.setattr(kernels, "TILE", 4)
-        blocks(1, 4, 9, 1)
+        blocks(1, 4, 9, 1, True)
     claims.check_survives_extremes("triton", dtypes=(torch.float32, torch.bfloat16, torch.float16))
     claims.check_masked_classes("triton")
     claims.check_any_upstream_gradient(claims.path(3, 4, 9, 1.0), "triton")

@@ -527,11 +527,7 @@ class Blocks(NamedTuple):
     block: int  # classes in a tile
     segment: int  # points that a program owns; a whole path where it is N
     warps: int
-
-    @property
-    def tiled(self) -> bool:
-        """One row is longer than one tile."""
-        return self.rows == 1 and self.block == TILE
+    tiled: bool  # a row is longer than a tile
 
 
 # Set by TRITON_INTERPRET=1 before triton is imported: kernels run in Python, on CPU tensors.
@@ -544,13 +540,14 @@ TILE = 2048
 def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
-    A thread gets 8 numbers of a tile, or 16 where fewer warps then share the sums over a row
-    (`python -m benchmarks.resources` prints the registers this takes). Tiny problems take the
+    A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row, and 4
+    of a row in tiles, which has more sums to keep (`python -m benchmarks.resources` prints the registers this takes). Tiny problems take the
     whole batch in one program, which then also sums it. Where a multiprocessor would get less
     than 16 warps the path is cut; each further piece reads two rows more.
     """
     block = max(4, 1 << (classes - 1).bit_length())
-    if block > WHOLE_ROW:
+    tiled = block > WHOLE_ROW
+    if tiled:
         rows, block, warps = 1, TILE, 16
     elif batch * block <= 4096:
         rows = 1 << (batch - 1).bit_length()
@@ -562,7 +559,7 @@ def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blo
         warps = max(4, block // 256)
     programs = -(-batch // rows)
     pieces = min(points, max(1, 16 * processors // (programs * warps))) if processors > 1 else 1
-    return Blocks(rows, block, -(-points // pieces), warps)
+    return Blocks(rows, block, -(-points // pieces), warps, tiled)
 
 
 def _launch(
