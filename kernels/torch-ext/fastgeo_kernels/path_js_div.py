@@ -541,9 +541,10 @@ def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blo
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
     A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row, and 4
-    of a row in tiles, which has more sums to keep (`python -m benchmarks.resources` prints the registers this takes). Tiny problems take the
-    whole batch in one program, which then also sums it. Where a multiprocessor would get less
-    than 16 warps the path is cut; each further piece reads two rows more.
+    of a row in tiles, which has more sums to keep (`python -m benchmarks.resources` prints the
+    registers this takes). Tiny problems take the whole batch in one program, which then also
+    sums it. Where a multiprocessor would get less than 16 warps the path is cut; each further
+    piece reads two rows more.
     """
     block = max(4, 1 << (classes - 1).bit_length())
     tiled = block > WHOLE_ROW
