@@ -1,210 +1,288 @@
 """Any nn.Module as a function of stacked parameters: N networks in one pass.
 
-The module is traced once with torch.fx and its graph is run on stacked parameters: a convolution
-becomes one with N groups, a linear layer a batched matrix product, GroupNorm one with N times the
-groups, and elementwise operations stay as they are. A module with a node that is not in `LAYERS` or
-`FUNCTIONS` below, used in a way that they do not cover, or one that cannot be traced, goes through
-torch.func.vmap as a whole.
-
-Inside, every value is [N, B, ...]; what all networks share has stride 0 along N.
+The module is traced once (`fastgeo.tracing`) and its graph is run on stacked parameters: a
+convolution becomes one with N groups, a linear layer a batched matrix product, and so on
+(`fastgeo.operators`, `fastgeo.layers`). An operation that has no form of its own goes through
+torch.func.vmap by itself; a module that cannot be traced goes through vmap as a whole, or else
+through a loop.
 """
 
 import contextlib
 import inspect
-import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from fastgeo_kernels import (
-    stacked_conv2d,
-    stacked_group_norm,
-    stacked_layer_norm,
-    stacked_linear,
-)
 from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-from fastgeo.models import ChannelNorm
+from fastgeo import layers, operators
+from fastgeo.operators import RANDOM
+from fastgeo.tracing import Inputs, Trace, TraceFailed, trace
+from fastgeo.values import Stacked, by_loop, by_vmap, call, each, without_n
 
 Parameters = Mapping[str, Tensor]
-
-
-def _conv2d(layer: nn.Conv2d, p: Parameters, input: Tensor) -> Tensor:
-    return stacked_conv2d(
-        input, p["weight"], p.get("bias"), layer.stride, layer.padding, layer.dilation, layer.groups
-    )
-
-
-def _linear(layer: nn.Linear, p: Parameters, input: Tensor) -> Tensor:
-    return stacked_linear(input, p["weight"], p.get("bias"))
-
-
-def _group_norm(layer: nn.GroupNorm, p: Parameters, input: Tensor) -> Tensor:
-    return stacked_group_norm(input, layer.num_groups, p.get("weight"), p.get("bias"), layer.eps)
-
-
-def _channel_norm(layer: ChannelNorm, p: Parameters, input: Tensor) -> Tensor:
-    pixels = input.permute(0, 1, 3, 4, 2)  # [N, B, H, W, C]
-    out = stacked_layer_norm(pixels, p.get("weight"), p.get("bias"), layer.eps)
-    return out.permute(0, 1, 4, 2, 3)
-
-
-def _flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    return input.flatten(_behind_n(start_dim), _behind_n(end_dim))
-
-
-def _mean(input: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
-    dims = (dim,) if isinstance(dim, int) else dim or range(input.ndim - 1)
-    return input.mean([_behind_n(d) for d in dims], keepdim)
-
-
-def _add(input: Tensor | float, other: Tensor | float) -> Tensor:
-    """The sum, broadcast behind N as it would be without N."""
-    terms = [input, other]
-    if isinstance(input, Tensor) and isinstance(other, Tensor):
-        rank = max(input.ndim, other.ndim)
-        terms = [t.reshape(len(t), *(1,) * (rank - t.ndim), *t.shape[1:]) for t in terms]
-    return terms[0] + terms[1]
-
-
-def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    return F.relu(input)
-
-
-def _behind_n(dim: int) -> int:
-    """A dimension of [B, ...] as one of [N, B, ...]."""
-    return dim + 1 if dim >= 0 else dim
-
-
-LAYERS: dict[type[nn.Module], Callable] = {
-    nn.Conv2d: _conv2d,
-    nn.Linear: _linear,
-    nn.GroupNorm: _group_norm,
-    ChannelNorm: _channel_norm,
-    nn.ReLU: lambda layer, p, input: F.relu(input),
-    nn.Flatten: lambda layer, p, input: _flatten(input, layer.start_dim, layer.end_dim),
-    nn.Identity: lambda layer, p, input: input,
-}
-FUNCTIONS: dict[Callable | str, Callable] = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    "relu": _relu,
-    operator.add: _add,
-    operator.iadd: _add,
-    torch.add: _add,
-    torch.flatten: _flatten,
-    "flatten": _flatten,
-    torch.mean: _mean,
-    "mean": _mean,
-}
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return type(module) in LAYERS or super().is_leaf_module(module, qualified_name)
-
-
-class _Run(fx.Interpreter):
-    """One pass of the traced graph over stacked parameters."""
-
-    def __init__(self, graph_module: fx.GraphModule, params: Parameters):
-        super().__init__(graph_module)
-        self.params = params
-        self.extra_traceback = False  # leave the exceptions of the layers as they are
-
-    def call_module(self, target: str, args: tuple, kwargs: dict) -> Tensor:
-        layer = self.fetch_attr(target)
-        names = (name for name, _ in layer.named_parameters(recurse=False))
-        own = {name: self.params[f"{target}.{name}"] for name in names}
-        return LAYERS[type(layer)](layer, own, *args, **kwargs)
-
-    def call_function(self, target: Callable, args: tuple, kwargs: dict) -> Tensor:
-        return FUNCTIONS[target](*args, **kwargs)
-
-    call_method = call_function
+ENGINES = ("stacked", "vmap", "loop")
+SHAPE_ATTRIBUTES = (("shape",), ("dtype",), ("device",))
+FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 
 
 class StackedModule:
     """What `stack` returns.
 
     Attributes:
-        engine: "stacked" where the traced graph runs on stacked parameters, "vmap" otherwise.
-        reason: why it is vmap, in one sentence; empty for "stacked".
+        module: as it was given.
+        engine: "stacked" where the traced graph runs on stacked parameters, else "vmap" or "loop".
+        reason: why it is not "stacked", in one sentence; empty if it is, or was asked for.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        engine: str = "auto",
+        channels_last: bool = False,
+        batchnorm: str = "refuse",
+    ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-        refuse_batch_norm(module)
-        self.module = module
-        self.graph_module, self.reason = _trace(module)
-        self.engine = "vmap" if self.graph_module is None else "stacked"
+        if engine not in ("auto", *ENGINES):
+            raise ValueError(f"engine must be auto, {', '.join(ENGINES)}, got {engine!r}")
+        if batchnorm not in ("refuse", "recalibrate"):
+            raise ValueError(f"batchnorm must be 'refuse' or 'recalibrate', got {batchnorm!r}")
+        if batchnorm == "refuse":
+            refuse_batch_norm(module)
+        self.module, self.channels_last = module, channels_last
+        self.engine, self.reason = engine, ""
+        self._own = {
+            name: (tensor, first)
+            for named in (module.named_parameters, module.named_buffers)
+            for name, tensor, first in _with_first_names(named(remove_duplicate=False))
+        }
+        self._plans: dict[tuple, _Plan] = {}
+        if engine in ("auto", "stacked"):
+            try:
+                self._plan(None)
+                self.engine = "stacked"
+            except TraceFailed as error:
+                if engine == "stacked":
+                    raise ValueError(
+                        f"{type(module).__name__} cannot be stacked: {error}"
+                    ) from error
+                self.engine, self.reason = "vmap", str(error)
+        self._may_change = engine == "auto"
 
-    def __call__(self, params: Parameters, x: Tensor, *, per_point: bool = False) -> Tensor:
+    def __call__(self, params: Parameters, x: Inputs, *, per_point: bool = False) -> Tensor:
         """Evaluate N networks on inputs that they share, or on inputs of their own.
 
         Args:
-            params: name -> [N, ...], parameters and buffers as in the module's `state_dict()`.
-            x: [B, ...], or [N, B, ...] if per_point.
+            params: name -> [N, ...], parameters and buffers as in the module's `state_dict()` or
+                `torch.func.stack_module_state`; buffers that are left out are the module's own.
+            x: [B, ...], or [N, B, ...] if per_point; or a mapping of such tensors, the keyword
+                arguments of the module's forward.
             per_point: whether each network has an input of its own.
 
         Returns:
-            [N, B, ...] outputs.
+            [N, B, ...] outputs; all tensors in what the module returns, if that is a tuple or dict.
+
+        Raises:
+            ValueError: params that are not of this module, or inputs of another N.
         """
-        points = len(next(iter(params.values())))
-        if per_point and len(x) != points:
-            raise ValueError(f"x must be [N, B, ...] with N = {points}, got {list(x.shape)}")
-        if self.graph_module is not None:
-            return _Run(self.graph_module, params).run(
-                x if per_point else x.expand(points, *x.shape)
-            )
-        every = torch.vmap(
-            lambda p, x: functional_call(self.module, p, (x,), tie_weights=False),
-            in_dims=(0, 0 if per_point else None),
-            randomness="different",
+        n, state = self._state(params)
+        args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
+        args, kwargs = pytree.tree_map(lambda t: self._input(t, n, per_point), (args, kwargs))
+        while True:
+            try:
+                return without_n(self._run(state, args, kwargs, n), n)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
+                if not self._may_change or self.engine == "loop":
+                    raise
+                self._give_way(error)
+
+    def explain(self) -> str:
+        """A line for each operation: the layer it is in, which way it runs, and why."""
+        title = f"{type(self.module).__name__}: engine {self.engine}"
+        if self.engine != "stacked":
+            return f"{title}; {self.reason}" if self.reason else title
+        rows = list(next(reversed(self._plans.values())).rows())
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return "\n".join([title, *lines])
+
+    def _run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
+        if self.engine == "stacked":
+            return self._plan(tuple(kwargs) or None).run(state, args, kwargs, n)
+        way = by_vmap if self.engine == "vmap" else by_loop
+        return way(call(self.module), (state, args, kwargs), {}, n)
+
+    def _give_way(self, error: Exception) -> None:
+        """Go on with the next engine; the loop raises what the module itself raises."""
+        before, self.engine = self.engine, ENGINES[ENGINES.index(self.engine) + 1]
+        self.reason = f"{before} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
+        warnings.warn(
+            f"{type(self.module).__name__} runs as {self.engine}; {self.reason}", stacklevel=4
         )
-        return every(dict(params), x)
+
+    def _plan(self, names: tuple[str, ...] | None) -> "_Plan":
+        """The graph for these inputs in the present modes of all layers."""
+        key = (names, tuple(layer.training for layer in self.module.modules()))
+        if key not in self._plans:
+            self._plans[key] = _Plan(self.module, trace(self.module, names))
+        return self._plans[key]
+
+    def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:
+        """N, and all parameters and the given buffers under all of their names."""
+        if not params:
+            raise ValueError("params must hold the module's parameters, got none")
+        n = len(next(iter(params.values())))
+        for name in params:
+            if name not in self._own:
+                raise ValueError(f"params hold {name}, which the module does not have")
+        state = {}
+        for name, (tensor, first) in self._own.items():
+            given = params.get(first, params.get(name))
+            if given is not None:
+                if given.shape != (n, *tensor.shape):
+                    shape = ", ".join(map(str, ("N", *tensor.shape)))
+                    raise ValueError(
+                        f"{name} must be [{shape}] with N = {n}, got {list(given.shape)}"
+                    )
+                state[name] = Stacked(given)
+            elif isinstance(tensor, nn.Parameter):
+                raise ValueError(f"params lack {name}")
+        return n, state
+
+    def _input(self, x: Any, n: int, per_point: bool) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if per_point and len(x) != n:
+            raise ValueError(f"x must be [N, B, ...] with N = {n}, got {list(x.shape)}")
+        if self.channels_last and x.ndim == 4 + per_point:
+            images = x.transpose(0, 1).flatten(1, 2) if per_point else x
+            x = images.contiguous(memory_format=torch.channels_last)
+            x = x.unflatten(1, (n, -1)).transpose(0, 1) if per_point else x
+        return Stacked(x) if per_point else x
 
 
-def _trace(module: nn.Module) -> tuple[fx.GraphModule | None, str]:
-    """The graph with every node known, or None and the reason."""
-    for name, layer in module.named_modules():
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-            return None, f"{name or 'the module'} has a hook or a replaced forward"
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
-        return None, f"torch.fx cannot trace it: {error}"
-    for node in graph.nodes:
-        if reason := _why_not_stacked(node, module):
-            return None, reason
-    return fx.GraphModule(module, graph), ""
+class _Plan:
+    """A traced graph, and which way each of its operations runs."""
+
+    def __init__(self, module: nn.Module, traced: Trace):
+        self.module, self.traced = module, traced
+        self.ways: dict[fx.Node, Callable] = {}
+        self.reasons: dict[fx.Node, str] = {}
+        for node in traced.graph.nodes:
+            if node.op in ("call_function", "call_method", "call_module"):
+                self.ways[node], self.reasons[node] = self._way(node)
+
+    def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
+        return _Run(self, state, n).run(*args, *kwargs.values())
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(layer, operation, way) of each operation."""
+        shared = set()  # does not depend on which network it is
+        for node in self.traced.graph.nodes:
+            if node.op == "placeholder" or node.target in self.traced.constants:
+                shared.add(node)
+            if node not in self.ways:
+                continue
+            way = "stacked"
+            if reason := self.reasons[node]:
+                way = f"{self.ways[node].__name__.removeprefix('by_')}: {reason}"
+            own_draw = node.op == "call_module" or node.target in RANDOM
+            of_shape = node.target == "size" or node.args[1:] in SHAPE_ATTRIBUTES
+            if of_shape or (not own_draw and shared.issuperset(node.all_input_nodes)):
+                shared.add(node)
+                way = "once for all networks"
+            layers = list(node.meta.get("nn_module_stack", {}))
+            yield layers[-1] if layers else "", node.name, way
+
+    def _way(self, node: fx.Node) -> tuple[Callable, str]:
+        """The function (n, node's arguments) that runs a node, and why it is not a stacked form."""
+        if node.op == "call_module":
+            layer = self.module.get_submodule(node.target)
+            handler, given = layers.MODULES.get(type(layer)), (0, layer, {})
+        else:
+            handler, given = FUNCTIONS.get(node.target), (0,)
+        if handler is None:
+            return by_vmap, "it has no stacked form"
+        try:
+            inspect.signature(handler).bind(*given, *node.args, **node.kwargs)
+        except TypeError as error:
+            return by_vmap, f"its stacked form has {error}"
+        return handler, ""
 
 
-def _why_not_stacked(node: fx.Node, module: nn.Module) -> str:
-    """What keeps a node from running on stacked parameters; empty if nothing does."""
-    if node.op == "get_attr":
-        return f"the parameter {node.target} is used outside a layer"
-    if node.op == "call_module":
-        layer = module.get_submodule(node.target)
-        if type(layer) not in LAYERS or getattr(layer, "padding_mode", "zeros") != "zeros":
-            return f"{node.target} ({layer}) has no stacked form"
-        handler, args, in_place = LAYERS[type(layer)], (layer, {}), getattr(layer, "inplace", False)
-    elif node.op in ("call_function", "call_method"):
-        if node.target not in FUNCTIONS:
-            return f"{node.format_node()} has no stacked form"
-        handler, args = FUNCTIONS[node.target], ()
-        in_place = node.kwargs.get("inplace", False) or node.target is operator.iadd
-    else:
-        return ""
-    try:
-        inspect.signature(handler).bind(*args, *node.args, **node.kwargs)
-    except TypeError as error:
-        return f"{node.format_node()}: {error}"
-    if in_place and len(node.args[0].users) > 1:
-        return f"{node.format_node()} changes a value in place that is used again"
-    return ""
+class _Run(fx.Interpreter):
+    """One pass of the traced graph over stacked parameters."""
+
+    def __init__(self, plan: _Plan, state: dict[str, Stacked], n: int):
+        super().__init__(plan.module, graph=plan.traced.graph)
+        self.plan, self.state, self.n = plan, state, n
+        self.extra_traceback = False  # leave the exceptions of the layers as they are
+
+    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
+        for known in (self.state, self.plan.traced.constants):
+            if target in known:
+                return known[target]
+        return super().get_attr(target, args, kwargs)
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node not in self.plan.ways:
+            return super().run_node(node)
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        if node.op == "call_module":
+            prefix = f"{node.target}."
+            layer = self.module.get_submodule(node.target)
+            names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
+            own = {name: self.state[prefix + name] for name in names}
+            function, args, own_args = call(layer), (own, args, kwargs), (layer, own, *args)
+            own_kwargs, kwargs = kwargs, {}
+        else:
+            function = node.target if callable(node.target) else _method(node.target)
+            own_args, own_kwargs = args, kwargs
+            random = node.target in RANDOM
+            if not random and not _any_stacked(args) and not _any_stacked(kwargs):
+                return function(*args, **kwargs)
+            if random and self.plan.ways[node] is by_vmap:
+                args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
+        way = self.plan.ways[node]
+        if way not in (by_vmap, by_loop):
+            return way(self.n, *own_args, **own_kwargs)
+        try:
+            return way(function, args, kwargs, self.n)
+        except RuntimeError as error:
+            if way is by_loop:
+                raise
+            out = by_loop(function, args, kwargs, self.n)
+            self.plan.ways[node] = by_loop
+            self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
+            return out
+
+    def _own_copy(self, value: Any) -> Any:
+        return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
+
+
+def _method(name: str) -> Callable:
+    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+
+
+def _any_stacked(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_any_stacked, value))
+    if isinstance(value, dict):
+        return any(map(_any_stacked, value.values()))
+    return isinstance(value, Stacked)
+
+
+def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, str]]:
+    """(name, tensor, first name of the same tensor): tied parameters have several names."""
+    first: dict[Tensor, str] = {}
+    for name, tensor in named:
+        yield name, tensor, first.setdefault(tensor, name)
 
 
 @contextlib.contextmanager
@@ -226,25 +304,40 @@ def refuse_batch_norm(module: nn.Module) -> None:
             raise ValueError(
                 f"layer {name or type(layer).__name__} is BatchNorm, whose running statistics do "
                 "not interpolate between networks; use GroupNorm or LayerNorm in its place and "
-                "train again"
+                "train again, or have them computed anew with batchnorm='recalibrate'"
             )
 
 
-def stack(module: nn.Module) -> StackedModule:
+def stack(
+    module: nn.Module,
+    *,
+    engine: str = "auto",
+    channels_last: bool = False,
+    batchnorm: str = "refuse",
+) -> StackedModule:
     """The module as a function of N networks' stacked parameters: `(params, x) -> [N, B, ...]`.
 
     Equivalent to::
 
-        torch.stack([functional_call(module, {k: v[i] for k, v in params.items()}, x)
+        torch.stack([functionalcall(module, {k: v[i] for k, v in params.items()}, x)
                      for i in range(N)])
 
+    Dropout draws for each network by itself; in train mode BatchNorm updates the running statistics
+    in params in place, as it would a network's own.
+
     Args:
-        module: any nn.Module with one tensor in and one out, run in train or eval mode as it is;
-            it is not changed, and its own parameter values are not used.
+        module: any nn.Module, run in train or eval mode as it is; it is not changed, and its own
+            parameter values are not used. Hooks that are added later are not seen.
+        engine: "stacked" is the traced graph, "vmap" torch.func.vmap of the whole module, "loop"
+            one network after the other; "auto" the first of them that works. Those who want the
+            fastest give "auto" to `fastgeo.optimize` and `fastgeo.evaluate`, which measure.
+        channels_last: give the module its images [B, C, H, W] in channels-last memory format.
+        batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, whose statistics are then
+            buffers of each network like any other; see `fastgeo.recalibrate`.
 
     Raises:
         TypeError: anything else.
-        ValueError: a module with BatchNorm.
+        ValueError: a module with BatchNorm, or one that cannot be traced if engine is "stacked".
 
     Example:
         >>> nets = [resnet(8, 0.5) for _ in range(3)]
@@ -252,4 +345,4 @@ def stack(module: nn.Module) -> StackedModule:
         >>> stack(nets[0])(params, torch.randn(5, 3, 32, 32)).shape
         torch.Size([3, 5, 10])
     """
-    return StackedModule(module)
+    return StackedModule(module, engine=engine, channels_last=channels_last, batchnorm=batchnorm)

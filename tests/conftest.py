@@ -1,11 +1,12 @@
 """Small networks, data and paths that many tests share."""
 
+import copy
 import os
 
 import pytest
 import torch
 
-from fastgeo import Path, models
+from fastgeo import Path, models, stack
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,45 @@ def tiny_resnet(seed: int = 0, norm: str = "group") -> models.ResNet:
 def images(count: int = 12, channels: int = 1, size: int = 8, seed: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, channels, size, size, generator=generator, dtype=torch.float64)
+
+
+def clones(module, count):
+    """`count` copies of a module with weights of their own."""
+    networks = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        network = copy.deepcopy(module)
+        for parameter in network.parameters():
+            parameter.data += 0.3 * torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
+        networks.append(network)
+    return networks
+
+
+def assert_equals_the_loop(module, x, points, per_point, runs_as="stacked", **options):
+    """Equal outputs, and equal gradients to every parameter, under a random upstream gradient."""
+    networks = clones(module, points)
+    network = stack(module, **options)
+    assert network.engine == runs_as, network.reason
+    stacked, _ = torch.func.stack_module_state(networks)
+    inputs = torch.stack([x + i for i in range(points)]) if per_point else x
+    got = network(stacked, inputs, per_point=per_point)
+    expected = torch.stack(
+        [net(inputs[i] if per_point else inputs) for i, net in enumerate(networks)]
+    )
+    torch.testing.assert_close(got, expected)
+
+    upstream = torch.randn_like(expected)
+    own = [parameter for network in networks for parameter in network.parameters()]
+    gradients, loop = (
+        torch.autograd.grad(outputs, parameters, upstream, materialize_grads=True)
+        for outputs, parameters in ((got, list(stacked.values())), (expected, own))
+    )
+    for i, name in enumerate(stacked):
+        of_loop = torch.stack(loop[i :: len(stacked)])
+        torch.testing.assert_close(gradients[i], of_loop, msg=lambda text, n=name: f"{n}: {text}")
+    return network
 
 
 @pytest.fixture

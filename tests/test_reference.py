@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fastgeo_kernels import reference as ops
 
 
@@ -152,92 +151,3 @@ def test_bad_options_are_named():
         ops.path_js_div(x, reduction="sum")
     with pytest.raises(ValueError, match=r"edge_weight must be \[E\] = \[2\], got \[3\]"):
         ops.path_js_div_value_and_grad(x, torch.ones(3))
-
-
-# --- Stacked layers -------------------------------------------------------------------------------
-
-
-def random(*shape, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-
-def assert_same_function(stacked, loop, *inputs):
-    """Equal outputs, and equal gradients to every input, under a random upstream gradient."""
-    got, expected = stacked(*inputs), loop(*inputs)
-    upstream = random(*expected.shape, seed=2).detach()
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
-    )
-
-
-@pytest.mark.parametrize("points", [1, 2, 3, 25])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, dict(stride=2, padding=1), dict(dilation=2), dict(groups=2)]
-)
-def test_stacked_conv2d_is_the_loop(points, shared, options):
-    x = random(4, 6, 9, 8) if shared else random(points, 4, 6, 9, 8)
-    weight = random(points, 8, 6 // options.get("groups", 1), 3, 3)
-    bias = random(points, 8)
-    each = (lambda x, i: x) if shared else (lambda x, i: x[i])
-    assert_same_function(
-        lambda x, w, b: ops.stacked_conv2d(
-            x.expand(points, *x.shape) if shared else x, w, b, **options
-        ),
-        lambda x, w, b: torch.stack(
-            [F.conv2d(each(x, i), w[i], b[i], **options) for i in range(points)]
-        ),
-        x,
-        weight,
-        bias,
-    )
-
-
-@pytest.mark.parametrize("points", [1, 3, 25])
-@pytest.mark.parametrize("inner", [(4,), (4, 5)])
-def test_stacked_linear_is_the_loop(points, inner):
-    x, weight, bias = random(points, *inner, 6), random(points, 7, 6), random(points, 7)
-    assert_same_function(
-        ops.stacked_linear,
-        lambda x, w, b: torch.stack([F.linear(x[i], w[i], b[i]) for i in range(points)]),
-        x,
-        weight,
-        bias,
-    )
-
-
-@pytest.mark.parametrize("points, groups", [(1, 1), (3, 1), (25, 2)])
-def test_stacked_group_norm_is_the_loop(points, groups):
-    x, weight, bias = random(points, 4, 6, 3, 3), random(points, 6), random(points, 6)
-    assert_same_function(
-        lambda x, w, b: ops.stacked_group_norm(x, groups, w, b),
-        lambda x, w, b: torch.stack(
-            [F.group_norm(x[i], groups, w[i], b[i]) for i in range(points)]
-        ),
-        x,
-        weight,
-        bias,
-    )
-
-
-@pytest.mark.parametrize("points", [1, 3, 25])
-def test_stacked_layer_norm_is_the_loop(points):
-    x, weight, bias = random(points, 4, 5, 6), random(points, 6), random(points, 6)
-    assert_same_function(
-        ops.stacked_layer_norm,
-        lambda x, w, b: torch.stack([F.layer_norm(x[i], (6,), w[i], b[i]) for i in range(points)]),
-        x,
-        weight,
-        bias,
-    )
-
-
-def test_stacked_layers_name_what_does_not_fit():
-    with pytest.raises(
-        ValueError, match=r"stacked_conv2d: x must have 5 dimensions, got \[4, 3, 8"
-    ):
-        ops.stacked_conv2d(torch.zeros(4, 3, 8, 8), torch.zeros(2, 5, 3, 3, 3))
-    with pytest.raises(ValueError, match=r"stacked_linear: weight .* N as in x \[2, 4, 3\]"):
-        ops.stacked_linear(torch.zeros(2, 4, 3), torch.zeros(3, 5, 3))

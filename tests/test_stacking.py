@@ -5,45 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, tiny_resnet
+from conftest import assert_equals_the_loop, clones, images, tiny_resnet
 from torch import nn
 
 from fastgeo import models, stack
-
-
-def clones(module, count):
-    """`count` copies of a module with weights of their own."""
-    networks = []
-    for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        network = copy.deepcopy(module)
-        for parameter in network.parameters():
-            parameter.data += 0.3 * torch.randn(
-                parameter.shape, generator=generator, dtype=parameter.dtype
-            )
-        networks.append(network)
-    return networks
-
-
-def assert_equals_the_loop(module, x, points, per_point, engine="stacked"):
-    """Equal outputs, and equal gradients to every parameter, under a random upstream gradient."""
-    networks = clones(module, points)
-    network = stack(module)
-    assert network.engine == engine, network.reason
-    stacked, _ = torch.func.stack_module_state(networks)
-    inputs = torch.stack([x + i for i in range(points)]) if per_point else x
-    got = network(stacked, inputs, per_point=per_point)
-    expected = torch.stack(
-        [net(inputs[i] if per_point else inputs) for i, net in enumerate(networks)]
-    )
-    torch.testing.assert_close(got, expected)
-
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(got, list(stacked.values()), upstream)
-    expected.backward(upstream)
-    for name, gradient in zip(stacked, gradients, strict=True):
-        loop = torch.stack([net.get_parameter(name).grad for net in networks])
-        torch.testing.assert_close(gradient, loop, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("norm", ["group", "channel"])
@@ -64,19 +29,6 @@ def test_one_network_is_a_stack_of_one():
     assert_equals_the_loop(tiny_resnet(), images(), 1, False)
 
 
-class Unusual(nn.Module):
-    """A layer and a function that have no stacked form."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.pool = nn.MaxPool2d(2)
-        self.head = nn.Linear(36, 5)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.pool(self.conv(x))).flatten(1))
-
-
 class Branching(nn.Module):
     """A forward that torch.fx cannot trace."""
 
@@ -88,97 +40,11 @@ class Branching(nn.Module):
         return self.head(x.flatten(1)) if len(x) > 2 else None
 
 
-class PlainParameter(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(5))
-        self.head = nn.Linear(64, 5)
-
-    def forward(self, x):
-        return self.scale * self.head(x.flatten(1))
-
-
-@pytest.mark.parametrize(
-    "module, words",
-    [
-        (Unusual(), "pool"),
-        (Branching(), "torch.fx cannot trace"),
-        (PlainParameter(), "scale"),
-        (nn.Sequential(nn.Conv2d(1, 5, 8, padding=1, padding_mode="circular")), "Conv2d"),
-    ],
-)
 @pytest.mark.parametrize("per_point", [False, True])
-def test_what_has_no_stacked_form_runs_through_vmap_and_says_so(module, words, per_point):
-    module = module.double()
-    assert words in stack(module).reason
-    assert_equals_the_loop(module, images(), 3, per_point, engine="vmap")
-
-
-class Body(nn.Module):
-    """A convolution and a linear head around some function of the features [B, 4, 6, 6]."""
-
-    def __init__(self, function, layer=None):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.layer = layer or nn.Identity()
-        self.head = nn.Linear(144, 5)
-        self.function = function
-
-    def forward(self, x):
-        return self.head(self.function(self.conv(x), self.layer).flatten(1))
-
-
-@pytest.mark.parametrize(
-    "function, layer",
-    [
-        (lambda x, layer: x + x.mean(0), None),  # [B, C, H, W] + [C, H, W]
-        (lambda x, layer: x + x.mean((2, 3), keepdim=True), None),
-        (lambda x, layer: x + x.mean((-1, -2), True), None),
-        (lambda x, layer: x + x.mean(), None),
-        (lambda x, layer: torch.mean(x, dim=1, keepdim=True) + x, None),
-        (lambda x, layer: 2 + (x + 1), None),
-        (lambda x, layer: torch.flatten(input=x, start_dim=2), None),
-        (lambda x, layer: layer(input=x), nn.GroupNorm(2, 4)),
-        (lambda x, layer: layer(x.flatten(2)), nn.GroupNorm(2, 4)),
-        (lambda x, layer: layer(x) + x, nn.ReLU()),
-    ],
-)
-@pytest.mark.parametrize("points", [3, 12])  # 12 is also the batch, so a wrong broadcast would fit
-def test_shapes_and_arguments_behind_n(function, layer, points):
-    assert_equals_the_loop(Body(function, layer).double(), images(), points, False)
-
-
-@pytest.mark.parametrize(
-    "function, layer, words",
-    [
-        (lambda x, layer: layer(x) + x, nn.ReLU(inplace=True), "in place"),
-        (lambda x, layer: F.relu(x, inplace=True) + x, None, "in place"),
-        (lambda x, layer: torch.add(x, x, alpha=2), None, "alpha"),
-        (lambda x, layer: x + x.mean(1, True, dtype=torch.float64), None, "dtype"),
-    ],
-)
-def test_uses_that_are_not_covered_run_through_vmap(function, layer, words):
-    module = Body(function, layer).double()
-    assert words in stack(module).reason
-    assert_equals_the_loop(module, images(), 3, False, engine="vmap")
-
-
-class Accumulating(nn.Module):
-    """torchvision's residual addition: out += identity."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
-        self.head = nn.Linear(64, 5)
-
-    def forward(self, x):
-        out = self.conv(x)
-        out += x
-        return self.head(out.flatten(1))
-
-
-def test_a_residual_added_in_place_is_stacked():
-    assert_equals_the_loop(Accumulating().double(), images(), 3, False)
+def test_what_cannot_be_traced_runs_through_vmap_and_says_so(per_point):
+    module = Branching().double()
+    assert "torch.fx cannot trace" in stack(module).reason
+    assert_equals_the_loop(module, images(), 3, per_point, runs_as="vmap")
 
 
 def test_hooks_and_replaced_forwards_are_honoured():
@@ -220,43 +86,109 @@ def test_evaluation_without_gradient_leaves_the_module_alone():
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
-# --- The models themselves ------------------------------------------------------------------------
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+@pytest.mark.parametrize("per_point", [False, True])
+def test_every_engine_equals_the_loop(engine, per_point):
+    assert_equals_the_loop(tiny_resnet(), images(), 3, per_point, runs_as=engine, engine=engine)
 
 
-def test_resnet20_width_4_is_the_published_network():
-    module = models.resnet(20, 4)
-    assert sum(p.numel() for p in module.parameters()) == 4_327_754
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes["conv1.weight"] == (64, 3, 3, 3)
-    assert shapes["block_groups.1.blocks.0.shortcut.0.weight"] == (128, 64, 1, 1)
-    assert shapes["block_groups.2.blocks.2.norm2.bias"] == (256,)
-    expected = {"conv1.weight", "norm1.weight", "norm1.bias", "linear.weight", "linear.bias"}
-    for group in range(3):
-        for block in range(3):
-            prefix = f"block_groups.{group}.blocks.{block}"
-            expected |= {f"{prefix}.conv{i}.weight" for i in (1, 2)}
-            expected |= {f"{prefix}.norm{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-        if group:
-            prefix = f"block_groups.{group}.blocks.0.shortcut"
-            expected |= {f"{prefix}.0.weight", f"{prefix}.1.weight", f"{prefix}.1.bias"}
-    assert set(shapes) == expected
+def test_channels_last_changes_nothing_but_the_memory_format():
+    module = tiny_resnet()
+    stacked, _ = torch.func.stack_module_state(clones(module, 3))
+    for inputs, per_point in ((images(), False), (torch.stack([images()] * 3), True)):
+        outputs = [
+            stack(module, channels_last=channels_last)(stacked, inputs, per_point=per_point)
+            for channels_last in (False, True)
+        ]
+        torch.testing.assert_close(*outputs)
 
 
-def test_channel_norm_normalises_each_pixel():
-    x = images(3, channels=6)
-    out = models.ChannelNorm(6).double()(x)
-    torch.testing.assert_close(out.mean(1), torch.zeros(3, 8, 8, dtype=torch.float64))
-    torch.testing.assert_close(
-        out, (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-    )
-    shortcut = models.resnet(8, 1, norm="channel").block_groups[1].blocks[0].shortcut
-    assert shortcut[0].kernel_size == (3, 3)
+def test_explain_says_which_way_each_operation_runs_and_why():
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GLU(1), nn.Flatten(), nn.Linear(72, 5))
+    lines = stack(module).explain().splitlines()
+    assert lines[0] == "Sequential: engine stacked"
+    ways = {line.split()[0]: line.split(None, 2)[2] for line in lines[1:]}
+    assert ways == {
+        "0": "stacked",
+        "1": "vmap: it has no stacked form",
+        "2": "stacked",
+        "3": "stacked",
+    }
+    assert stack(Branching()).explain().startswith("Branching: engine vmap; torch.fx cannot trace")
+    assert stack(module, engine="loop").explain() == "Sequential: engine loop"
+
+
+class DataDependent(nn.Module):
+    """A forward that neither torch.fx nor vmap can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        x = self.head(x.flatten(1))
+        return x if x.mean().item() > 0 else -x
+
+
+def test_what_vmap_cannot_follow_runs_in_a_loop_and_says_so():
+    module = DataDependent().double()
+    stacked, _ = torch.func.stack_module_state(clones(module, 3))
+    network = stack(module)
+    with pytest.warns(UserWarning, match="runs as loop; vmap failed"):
+        got = network(stacked, images())
+    expected = torch.stack([net(images()) for net in clones(module, 3)])
+    torch.testing.assert_close(got, expected)
+    assert network.engine == "loop"
+    with pytest.raises(ValueError, match="DataDependent cannot be stacked: torch.fx cannot trace"):
+        stack(module, engine="stacked")
+    with pytest.raises(RuntimeError, match="vmap"):
+        stack(module, engine="vmap")(stacked, images())
+
+
+def test_one_submodule_that_cannot_be_traced_is_one_operation():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(1, 1, 3, padding=1)
+            self.middle = DataDependent()
+            self.last = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x)).relu())
+
+    network = assert_equals_the_loop(Around().double(), images(), 3, False)
+    assert "loop: vmap failed" in network.explain()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda p: p.pop("0.weight"), "params lack 0.weight"),
+        (lambda p: p.update(other=torch.zeros(3)), "params hold other, which the module does not"),
+        (
+            lambda p: p.update({"0.weight": torch.zeros(3, 8, 7)}),
+            r"0.weight must be \[N, 8, 64\] with N = 3, got \[3, 8, 7\]",
+        ),
+        (
+            lambda p: p.update({"2.bias": torch.zeros(2, 5)}),
+            r"2.bias must be \[N, 5\] with N = 3, got \[2, 5\]",
+        ),
+        (lambda p: p.clear(), "params must hold the module's parameters, got none"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(change, words):
+    module = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5))
+    params, _ = torch.func.stack_module_state([module] * 3)
+    params = {name: params[name] for name in sorted(params, key=lambda name: name != "0.bias")}
+    change(params)
+    with pytest.raises(ValueError, match=words):
+        stack(module)(params, torch.zeros(2, 64))
 
 
 @pytest.mark.parametrize(
     "options, words",
-    [(dict(depth=9), "6 k"), (dict(width=0.01), "channel"), (dict(norm="batch"), "'batch'")],
+    [(dict(engine="fast"), "auto, stacked, vmap, loop"), (dict(batchnorm="yes"), "recalibrate")],
 )
-def test_impossible_resnets_are_refused(options, words):
+def test_unknown_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        models.resnet(**options)
+        stack(tiny_resnet(), **options)

@@ -6,11 +6,13 @@ Needs torch alone, and triton on GPUs; the folder can be copied into another pro
 
 from . import layers
 from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
-from .reference import (
-    stacked_conv2d,
+from .stacked_layers import (
+    stacked_conv,
+    stacked_conv_transpose,
     stacked_group_norm,
     stacked_layer_norm,
     stacked_linear,
+    stacked_rms_norm,
 )
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "path_fisher_rao",
     "path_js_div",
     "path_js_div_value_and_grad",
-    "stacked_conv2d",
+    "stacked_conv",
+    "stacked_conv_transpose",
     "stacked_group_norm",
     "stacked_layer_norm",
     "stacked_linear",
+    "stacked_rms_norm",
 ]

@@ -11,20 +11,14 @@ Every term of the sum is non-negative and nothing in it is the difference of two
 the value is never negative, exactly 0 for equal rows, and never NaN for finite logits. JSD: Lin,
 "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 37 (1991). Path energy
 and lengths: Tan et al., "Geodesic Mode Connectivity", ICLR 2023 Tiny Papers, Eqs. 1 and 2.
-
-Stacked layers keep an image-like value logically [N, B, C, H, W] and physically (B, H, W, N, C) on
-GPUs, (B, N, C, H, W) on CPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
-writes is a free view of either. A value that all N networks share has stride 0 along N
-(`x.expand(N, ...)`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -340,157 +334,3 @@ def check_options(
             raise ValueError(
                 f"{name} must be on the logits' device {logits.device}, got {weight.device}"
             )
-
-
-# --- Layers of N stacked networks -----------------------------------------------------------------
-
-
-def stacked_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor] = None,
-    stride: Union[int, Sequence[int]] = 1,
-    padding: Union[int, Sequence[int], str] = 0,
-    dilation: Union[int, Sequence[int]] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """N convolutions, one a network, as one convolution with N groups.
-
-    Equivalent to::
-
-        torch.stack([F.conv2d(x[i], weight[i], bias[i], ...) for i in range(N)])
-
-    Args:
-        x: [N, B, C, H, W], or a [B, C, H, W] image shared by all networks as `x.expand(N, ...)`,
-            which is one dense convolution with N * O output channels.
-        weight: [N, O, C / groups, kh, kw].
-        bias: [N, O].
-        stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
-
-    Returns:
-        [N, B, O, H', W'].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_stacked("stacked_conv2d", x, 5, weight, 5)
-    weight = weight.flatten(0, 1)
-    bias = None if bias is None else bias.flatten()
-    shared = x.stride(0) == 0 and groups == 1
-    images = x[0] if shared else _fold(x)
-    if x.is_cuda:
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-    groups = 1 if shared else points * groups
-    return _unfold(F.conv2d(images, weight, bias, stride, padding, dilation, groups), points)
-
-
-def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """N linear layers, one a network, as one batched matrix product.
-
-    Equivalent to::
-
-        torch.stack([F.linear(x[i], weight[i], bias[i]) for i in range(N)])
-
-    Args:
-        x: [N, ..., I].
-        weight: [N, O, I].
-        bias: [N, O].
-
-    Returns:
-        [N, ..., O].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_stacked("stacked_linear", x, None, weight, 3)
-    rows = x.reshape(points, -1, x.shape[-1])
-    if bias is None:
-        out = torch.bmm(rows, weight.mT)
-    else:
-        out = torch.baddbmm(bias[:, None], rows, weight.mT)
-    return out.view(*x.shape[:-1], weight.shape[1])
-
-
-def stacked_group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """GroupNorm of N networks, each with its own affine map, as one with N times the groups.
-
-    Equivalent to::
-
-        torch.stack([F.group_norm(x[i], num_groups, weight[i], bias[i], eps) for i in range(N)])
-
-    Args:
-        x: [N, B, C, ...].
-        num_groups: groups of channels in one network; 1 takes statistics over C, H and W.
-        weight, bias: [N, C].
-        eps: added to the variance.
-
-    Returns:
-        [N, B, C, ...].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_stacked("stacked_group_norm", x, None, weight, 2)
-    weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    return _unfold(F.group_norm(_fold(x), points * num_groups, weight, bias, eps), points)
-
-
-def stacked_layer_norm(
-    x: Tensor, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None, eps: float = 1e-5
-) -> Tensor:
-    """LayerNorm over the last axis of N networks, each with its own affine map.
-
-    Equivalent to::
-
-        torch.stack([F.layer_norm(x[i], (C,), weight[i], bias[i], eps) for i in range(N)])
-
-    Args:
-        x: [N, ..., C].
-        weight, bias: [N, C].
-        eps: added to the variance.
-
-    Returns:
-        [N, ..., C].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    _check_stacked("stacked_layer_norm", x, None, weight, 2)
-    out = F.layer_norm(x, x.shape[-1:], eps=eps)
-    between = (1,) * (x.ndim - 2)
-    if weight is not None:
-        out = out * weight.view(len(weight), *between, -1)
-    if bias is not None:
-        out = out + bias.view(len(bias), *between, -1)
-    return out
-
-
-def _fold(x: Tensor) -> Tensor:
-    """[N, B, C, ...] -> [B, N*C, ...], a view of what `_unfold` gave."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def _unfold(x: Tensor, points: int) -> Tensor:
-    """[B, N*C, ...] -> [N, B, C, ...], a view."""
-    return x.unflatten(1, (points, -1)).transpose(0, 1)
-
-
-def _check_stacked(
-    name: str, x: Tensor, x_ndim: Optional[int], weight: Optional[Tensor], weight_ndim: int
-) -> int:
-    """The number of networks, after checking that x and weight agree on it."""
-    if x_ndim is not None and x.ndim != x_ndim:
-        raise ValueError(f"{name}: x must have {x_ndim} dimensions, got {list(x.shape)}")
-    if weight is not None and (weight.ndim != weight_ndim or weight.shape[0] != x.shape[0]):
-        raise ValueError(
-            f"{name}: weight must have {weight_ndim} dimensions, the first of them N as in x "
-            f"{list(x.shape)}, got {list(weight.shape)}"
-        )
-    return x.shape[0]

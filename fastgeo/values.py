@@ -1,0 +1,121 @@
+"""Values of N networks at once, and functions of one network applied to them.
+
+In a stacked run a value that differs between the networks is `Stacked`, a tensor [N, ...]; any
+other value, the shared input for one, is as in a single network and is computed once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stacked:
+    """A value of N networks: tensor [N, ...]."""
+
+    tensor: Tensor
+
+
+def each(value: Stacked | Tensor, n: int) -> Tensor:
+    """The value as [N, ...]; a shared one without a copy."""
+    return value.tensor if isinstance(value, Stacked) else value.expand(n, *value.shape)
+
+
+def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
+    """A function of one network's values, vectorised over N; random numbers differ."""
+    stacked, call = _one_network(function, args, kwargs)
+    form: list[Any] = []
+
+    def one(n_th: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+        leaves, structure = pytree.tree_flatten(call(own))
+        form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
+        return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
+
+    out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
+    structure, *others = form
+    return pytree.tree_unflatten(
+        [Stacked(next(out)) if other is None else other[0] for other in others], structure
+    )
+
+
+def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
+    """A function of one network's values, called N times."""
+    stacked, call = _one_network(function, args, kwargs)
+    each_own = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
+    return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
+
+
+def _one_network(
+    function: Callable, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The stacked tensors among the arguments, and the function of one network's part of them."""
+    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Stacked)]
+
+    def call(own: Sequence[Tensor]) -> Any:
+        mine = list(leaves)
+        for place, tensor in zip(places, own, strict=True):
+            mine[place] = tensor
+        args, kwargs = pytree.tree_unflatten(mine, structure)
+        return function(*args, **kwargs)
+
+    return [leaves[i].tensor for i in places], call
+
+
+def _joined(*values: Any) -> Any:
+    if torch.is_tensor(values[0]):
+        return Stacked(torch.stack(values))
+    if any(value != values[0] for value in values):
+        raise ValueError(f"a value that is no tensor differs between the networks: {values}")
+    return values[0]
+
+
+def without_n(value: Any, n: int) -> Any:
+    """What all networks returned, with every tensor [N, ...]."""
+    return pytree.tree_map(
+        lambda leaf: each(leaf, n) if isinstance(leaf, Stacked | Tensor) else leaf, value
+    )
+
+
+def aligned(value: Any, rank: int) -> Any:
+    """A stacked tensor with `rank` axes behind N, so that it broadcasts as without N."""
+    if isinstance(value, Stacked):
+        t = value.tensor
+        return t if t.ndim > rank else t.reshape(len(t), *(1,) * (rank + 1 - t.ndim), *t.shape[1:])
+    return value
+
+
+def rank_of(value: Any) -> int:
+    """The number of axes that one network sees."""
+    if isinstance(value, Stacked):
+        return value.tensor.ndim - 1
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
+def call(module: nn.Module) -> Callable:
+    """The module as a function of (state, args, kwargs)."""
+    return lambda state, args, kwargs: functional_call(
+        module, state, args, kwargs, tie_weights=False
+    )
+
+
+def forms(names: Iterable[str], make: Callable[[Callable], Callable]) -> dict:
+    """torch.name, F.name and the tensor method, each with the handler made of it."""
+    handlers = {}
+    for name in names:
+        functions = [getattr(module, name, None) for module in (torch, F)]
+        handlers |= {f: make(f) for f in functions if callable(f)}
+        if hasattr(Tensor, name):
+            handlers[name] = make(getattr(Tensor, name))
+    return handlers
+
+
+def same(handler: Callable) -> Callable:
+    """For `forms`: one handler, whatever it is called as."""
+    return lambda function: handler

@@ -1,0 +1,259 @@
+"""Layers of N stacked networks in plain PyTorch: every network's weights in one operation.
+
+An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
+in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
+writes is a free view of either. A value that all N networks share has stride 0 along N
+(`x.expand(N, ...)`).
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def stacked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: Union[int, Sequence[int]] = 1,
+    padding: Union[int, Sequence[int], str] = 0,
+    dilation: Union[int, Sequence[int]] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """N convolutions, one a network, as one convolution with N groups.
+
+    Equivalent to, in two dimensions::
+
+        torch.stack([F.conv2d(x[i], weight[i], bias[i], ...) for i in range(N)])
+
+    Args:
+        x: [N, B, C, ...] with one, two or three spatial axes, or [B, C, ...] inputs shared by all
+            networks as `x.expand(N, ...)`, which is one dense convolution with N * O output
+            channels.
+        weight: [N, O, C / groups, ...].
+        bias: [N, O].
+        stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
+
+    Returns:
+        [N, B, O, ...].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    points = _check_convolution("stacked_conv", x, weight)
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
+    shared = x.stride(0) == 0 and groups == 1
+    images, weight, bias = _folded(x, weight, bias, shared)
+    groups = 1 if shared else points * groups
+    return _unfold(convolution(images, weight, bias, stride, padding, dilation, groups), points)
+
+
+def stacked_conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: Union[int, Sequence[int]] = 1,
+    padding: Union[int, Sequence[int]] = 0,
+    output_padding: Union[int, Sequence[int]] = 0,
+    groups: int = 1,
+    dilation: Union[int, Sequence[int]] = 1,
+) -> Tensor:
+    """N transposed convolutions, one a network, as one with N groups.
+
+    Equivalent to, in two dimensions::
+
+        torch.stack([F.conv_transpose2d(x[i], weight[i], bias[i], ...) for i in range(N)])
+
+    Args:
+        x: [N, B, C, ...] with one, two or three spatial axes.
+        weight: [N, C, O / groups, ...].
+        bias: [N, O].
+        stride, padding, output_padding, groups, dilation: of each network, as in
+            `torch.nn.functional.conv_transpose2d`.
+
+    Returns:
+        [N, B, O, ...].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    points = _check_convolution("stacked_conv_transpose", x, weight)
+    convolution = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 4]
+    images, weight, bias = _folded(x, weight, bias, False)
+    options = (stride, padding, output_padding, points * groups, dilation)
+    return _unfold(convolution(images, weight, bias, *options), points)
+
+
+def _check_convolution(name: str, x: Tensor, weight: Tensor) -> int:
+    if weight.ndim not in (4, 5, 6):
+        raise ValueError(
+            f"{name}: weight must be [N, O, C, ...] with one to three spatial axes, got "
+            f"{list(weight.shape)}"
+        )
+    return _check_stacked(name, x, weight.ndim, weight, weight.ndim)
+
+
+def _folded(
+    x: Tensor, weight: Tensor, bias: Optional[Tensor], shared: bool
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    """[B, N*C, ...] inputs (or the shared ones), weight and bias of one convolution."""
+    images = x[0] if shared else _fold(x)
+    weight = weight.flatten(0, 1)
+    if x.is_cuda and weight.ndim == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, weight, None if bias is None else bias.flatten()
+
+
+def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """N linear layers, one a network, as one batched matrix product.
+
+    Equivalent to::
+
+        torch.stack([F.linear(x[i], weight[i], bias[i]) for i in range(N)])
+
+    Args:
+        x: [N, ..., I].
+        weight: [N, O, I].
+        bias: [N, O].
+
+    Returns:
+        [N, ..., O].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    points = _check_stacked("stacked_linear", x, None, weight, 3)
+    rows = x.reshape(points, -1, x.shape[-1])
+    if bias is None:
+        out = torch.bmm(rows, weight.mT)
+    else:
+        out = torch.baddbmm(bias[:, None], rows, weight.mT)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def stacked_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """GroupNorm of N networks, each with its own affine map, as one with N times the groups.
+
+    Equivalent to::
+
+        torch.stack([F.group_norm(x[i], num_groups, weight[i], bias[i], eps) for i in range(N)])
+
+    Args:
+        x: [N, B, C, ...].
+        num_groups: groups of channels in one network; 1 takes statistics over C, H and W.
+        weight, bias: [N, C].
+        eps: added to the variance.
+
+    Returns:
+        [N, B, C, ...].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    points = _check_stacked("stacked_group_norm", x, None, weight, 2)
+    weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
+    return _unfold(F.group_norm(_fold(x), points * num_groups, weight, bias, eps), points)
+
+
+def stacked_layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """LayerNorm over the last axes of N networks, each with its own affine map.
+
+    Equivalent to::
+
+        torch.stack([F.layer_norm(x[i], normalized_shape, weight[i], bias[i], eps)
+                     for i in range(N)])
+
+    Args:
+        x: [N, ..., *normalized_shape].
+        normalized_shape: the axes of one network over which statistics are taken.
+        weight, bias: [N, *normalized_shape].
+        eps: added to the variance.
+
+    Returns:
+        [N, ..., *normalized_shape].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    _check_stacked("stacked_layer_norm", x, None, weight, 1 + len(normalized_shape))
+    out = F.layer_norm(x, normalized_shape, eps=eps)
+    if weight is not None:
+        out = out * _beside(weight, x)
+    if bias is not None:
+        out = out + _beside(bias, x)
+    return out
+
+
+def stacked_rms_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Optional[Tensor] = None,
+    eps: Optional[float] = None,
+) -> Tensor:
+    """RMSNorm over the last axes of N networks, each with its own factors.
+
+    Equivalent to::
+
+        torch.stack([F.rms_norm(x[i], normalized_shape, weight[i], eps) for i in range(N)])
+
+    Args:
+        x: [N, ..., *normalized_shape].
+        normalized_shape: the axes of one network over which the mean square is taken.
+        weight: [N, *normalized_shape].
+        eps: added to the mean square; the machine epsilon of x by default.
+
+    Returns:
+        [N, ..., *normalized_shape].
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks.
+    """
+    _check_stacked("stacked_rms_norm", x, None, weight, 1 + len(normalized_shape))
+    out = F.rms_norm(x, normalized_shape, eps=eps)
+    return out if weight is None else out * _beside(weight, x)
+
+
+def _beside(factors: Tensor, x: Tensor) -> Tensor:
+    """[N, *shape] as [N, 1, ..., *shape] of x's rank."""
+    return factors.reshape(len(factors), *(1,) * (x.ndim - factors.ndim), *factors.shape[1:])
+
+
+def _fold(x: Tensor) -> Tensor:
+    """[N, B, C, ...] -> [B, N*C, ...], a view of what `_unfold` gave."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(x: Tensor, points: int) -> Tensor:
+    """[B, N*C, ...] -> [N, B, C, ...], a view."""
+    return x.unflatten(1, (points, -1)).transpose(0, 1)
+
+
+def _check_stacked(
+    name: str, x: Tensor, x_ndim: Optional[int], weight: Optional[Tensor], weight_ndim: int
+) -> int:
+    """The number of networks, after checking that x and weight agree on it."""
+    if x_ndim is not None and x.ndim != x_ndim:
+        raise ValueError(f"{name}: x must have {x_ndim} dimensions, got {list(x.shape)}")
+    if weight is not None and (weight.ndim != weight_ndim or weight.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"{name}: weight must have {weight_ndim} dimensions, the first of them N as in x "
+            f"{list(x.shape)}, got {list(weight.shape)}"
+        )
+    return x.shape[0]

@@ -1,0 +1,183 @@
+"""Single operations on stacked values against the loop over modules, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_equals_the_loop, images
+from torch import nn
+
+from fastgeo import stack
+
+
+class Body(nn.Module):
+    """A convolution and a linear head around some function of the features [B, 4, 6, 6]."""
+
+    def __init__(self, function, layer=None):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.layer = layer or nn.Identity()
+        self.head = nn.Linear(144, 5)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.conv(x), self.layer).flatten(1))
+
+
+BEHIND_N = [  # of [B, 4, 6, 6] features
+    lambda x, layer: x + x.mean(0),  # [B, C, H, W] + [C, H, W]
+    lambda x, layer: x + x.mean((2, 3), keepdim=True),
+    lambda x, layer: x + x.mean((-1, -2), True),
+    lambda x, layer: x + x.mean(),
+    lambda x, layer: torch.mean(x, dim=1, keepdim=True) + x,
+    lambda x, layer: x - x.sum(1, keepdim=True) / x.amax((2, 3), keepdim=True),
+    lambda x, layer: 2 + (x + 1),
+    lambda x, layer: torch.add(x, x, alpha=2),
+    lambda x, layer: 1 / (2 - x.sigmoid()) ** 2 * torch.where(x > 0, x, -x),
+    lambda x, layer: torch.flatten(input=x, start_dim=2),
+    lambda x, layer: layer.weight * x.permute(0, 2, 3, 1),
+    lambda x, layer: (layer.weight.exp() + layer.bias)[:, None, None] * x,
+    lambda x, layer: x.permute(0, 3, 1, -2).reshape(12, -1),
+    lambda x, layer: (x.permute((0, 2, 3, 1)) @ layer.weight[:, None]).repeat(1, 1, 1, 4),
+    lambda x, layer: x.transpose(1, -1).matmul(x.mean(1)[:, None, :4, :4]),
+    lambda x, layer: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2)).repeat(1, 1, 9),
+    lambda x, layer: x.view(x.size(0), -1),
+    lambda x, layer: x.view((x.shape[0], 2, 2, 36)),
+    lambda x, layer: x.reshape(-1, 6).unflatten(0, (12, -1)),
+    lambda x, layer: x.unsqueeze(1).squeeze(1).unsqueeze(-1),
+    lambda x, layer: torch.cat([x[:, 1:], x[:, :1]], dim=1),
+    lambda x, layer: torch.cat([x, torch.zeros(12, 4, 6, 6, dtype=x.dtype)], 1)[:, 2:6],
+    lambda x, layer: torch.stack([x[:, 0], x[:, 1]], 1).repeat(1, 2, 1, 1),
+    lambda x, layer: torch.cat([x.chunk(2, 1)[1] * 2, x.chunk(2, 1)[0]], 1),
+    lambda x, layer: x.split([1, 3], dim=1)[1].sum(1, keepdim=True) + x,
+    lambda x, layer: x.chunk(2, -1)[0].contiguous().view(12, -1).repeat(1, 2),
+    lambda x, layer: x[:, :, None, 0].expand(-1, -1, 6, -1),
+    lambda x, layer: x[..., 0, :].unsqueeze(2).expand(12, 4, 6, 6),
+    lambda x, layer: x[:, [3, 1, 0, 2]],
+    lambda x, layer: x[:, torch.tensor([3, 1, 0, 2])],
+    lambda x, layer: x.softmax(1) + F.log_softmax(x, -1),
+    lambda x, layer: x.cumsum(1),
+    lambda x, layer: x.max(1, keepdim=True)[0] + x,
+    lambda x, layer: torch.einsum("bchw,c->bchw", x, layer.bias + 1),
+    lambda x, layer: F.pad(x, (1, 1, 2, 0))[:, :, :6, :6],
+    lambda x, layer: F.pad(x, (1, 1, 2, 0), mode="reflect")[:, :, :6, :6],
+    lambda x, layer: F.max_pool2d(x, 2).repeat(1, 1, 2, 2),
+    lambda x, layer: (F.max_pool2d(x, 2, return_indices=True)[1] + x[:, :, :3, :3]).repeat(
+        1, 1, 2, 2
+    ),
+    lambda x, layer: F.avg_pool2d(x, 3, 1, 1),
+    lambda x, layer: F.adaptive_avg_pool2d(x, 1) + x,
+    lambda x, layer: F.interpolate(x[:, :, :3, :3], scale_factor=2, mode="bilinear"),
+    lambda x, layer: F.normalize(x, dim=1),
+    lambda x, layer: x.to(torch.float64).type_as(x).masked_fill(x > 0, 0.5),
+    lambda x, layer: x + torch.arange(x.shape[-1], dtype=x.dtype, device=x.device),
+    lambda x, layer: F.gelu(F.silu(F.leaky_relu(x, 0.2)), approximate="tanh"),
+    lambda x, layer: torch.relu_(x * 2),
+    lambda x, layer: (x * 2).clamp_(-1, 1).mul_(3),
+]
+
+
+@pytest.mark.parametrize("function", BEHIND_N)
+@pytest.mark.parametrize("points", [3, 12])  # 12 is also the batch, so a wrong broadcast would fit
+def test_shapes_and_arguments_behind_n(function, points):
+    module = Body(function, nn.LayerNorm(4)).double()
+    assert_equals_the_loop(module, images(), points, False)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 4),
+        nn.GroupNorm(1, 4, affine=False),
+        nn.LayerNorm(6),
+        nn.LayerNorm((4, 6, 6)),
+        nn.LayerNorm((6, 6), elementwise_affine=False),
+        nn.RMSNorm(6),
+        nn.RMSNorm((6, 6), eps=1e-3),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.LocalResponseNorm(2),
+        nn.Conv2d(4, 4, 3, padding="same", dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate"),
+        nn.ConvTranspose2d(4, 2, 3, padding=1, groups=2),
+        nn.ConvTranspose2d(4, 4, 2, stride=2),
+        nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1)),
+        nn.Linear(6, 6),
+        nn.Linear(6, 3, bias=False),
+        nn.Bilinear(6, 6, 6),
+        nn.PReLU(4),
+        nn.Softmax(1),
+        nn.Softplus(),
+        nn.ELU(),
+        nn.Hardswish(),
+        nn.GLU(1),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AdaptiveAvgPool2d((2, 3)),
+        nn.AdaptiveMaxPool2d(2),
+        nn.Upsample(scale_factor=2),
+        nn.PixelShuffle(2),
+        nn.ZeroPad2d(1),
+        nn.ReflectionPad2d(1),
+        nn.Unflatten(1, (2, 2)),
+        nn.Dropout(0.5).eval(),
+        nn.Dropout2d(0.5).eval(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_layer_equals_the_loop(layer, shared):
+    """A layer on features that differ between the networks, and on the input that they share."""
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            x = x if shared else self.scale * x
+            x = x[:, :, None] if isinstance(self.layer, nn.Conv3d) else x
+            x = self.layer(x, x) if isinstance(self.layer, nn.Bilinear) else self.layer(x)
+            return x.flatten(1) * self.scale.sum()
+
+    x = torch.randn(12, 4, 6, 6, dtype=torch.float64)
+    network = assert_equals_the_loop(Features().double(), x, 3, False)
+    without_a_form = isinstance(layer, nn.Bilinear | nn.InstanceNorm2d | nn.Dropout2d)
+    if not shared:
+        without_a_form |= isinstance(layer, nn.GLU | nn.LocalResponseNorm | nn.PixelShuffle)
+    assert ("vmap" in network.explain()) == without_a_form
+
+
+@pytest.mark.parametrize(
+    "function, layer",
+    [
+        (lambda x, layer: layer(x) + x, nn.ReLU(inplace=True)),
+        (lambda x, layer: F.relu(x, inplace=True) + x, None),
+        (lambda x, layer: x[:, :2].mul_(2).repeat(1, 2, 1, 1) + x, None),
+    ],
+)
+def test_a_value_changed_in_place_and_used_again_runs_through_vmap(function, layer):
+    module = Body(function, layer).double()
+    assert "in place" in stack(module).reason
+    assert_equals_the_loop(module, images(), 3, False, runs_as="vmap")
+
+
+class Accumulating(nn.Module):
+    """torchvision's residual addition: out += identity."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, x):
+        out = self.conv(x)
+        out += x
+        return self.head(out.flatten(1))
+
+
+def test_a_residual_added_in_place_is_stacked():
+    assert_equals_the_loop(Accumulating().double(), images(), 3, False)

@@ -1,0 +1,119 @@
+"""Layers of N stacked networks against the loop over networks, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastgeo_kernels import (
+    stacked_conv,
+    stacked_conv_transpose,
+    stacked_group_norm,
+    stacked_layer_norm,
+    stacked_linear,
+    stacked_rms_norm,
+)
+
+
+def random(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def assert_is_the_loop(stacked, one, x, *parameters, shared=False):
+    """Equal outputs, and equal gradients to every input, under a random upstream gradient."""
+    points = len(parameters[0])
+    inputs = (x, *parameters)
+    got = stacked(x.expand(points, *x.shape) if shared else x, *parameters)
+    each = [x] * points if shared else x
+    expected = torch.stack([one(*own) for own in zip(each, *parameters, strict=True)])
+    upstream = random(*expected.shape, seed=2).detach()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)
+    )
+
+
+CONVOLUTIONS = {
+    1: (F.conv1d, F.conv_transpose1d),
+    2: (F.conv2d, F.conv_transpose2d),
+    3: (F.conv3d, F.conv_transpose3d),
+}
+SIZE = (9, 8, 7)
+
+
+@pytest.mark.parametrize("points", [1, 2, 3, 25])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "spatial, options",
+    [
+        (2, {}),
+        (2, dict(stride=2, padding=1)),
+        (2, dict(dilation=2)),
+        (2, dict(groups=2)),
+        (1, dict(padding="same")),
+        (3, dict(padding=(1, 0, 1))),
+    ],
+)
+def test_stacked_conv_is_the_loop(points, shared, spatial, options):
+    x = random(*(() if shared else (points,)), 4, 6, *SIZE[:spatial])
+    weight = random(points, 8, 6 // options.get("groups", 1), *(3,) * spatial)
+    assert_is_the_loop(
+        lambda x, w, b: stacked_conv(x, w, b, **options),
+        lambda x, w, b: CONVOLUTIONS[spatial][0](x, w, b, **options),
+        *(x, weight, random(points, 8)),
+        shared=shared,
+    )
+
+
+@pytest.mark.parametrize("points", [1, 3])
+@pytest.mark.parametrize(
+    "spatial, options",
+    [(2, {}), (2, dict(stride=2, output_padding=1, groups=2)), (1, dict(dilation=2)), (3, {})],
+)
+def test_stacked_conv_transpose_is_the_loop(points, spatial, options):
+    weight = random(points, 6, 8 // options.get("groups", 1), *(3,) * spatial)
+    assert_is_the_loop(
+        lambda x, w, b: stacked_conv_transpose(x, w, b, **options),
+        lambda x, w, b: CONVOLUTIONS[spatial][1](x, w, b, **options),
+        *(random(points, 4, 6, *SIZE[:spatial]), weight, random(points, 8)),
+    )
+
+
+@pytest.mark.parametrize("points", [1, 3, 25])
+@pytest.mark.parametrize("inner", [(4,), (4, 5)])
+def test_stacked_linear_is_the_loop(points, inner):
+    x, weight, bias = random(points, *inner, 6), random(points, 7, 6), random(points, 7)
+    assert_is_the_loop(stacked_linear, F.linear, x, weight, bias)
+
+
+@pytest.mark.parametrize("points, groups", [(1, 1), (3, 1), (25, 2)])
+def test_stacked_group_norm_is_the_loop(points, groups):
+    assert_is_the_loop(
+        lambda x, w, b: stacked_group_norm(x, groups, w, b),
+        lambda x, w, b: F.group_norm(x, groups, w, b),
+        *(random(points, 4, 6, 3, 3), random(points, 6), random(points, 6)),
+    )
+
+
+@pytest.mark.parametrize("points", [1, 3, 25])
+@pytest.mark.parametrize("shape", [(6,), (5, 6)])
+def test_stacked_layer_and_rms_norm_are_the_loop(points, shape):
+    x, weight, bias = random(points, 4, 5, 6), random(points, *shape), random(points, *shape)
+    assert_is_the_loop(
+        lambda x, w, b: stacked_layer_norm(x, shape, w, b),
+        lambda x, w, b: F.layer_norm(x, shape, w, b),
+        *(x, weight, bias),
+    )
+    assert_is_the_loop(
+        lambda x, w: stacked_rms_norm(x, shape, w, 1e-3),
+        lambda x, w: F.rms_norm(x, shape, w, 1e-3),
+        *(x, weight),
+    )
+
+
+def test_stacked_layers_name_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"stacked_conv: x must have 5 dimensions, got \[4, 3, 8"):
+        stacked_conv(torch.zeros(4, 3, 8, 8), torch.zeros(2, 5, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"stacked_conv: weight .* one to three .* \[2, 5, 3\]"):
+        stacked_conv(torch.zeros(2, 4, 3), torch.zeros(2, 5, 3))
+    with pytest.raises(ValueError, match=r"stacked_linear: weight .* N as in x \[2, 4, 3\]"):
+        stacked_linear(torch.zeros(2, 4, 3), torch.zeros(3, 5, 3))
