@@ -5,6 +5,7 @@ from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.matching import Matching, match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.recalibrate import recalibrate
 from fastgeo.stacking import stack
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "keep_pages",
     "match",
     "optimize",
+    "recalibrate",
     "stack",
 ]

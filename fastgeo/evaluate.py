@@ -1,7 +1,7 @@
 """Loss, accuracy, barriers and lengths of a path."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,11 +10,15 @@ from fastgeo_kernels import path_fisher_rao, path_js_div
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.optimize import check_path_of
-from fastgeo.path import Path
-from fastgeo.stacking import evaluation_mode, stack
+from fastgeo.energy import logits_of
+from fastgeo.engines import EngineChoice
+from fastgeo.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
+from fastgeo.modes import evaluation_mode
+from fastgeo.path import Path, check_path_of
+from fastgeo.recalibrate import recalibrate
 
-Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+Pair = tuple[Inputs, Tensor]
+Data = Pair | Iterable[Pair]
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ def evaluate(
     splits: Mapping[str, Data],
     *,
     batch_size: int = 256,
+    engine: str = "auto",
+    channels_last: bool | None = None,
+    chunk: int | None = None,
+    batchnorm: str = "refuse",
+    on_choice: Callable[[dict], None] | None = None,
     progress: bool = False,
     description: str = "evaluate",
 ) -> Evaluation:
@@ -76,14 +85,20 @@ def evaluate(
     Args:
         path: the path.
         module: the network of all points, run in eval mode; its parameter values are not used.
-        splits: name -> (inputs [n, ...], labels [n] of 0 .. C - 1), or an iterable of such batches.
-            The lengths are taken on the first split.
+        splits: name -> (inputs, labels), or an iterable of such batches. Inputs are [n, ...], or a
+            mapping of such tensors, the keyword arguments of the module's forward; labels are
+            integers within 0 .. C - 1, [n], or [n, ...] for logits [n, ..., C]. The lengths are
+            taken on the first split.
         batch_size: inputs in one pass, for splits given as tensors.
+        engine, channels_last, on_choice: as in `fastgeo.optimize`.
+        chunk: networks in one pass; None for all of them.
+        batchnorm: "refuse", or "recalibrate": the running statistics of every network are computed
+            anew on the first split (`fastgeo.recalibrate`), on the path that is evaluated only.
         progress: show a progress bar.
         description: its label.
 
     Raises:
-        TypeError: a path or module of another type, or a batch that is not a pair of tensors.
+        TypeError: a path or module of another type, or a batch that is not such a pair.
         ValueError: a path that is not of this module, no data, inputs and labels whose counts
             differ, or labels that are not classes.
 
@@ -96,8 +111,14 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
-    network = stack(module)
+    options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
+    choice = EngineChoice(module, **options, on_choice=on_choice)
+    if batchnorm == "recalibrate":
+        name, data = next(iter(splits.items()))
+        inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
+        path = recalibrate(path, module, inputs, chunk=chunk)
     stacked = path.stacked()
+    one = {name: tensor[:1] for name, tensor in stacked.items()}
     results, lengths = {}, None
     for name, data in splits.items():
         totals = _Totals(len(path), path.device)
@@ -108,10 +129,13 @@ def evaluate(
             disable=not progress,
         ):
             inputs, labels = _pair(name, batch)
+            inputs = on_device(inputs, path.device)
             with evaluation_mode(module):
-                logits = network(stacked, inputs.to(path.device))  # [N, B, C]
-            _check_labels(name, labels, logits)
-            totals.add(logits, labels.to(path.device).long(), lengths=lengths is None)
+                choice.prepare(one, inputs, points=len(path))
+                outputs = choice.run(lambda engine, x=inputs: engine.forward(stacked, x))
+            logits = logits_of(outputs)
+            rows = _labels(name, labels, outputs).to(path.device).long()
+            totals.add(logits, rows, lengths=lengths is None)
         if totals.count == 0:
             raise ValueError(f"split {name!r} holds no data")
         results[name] = totals.split()
@@ -130,7 +154,7 @@ class _Totals:
         self.square_chord = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, *, lengths: bool) -> None:
-        """logits [N, B, C], labels [B]."""
+        """logits [N, R, C], labels [R]."""
         every_label = labels.expand(len(logits), -1)
         loss = F.cross_entropy(logits.flatten(0, 1), every_label.flatten(), reduction="none")
         self.count += len(labels)
@@ -165,32 +189,32 @@ class _Totals:
         }
 
 
-def _batches(name: str, data: Data, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+def _batches(name: str, data: Data, batch_size: int) -> Iterable[Pair]:
     if not isinstance(data, tuple):
         return data
     inputs, labels = _pair(name, data)
-    if len(inputs) != len(labels):
-        raise ValueError(f"split {name!r} has {len(inputs)} inputs and {len(labels)} labels")
-    return list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+    for tensor in tensors_of(inputs):
+        if len(tensor) != len(labels):
+            raise ValueError(f"split {name!r} has {len(tensor)} inputs and {len(labels)} labels")
+    parts = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
+    return [(each_tensor(lambda t, p=part: t[p], inputs), labels[part]) for part in parts]
 
 
-def _pair(name: str, batch: Sequence[Tensor]) -> Sequence[Tensor]:
+def _pair(name: str, batch: Sequence) -> Sequence:
     pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if not pair or not all(map(torch.is_tensor, batch)):
+    if not pair or not is_inputs(batch[0]) or not isinstance(batch[1], Tensor):
         raise TypeError(
             f"split {name!r} must be a tuple (inputs, labels) or an iterable of such tuples"
         )
     return batch
 
 
-def _check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
-    """ValueError unless labels [B] are classes of logits [N, B, C]."""
-    if logits.ndim != 3:
-        raise ValueError(f"the module must return logits [B, C], got {list(logits.shape[1:])}")
-    batch, classes = logits.shape[1:]
-    if labels.shape != (batch,) or labels.is_floating_point() or labels.is_complex():
+def _labels(name: str, labels: Tensor, outputs: Tensor) -> Tensor:
+    """[R]; ValueError unless the labels [B, ...] are classes of the outputs [N, B, ..., C]."""
+    *rows, classes = outputs.shape[1:]
+    if list(labels.shape) != rows or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"split {name!r}: labels must be integers [{batch}], got {labels.dtype} "
+            f"split {name!r}: labels must be integers {rows}, got {labels.dtype} "
             f"{list(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() >= classes:
@@ -198,3 +222,4 @@ def _check_labels(name: str, labels: Tensor, logits: Tensor) -> None:
             f"split {name!r}: labels must be within 0..{classes - 1}, got {int(labels.min())}.."
             f"{int(labels.max())}"
         )
+    return labels.flatten()

@@ -203,7 +203,8 @@ def _batch_norm(n, layer: nn.modules.batchnorm._BatchNorm, state: State, input):
     momentum = layer.momentum
     if updated:
         own["num_batches_tracked"].add_(1)
-        momentum = momentum or 1 / own["num_batches_tracked"][0].item()
+        if momentum is None:  # the mean of all batches
+            momentum = 1 / own["num_batches_tracked"][0].item()
     statistics = [None if t is None else t.flatten() for t in (mean, variance)]
     x = each(input, n).transpose(0, 1).flatten(1, 2)
     out = F.batch_norm(

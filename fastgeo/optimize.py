@@ -6,16 +6,18 @@ Multiplying the stacked gradient by the inverse of L, the gradient in the H1 inn
 removes that factor at the same optimum and learning rate.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
-from fastgeo_kernels import path_js_div_value_and_grad
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.path import Path
-from fastgeo.stacking import StackedModule, evaluation_mode, stack
+from fastgeo.energy import EndLogits, energy_and_gradient
+from fastgeo.engines import EngineChoice
+from fastgeo.inputs import inputs_of, on_device
+from fastgeo.modes import batch_statistics, evaluation_mode
+from fastgeo.path import Path, check_path_of
 
 
 def optimize(
@@ -26,6 +28,12 @@ def optimize(
     steps: int | None = None,
     lr: float = 0.1,
     precondition: bool = True,
+    engine: str = "auto",
+    channels_last: bool | None = None,
+    chunk: int | None = None,
+    memory_budget: int | str | None = None,
+    batchnorm: str = "refuse",
+    on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, Path], None] | None = None,
     progress: bool = False,
 ) -> Path:
@@ -41,12 +49,25 @@ def optimize(
     Args:
         path: where to start; not changed.
         module: the network of all points, run in eval mode; its parameter values are not used.
-        batches: iterable of inputs [B, ...], or of tuples whose first entry they are (targets are
-            ignored). Gone through again, if it can be, until all steps are done.
+        batches: iterable of inputs [B, ...], or of mappings of such inputs (keyword arguments of
+            the module's forward), or of tuples whose first entry they are (targets are ignored).
+            Gone through again, if it can be, until all steps are done.
         steps: how many; one pass over the batches by default.
         lr: learning rate.
         precondition: multiply the gradient by the inverse path Laplacian; False is the SGD of
             Tan et al.
+        engine: "stacked", "vmap" or "loop" as in `fastgeo.stack`, or "auto": they take turns in the
+            first steps until the fastest is known. All compute the same up to rounding, so a run
+            repeats itself to the last bit only with an engine that is named.
+        channels_last: memory format of images; None for the faster one.
+        chunk: interior points in one pass. Two chunks' activations are kept at most, nothing is
+            computed twice, and the gradient is the same. None for all in one pass.
+        memory_budget: choose the chunk so that the activations kept for the backward pass take at
+            most so many bytes; a number, or a string as in "8GiB".
+        batchnorm: "refuse", or "recalibrate": BatchNorm takes the statistics of each batch, and the
+            running ones are left for `fastgeo.recalibrate` to compute.
+        on_choice: called once with {"engine", "channels_last", "chunk", "seconds": measured a step
+            of each candidate, "failed": why others were left out} when the engine is known.
         on_step: called before every update with {"step", "energy": nats, "sqrt_jsd",
             "euclidean"} on the step's batch, and the path that has them, which may be kept.
         progress: show a progress bar.
@@ -68,17 +89,36 @@ def optimize(
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     check_path_of(path, module)
-    network = stack(module)
+    choice = EngineChoice(
+        module,
+        engine=engine,
+        channels_last=channels_last,
+        chunk=chunk,
+        memory_budget=memory_budget,
+        batchnorm=batchnorm,
+        on_choice=on_choice,
+    )
+    mode = evaluation_mode(module)
+    if batchnorm == "recalibrate":
+        mode = batch_statistics(module, update=False)
+    ends = EndLogits(path)
     trained = _trained_names(module)
     inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
 
     taken = 0
     with (
-        evaluation_mode(module),
+        mode,
         tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar,
     ):
-        for step, inputs in enumerate(islice(_inputs(batches, repeat=steps is not None), steps)):
-            energies, gradient = energy_and_gradient(path, network, inputs.to(path.device), trained)
+        for step, given in enumerate(islice(inputs_of(batches, repeat=steps is not None), steps)):
+            inputs = on_device(given, path.device)
+            one = {name: tensor[None] for name, tensor in path.start.items()}
+            choice.prepare(one, inputs, points=len(path) - 2)
+            energies, gradient = choice.run(
+                lambda engine, path=path, given=given, inputs=inputs: energy_and_gradient(
+                    path, engine, inputs, trained, ends(given, inputs, engine)
+                )
+            )
             if not torch.isfinite(energies).all():
                 edge = int((~torch.isfinite(energies)).nonzero()[0])
                 cause = f"lower lr (now {lr})" if step else "look at the inputs and the two ends"
@@ -100,30 +140,6 @@ def optimize(
     return path
 
 
-def energy_and_gradient(
-    path: Path, network: StackedModule, inputs: Tensor, trained: dict[str, str]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divergence of each edge on a batch, [E] nats, and the energy's gradient [N - 2, ...]."""
-    with torch.no_grad():  # the ends never change and need no gradient
-        ends = {name: torch.stack([path.start[name], path.end[name]]) for name in path.start}
-        end_logits = network(ends, inputs)  # [2, B, C]
-    leaves = {
-        name: path.interior[name].detach().requires_grad_()
-        for name in dict.fromkeys(trained.values())
-    }
-    tied = {name: leaves[first] for name, first in trained.items()}
-    with torch.enable_grad():
-        logits = network(path.stacked_interior() | tied, inputs)  # [N-2, B, C]
-    if logits.ndim != 3:
-        raise ValueError(f"the module must return logits [B, C], got {list(logits.shape[1:])}")
-    whole = torch.cat([end_logits[:1], logits.detach(), end_logits[1:]])
-    energies, gradient = path_js_div_value_and_grad(whole)
-    gradients = torch.autograd.grad(
-        logits, list(leaves.values()), gradient[1:-1].to(logits), materialize_grads=True
-    )
-    return energies, dict(zip(leaves, gradients, strict=True))
-
-
 def inverse_path_laplacian(size: int) -> Tensor:
     """[n, n] fp32, the inverse of tridiag(-1, 2, -1): min(i, j) (n + 1 - max(i, j)) / (n + 1).
 
@@ -136,24 +152,6 @@ def inverse_path_laplacian(size: int) -> Tensor:
     return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
 
 
-def check_path_of(path: Path, module: nn.Module) -> None:
-    """TypeError or ValueError, naming the first difference, unless the points are of module."""
-    if not isinstance(path, Path):
-        raise TypeError(f"path must be a fastgeo.Path, got {type(path).__name__}")
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    state = module.state_dict()
-    for name in [*state, *path.start]:
-        if name not in state or name not in path.start:
-            there, missing = ("path", "module") if name in path.start else ("module", "path")
-            raise ValueError(f"{name} is in the {there} and not in the {missing}")
-        if state[name].shape != path.start[name].shape:
-            raise ValueError(
-                f"{name} has shape {list(path.start[name].shape)} in the path and "
-                f"{list(state[name].shape)} in the module"
-            )
-
-
 def _trained_names(module: nn.Module) -> dict[str, str]:
     """Name of every parameter to train -> the first name of it (tied parameters have several)."""
     first: dict[nn.Parameter, str] = {}
@@ -162,25 +160,6 @@ def _trained_names(module: nn.Module) -> dict[str, str]:
     if not trained:
         raise ValueError("the module has no parameter with requires_grad to train")
     return trained
-
-
-def _inputs(batches: Iterable, *, repeat: bool) -> Iterator[Tensor]:
-    """The inputs of one pass, or of pass after pass until one is empty."""
-    if isinstance(batches, Tensor):
-        raise TypeError("batches must be an iterable of inputs; give one batch as [inputs]")
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            if not isinstance(inputs, Tensor):
-                raise TypeError(
-                    "each of batches must be inputs [B, ...], or a tuple that begins with them, "
-                    f"got {type(batch).__name__}"
-                )
-            yield inputs
-        if empty or not repeat:
-            return
 
 
 def _updated(

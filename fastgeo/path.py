@@ -31,7 +31,13 @@ class Path:
 
     @classmethod
     def linear(
-        cls, a: StateDict | nn.Module, b: StateDict | nn.Module, n: int, *, spacing: str = "even"
+        cls,
+        a: StateDict | nn.Module,
+        b: StateDict | nn.Module,
+        n: int,
+        *,
+        spacing: str = "even",
+        batchnorm: str = "refuse",
     ) -> "Path":
         """The straight line from a to b.
 
@@ -40,12 +46,14 @@ class Path:
             n: N, points with both ends, at least 3.
             spacing: "even" places point i at i / (N - 1); "release" places the interior at
                 i / (N + 1), as the paper's public code does.
+            batchnorm: "refuse" networks with BatchNorm, or "recalibrate": their running statistics
+                are to be computed anew by `fastgeo.recalibrate`.
 
         Raises:
             ValueError: n < 3, an unknown spacing, or ends that do not fit each other.
         """
         a, b = state_dict(a), state_dict(b)
-        check_same_form(a, b)
+        check_same_form(a, b, batchnorm=batchnorm)
         if not any(tensor.is_floating_point() for tensor in a.values()):
             raise ValueError("the two ends have no floating point entries to interpolate")
         if n < 3:
@@ -160,16 +168,37 @@ def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.items()}
 
 
-def check_same_form(a: StateDict, b: StateDict) -> None:
+def check_path_of(path: Path, module: nn.Module) -> None:
+    """TypeError or ValueError, naming the first difference, unless the points are of module."""
+    if not isinstance(path, Path):
+        raise TypeError(f"path must be a fastgeo.Path, got {type(path).__name__}")
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    state = module.state_dict()
+    for name in [*state, *path.start]:
+        if name not in state or name not in path.start:
+            there, missing = ("path", "module") if name in path.start else ("module", "path")
+            raise ValueError(f"{name} is in the {there} and not in the {missing}")
+        if state[name].shape != path.start[name].shape:
+            raise ValueError(
+                f"{name} has shape {list(path.start[name].shape)} in the path and "
+                f"{list(state[name].shape)} in the module"
+            )
+
+
+def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") -> None:
     """ValueError, naming the first difference, unless a and b are states of one module."""
+    if batchnorm not in ("refuse", "recalibrate"):
+        raise ValueError(f"batchnorm must be 'refuse' or 'recalibrate', got {batchnorm!r}")
     for name in [*a, *b]:
         if name not in a or name not in b:
             there, missing = ("a", "b") if name in a else ("b", "a")
             raise ValueError(f"the two ends differ: {name} is in {there} and not in {missing}")
-        if name.endswith("running_mean"):
+        if name.endswith("running_mean") and batchnorm == "refuse":
             raise ValueError(
                 f"{name} belongs to a BatchNorm, whose running statistics do not interpolate "
-                "between networks; use GroupNorm or LayerNorm in its place and train again"
+                "between networks; use GroupNorm or LayerNorm in its place and train again, or "
+                "have them computed anew with batchnorm='recalibrate'"
             )
         if a[name].shape != b[name].shape:
             raise ValueError(
@@ -182,5 +211,6 @@ def check_same_form(a: StateDict, b: StateDict) -> None:
                 raise ValueError(
                     f"the two ends differ: {name} has {what} {found[0]} in a and {found[1]} in b"
                 )
-        if not a[name].is_floating_point() and not torch.equal(a[name], b[name]):
+        counted = batchnorm == "recalibrate" and name.endswith("num_batches_tracked")
+        if not (counted or a[name].is_floating_point() or torch.equal(a[name], b[name])):
             raise ValueError(f"{name} is not floating point and differs between the two ends")

@@ -7,7 +7,6 @@ torch.func.vmap by itself; a module that cannot be traced goes through vmap as a
 through a loop.
 """
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo import layers, operators
+from fastgeo.inputs import Inputs
+from fastgeo.modes import refuse_batch_norm
 from fastgeo.operators import RANDOM
-from fastgeo.tracing import Inputs, Trace, TraceFailed, trace
+from fastgeo.tracing import Trace, TraceFailed, trace
 from fastgeo.values import Stacked, by_loop, by_vmap, call, each, without_n
 
 Parameters = Mapping[str, Tensor]
@@ -114,7 +115,7 @@ class StackedModule:
 
     def _run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
         if self.engine == "stacked":
-            return self._plan(tuple(kwargs) or None).run(state, args, kwargs, n)
+            return self._plan(tuple(sorted(kwargs)) or None).run(state, args, kwargs, n)
         way = by_vmap if self.engine == "vmap" else by_loop
         return way(call(self.module), (state, args, kwargs), {}, n)
 
@@ -179,7 +180,9 @@ class _Plan:
                 self.ways[node], self.reasons[node] = self._way(node)
 
     def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
-        return _Run(self, state, n).run(*args, *kwargs.values())
+        names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
+        named = [kwargs[name] for name in names] if kwargs else args
+        return _Run(self, state, n).run(*named)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(layer, operation, way) of each operation."""
@@ -285,27 +288,9 @@ def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str
         yield name, tensor, first.setdefault(tensor, name)
 
 
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout and its like off for a while: a path is one of networks, not of their noise."""
-    training = [layer for layer in module.modules() if layer.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer in training:
-            layer.training = True
-
-
-def refuse_batch_norm(module: nn.Module) -> None:
-    """ValueError, naming the layer, if the module has BatchNorm."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"layer {name or type(layer).__name__} is BatchNorm, whose running statistics do "
-                "not interpolate between networks; use GroupNorm or LayerNorm in its place and "
-                "train again, or have them computed anew with batchnorm='recalibrate'"
-            )
+def part_of(params: Parameters, part: slice) -> dict[str, Tensor]:
+    """Some of the networks."""
+    return {name: tensor[part] for name, tensor in params.items()}
 
 
 def stack(

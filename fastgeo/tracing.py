@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-Inputs = Tensor | Mapping[str, Tensor]  # [B, ...]; a mapping holds keyword arguments of forward
-
 # One node each: their forward branches on their inputs, or they have state of their own.
 WHOLE = (nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
 
@@ -43,8 +41,8 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
 
     Args:
         module: not changed.
-        names: arguments of its forward that are inputs, by default the first one; the others keep
-            their default values.
+        names: arguments of its forward that are inputs, by default the first one and those without
+            a default value; the others keep theirs.
 
     Raises:
         TraceFailed: hooks, control flow that depends on the inputs, or a graph that would hold what
@@ -144,7 +142,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, names: Sequence[str] | None):
         super().__init__()
-        self.names = names
+        self.names, self.first = names, True
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, WHOLE)
@@ -162,11 +160,11 @@ class _Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
-        if self.names is None:
-            self.names = [name]
-        if name in self.names:
-            return self.create_proxy("placeholder", name, (), {})
         default = () if name.startswith("*") else sig.parameters[name].default
+        given = name in self.names if self.names else self.first or default is sig.empty
+        self.first = False
+        if given:
+            return self.create_proxy("placeholder", name, (), {})
         if default is sig.empty:
             raise TypeError(f"forward needs an input {name!r}")
         return default

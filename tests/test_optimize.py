@@ -244,9 +244,11 @@ def test_bad_settings_are_refused(path, module, options, words):
 
 
 def test_arguments_of_another_type_are_named(path, module):
-    for batches in (images(), [{"image": images()}], [None]):
+    for batches in (images(), [{"image": 3}], [{}], [None]):
         with pytest.raises(TypeError, match="inputs"):
             optimize(path, module, batches, steps=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'image'"):
+        optimize(path, module, [{"image": images()}], steps=1)
     with pytest.raises(TypeError, match="path must be a fastgeo.Path, got dict"):
         optimize(path.at(0), module, [images()])
     with pytest.raises(TypeError, match="module must be an nn.Module, got function"):
@@ -343,7 +345,7 @@ def test_bad_splits_are_named(path, module):
         evaluate(path, module, {})
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(path, module, {"test": (images(), torch.zeros(12))}, batch_size=0)
-    for data in ([images(), torch.zeros(12)], (images(),), [{"x": images()}]):
+    for data in ([images(), torch.zeros(12)], (images(),), [{"x": images()}], [({}, images())]):
         with pytest.raises(TypeError, match=r"a tuple \(inputs, labels\)"):
             evaluate(path, module, {"test": data})
 

@@ -1,0 +1,143 @@
+"""The energy of a path on one batch, and its gradient: chunk by chunk, nothing computed twice."""
+
+import weakref
+
+import torch
+from fastgeo_kernels import path_js_div_value_and_grad
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastgeo.engines import Engine
+from fastgeo.inputs import Inputs, tensors_of
+from fastgeo.path import Path
+from fastgeo.stacking import part_of
+
+MOST_CACHED = 2**28  # bytes of logits and inputs that EndLogits keeps
+
+
+def energy_and_gradient(
+    path: Path, engine: Engine, inputs: Inputs, trained: dict[str, str], ends: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Divergence of each edge on a batch, [E] nats, and the energy's gradient [N - 2, ...].
+
+    The points are coupled through their logits only, so a chunk of them is done with as soon as the
+    first logits of the next one are known: at most two chunks' activations are alive.
+
+    Args:
+        ends: [2, R, C] logits of the two ends, R rows.
+    """
+    chunks = engine.chunks(len(path) - 2)
+    energies, gradients = [], []
+    left, following = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
+    for i in range(len(chunks)):
+        current, following = following, None
+        if i + 1 < len(chunks):
+            following = _Chunk(path, engine, inputs, trained, chunks[i + 1])
+        right = ends[1:] if following is None else following.logits[:1].detach()
+        known = torch.cat([left, current.logits.detach(), right])
+        divergences, gradient = path_js_div_value_and_grad(known)
+        energies.append(divergences if following is None else divergences[:-1])
+        left = known[-2:-1]
+        gradients.append(current.backward(gradient[1:-1]))
+    joined = {name: _joined([part[name] for part in gradients]) for name in gradients[0]}
+    return _joined(energies), joined
+
+
+class _Chunk:
+    """Some interior points with their logits, and the way back."""
+
+    def __init__(
+        self, path: Path, engine: Engine, inputs: Inputs, trained: dict[str, str], part: slice
+    ):
+        self.leaves = {
+            name: path.interior[name][part].detach().requires_grad_()
+            for name in dict.fromkeys(trained.values())
+        }
+        params = part_of(path.stacked_interior(), part)
+        tied = {name: self.leaves[first] for name, first in trained.items()}
+        with torch.enable_grad():
+            self.logits = logits_of(engine.network(params | tied, inputs))  # [K, R, C]
+
+    def backward(self, gradient: Tensor) -> dict[str, Tensor]:
+        """The gradient of every trained parameter [K, ...], given that of the logits."""
+        gradients = torch.autograd.grad(
+            self.logits,
+            list(self.leaves.values()),
+            gradient.to(self.logits),
+            materialize_grads=True,
+        )
+        return dict(zip(self.leaves, gradients, strict=True))
+
+
+class EndLogits:
+    """Logits of the two ends, which never change: kept while the inputs that gave them live."""
+
+    def __init__(self, path: Path):
+        self.params = {name: torch.stack([t, path.end[name]]) for name, t in path.start.items()}
+        self.known = WeakIdKeyDictionary()  # first tensor of the inputs -> _Known
+
+    @torch.no_grad()
+    def __call__(self, given: Inputs, inputs: Inputs, engine: Engine) -> Tensor:
+        """[2, R, C] on a batch.
+
+        Args:
+            given: the batch as it came, by which it is known when it comes again.
+            inputs: the same on the device of the path.
+            engine: evaluates it the first time.
+        """
+        tensors = tensors_of(given)
+        known = self.known.get(tensors[0])
+        if known is not None and known.same(tensors):
+            return known.logits
+        logits = logits_of(engine.forward(self.params, inputs))
+        if not any(tensor.is_inference() for tensor in tensors):  # those have no version
+            known = _Known(tensors, logits)
+            if known.bytes + sum(other.bytes for other in self.known.values()) <= MOST_CACHED:
+                self.known[tensors[0]] = known
+        return logits
+
+
+class _Known:
+    """Logits, and what tells that inputs are those that gave them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], logits: Tensor):
+        self.logits = logits
+        self.tensors = [weakref.ref(tensor) for tensor in tensors]
+        self.versions = [tensor._version for tensor in tensors]
+        # What NumPy writes into the memory of a tensor changes no version.
+        self.copies = [
+            tensor.clone() if tensor.device.type == "cpu" else None for tensor in tensors
+        ]
+        self.bytes = logits.nbytes + sum(c.nbytes for c in self.copies if c is not None)
+
+    def same(self, tensors: tuple[Tensor, ...]) -> bool:
+        if len(tensors) != len(self.tensors):
+            return False
+        for tensor, one, version, copy in zip(
+            tensors, self.tensors, self.versions, self.copies, strict=True
+        ):
+            if one() is not tensor or tensor._version != version:
+                return False
+            if copy is not None and not torch.equal(copy, tensor):
+                return False
+        return True
+
+
+def logits_of(outputs: Tensor) -> Tensor:
+    """What N networks returned, [N, B, ..., C], as [N, rows, C].
+
+    Raises:
+        TypeError: several tensors, or none.
+        ValueError: fewer dimensions.
+    """
+    if not isinstance(outputs, Tensor):
+        kind = type(outputs).__name__
+        raise TypeError(f"the module must return logits, one tensor [B, ..., C], got {kind}")
+    if outputs.ndim < 3:
+        shape = list(outputs.shape[1:])
+        raise ValueError(f"the module must return logits [B, ..., C], got {shape}")
+    return outputs.flatten(1, -2)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

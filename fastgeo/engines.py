@@ -1,0 +1,293 @@
+"""Which engine evaluates the networks, and how many at a time: as asked, or as measured.
+
+No engine is the fastest everywhere: stacking saves most where operations are small, a loop may win
+for wide networks on a CPU. All give the same numbers up to rounding, so candidates take turns at
+the real work until the fastest is known, and none of it is done twice.
+"""
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.modes import evaluation_mode
+from fastgeo.stacking import Parameters, StackedModule, part_of
+
+T = TypeVar("T")
+VISITS = 3  # of each candidate, the first of them to warm up
+LONG = 2.0  # seconds; one visit of that length is enough
+CLEARLY = 0.95  # of an earlier candidate's time, for a later one to be preferred
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to evaluate N networks.
+
+    Attributes:
+        network: the module as a function of stacked parameters.
+        chunk: networks in one pass; None for all.
+    """
+
+    network: StackedModule
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        layout = ", channels-last" if self.network.channels_last else ""
+        chunk = f", {self.chunk} at a time" if self.chunk else ""
+        return f"{self.network.engine}{layout}{chunk}"
+
+    def chunks(self, n: int) -> list[slice]:
+        """N networks in consecutive parts."""
+        size = self.chunk or n
+        return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def forward(self, params: Parameters, inputs: Inputs) -> Tensor:
+        """[N, B, ...] outputs on inputs that all networks share, chunk by chunk."""
+        n = len(next(iter(params.values())))
+        outputs = [self.network(part_of(params, part), inputs) for part in self.chunks(n)]
+        one = len(outputs) == 1 or not isinstance(outputs[0], Tensor)
+        return outputs[0] if one else torch.cat(outputs)
+
+
+class EngineChoice:
+    """The engine of work that is done again and again; its arguments are those of `optimize`.
+
+    Attributes:
+        chosen: the engine; None until it is known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        engine: str = "auto",
+        channels_last: bool | None = None,
+        chunk: int | None = None,
+        memory_budget: int | str | None = None,
+        batchnorm: str = "refuse",
+        on_choice: Callable[[dict], None] | None = None,
+    ):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if chunk is not None and memory_budget is not None:
+            raise ValueError("chunk and memory_budget both bound the memory; give one of them")
+        self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
+        self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
+        self.budget = None if memory_budget is None else bytes_of(memory_budget)
+        self._traced = StackedModule(module, engine=engine, batchnorm=batchnorm)
+        self.chosen: Engine | None = None
+        self._visits: dict[Engine, list[float]] = {}  # seconds
+        self._failed: dict[str, str] = {}  # engine -> why
+
+    def prepare(
+        self, params: Parameters, inputs: Inputs, *, per_point: bool = False, points: int
+    ) -> None:
+        """Line the candidates up, unless this was done before.
+
+        Args:
+            params: name -> [1, ...] of one network.
+            inputs: of the work to come, [B, ...], or [1, B, ...] if per_point.
+            points: N, networks in the work to come.
+
+        Raises:
+            ValueError: a memory budget that one network exceeds.
+        """
+        if self.chosen or self._visits:
+            return
+        images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
+        on_gpu = next(iter(params.values())).is_cuda
+        candidates = list(self._candidates(images, on_gpu))
+        if len(candidates) > 1:
+            candidates = self._agreeing(candidates, params, inputs, per_point)
+        for engine in candidates:
+            if self.budget is not None:
+                chunk = self._affordable(engine.network, params, inputs, per_point, points)
+                engine = Engine(engine.network, chunk)
+            self._visits[engine] = []
+        if len(self._visits) == 1:
+            self._choose()
+
+    def run(self, work: Callable[[Engine], T]) -> T:
+        """Do the work with the chosen engine, or with the candidate whose turn it is."""
+        while self.chosen is None:
+            engine = min(self._visits, key=lambda e: len(self._visits[e]))
+            started = time.perf_counter()
+            try:
+                result = work(engine)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+                if len(self._visits) == 1:
+                    raise
+                del self._visits[engine]
+                self._failed[str(engine)] = _first_line(error)
+                continue
+            seconds = time.perf_counter() - started
+            self._visits[engine] += [seconds] * (VISITS if seconds > LONG else 1)
+            visits = self._visits.values()
+            if len(visits) == 1 or all(len(seconds) >= VISITS for seconds in visits):
+                self._choose()
+            return result
+        return work(self.chosen)
+
+    def _candidates(self, images: bool, on_gpu: bool) -> Iterator[Engine]:
+        """In the order of preference where times are alike."""
+        traced = self._traced.engine
+        engines = [traced, "loop"] if self.engine == "auto" else [traced]
+        if on_gpu and engines == ["stacked", "loop"]:
+            engines.insert(1, "vmap")
+        # On a GPU stacked layers are channels-last by themselves.
+        layouts = [False, True] if images and not on_gpu else [images]
+        if self.channels_last is not None:
+            layouts = [self.channels_last]
+        for name in dict.fromkeys(engines):
+            # A loop that ends each network's backward pass first keeps the memory of one.
+            chunk = 1 if name == "loop" and self.engine == "auto" else None
+            for channels_last in layouts:
+                network = StackedModule(
+                    self.module,
+                    engine=name,
+                    channels_last=channels_last,
+                    batchnorm=self.batchnorm,
+                )
+                yield Engine(network, self.chunk or chunk)
+
+    def _agreeing(
+        self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
+    ) -> list[Engine]:
+        """Those that compute what the module computes, on a few inputs."""
+        axis = int(per_point)
+        few = each_tensor(lambda tensor: tensor.narrow(axis, 0, min(8, tensor.shape[axis])), inputs)
+        agreeing: list[Engine] = []
+        with evaluation_mode(self.module), torch.no_grad():
+            loop = StackedModule(self.module, engine="loop", batchnorm=self.batchnorm)
+            expected = loop(params, few, per_point=per_point)
+            for engine in candidates:
+                try:
+                    got = engine.network(params, few, per_point=per_point)
+                    if engine.network.engine != "loop":
+                        _check_agreement(got, expected)
+                except Exception as error:  # noqa: BLE001 - as in `run`
+                    self._failed[str(engine)] = _first_line(error)
+                else:
+                    agreeing.append(engine)
+        return agreeing or candidates[-1:]
+
+    def _affordable(
+        self,
+        network: StackedModule,
+        params: Parameters,
+        inputs: Inputs,
+        per_point: bool,
+        points: int,
+    ) -> int | None:
+        """How many networks' activations fit into half of the budget; None if all fit into it."""
+        with evaluation_mode(self.module):
+            each = activation_bytes(network, params, inputs, per_point=per_point)
+        if points * each <= self.budget:
+            return None
+        if 2 * each > self.budget:
+            raise ValueError(
+                f"memory_budget {_gib(self.budget)} is too small: the activations of one network "
+                f"are {_gib(each)} on these inputs, and a step keeps those of two; give "
+                f"{_gib(2 * each)} or smaller batches"
+            )
+        return self.budget // (2 * each)
+
+    def _choose(self) -> None:
+        fastest = None
+        for engine, visits in self._visits.items():
+            seconds = min(visits[1:], default=0.0)
+            if fastest is None or seconds < CLEARLY * fastest[1]:
+                fastest = engine, seconds
+        self.chosen = fastest[0]
+        for name, why in self._failed.items():
+            warnings.warn(f"engine {name} is left out: {why}", stacklevel=4)
+        if self.on_choice is not None:
+            self.on_choice(
+                {
+                    "engine": self.chosen.network.engine,
+                    "channels_last": self.chosen.network.channels_last,
+                    "chunk": self.chosen.chunk,
+                    "seconds": {
+                        str(engine): min(visits[1:])
+                        for engine, visits in self._visits.items()
+                        if len(visits) > 1
+                    },
+                    "failed": self._failed,
+                }
+            )
+
+
+def activation_bytes(
+    network: StackedModule, params: Parameters, inputs: Inputs, *, per_point: bool = False
+) -> int:
+    """Bytes that a forward pass keeps for its backward pass, beside its parameters and inputs.
+
+    Args:
+        network: what `stack` returned.
+        params: name -> [N, ...].
+        inputs: [B, ...], or [N, B, ...] if per_point.
+    """
+    leaves = {
+        name: tensor.detach().requires_grad_(tensor.is_floating_point())
+        for name, tensor in params.items()
+    }
+    given = [*leaves.values(), *tensors_of(inputs)]
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network(leaves, inputs, per_point=per_point)
+        keep(outputs)
+    return sum(kept.values())
+
+
+def bytes_of(memory: int | str) -> int:
+    """8589934592 of "8GiB"; of a number, the number.
+
+    Raises:
+        ValueError: anything that is not a positive size.
+    """
+    parts = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?|)b?\s*", str(memory).lower())
+    try:
+        size = int(float(parts[1]) * UNITS[parts[2]])
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"a memory budget is a size as in 8GiB, 500MB, or bytes, got {memory!r}")
+    return size
+
+
+def _check_agreement(got: Tensor, expected: Tensor) -> None:
+    """ValueError unless the outputs are equal up to a generous rounding."""
+    if not isinstance(expected, Tensor):
+        return  # not what any caller wants, who will say so
+    largest = expected.abs().max().item()
+    tolerance = max(1e-3, 16 * torch.finfo(expected.dtype).eps) * largest
+    if not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
+        difference = (got - expected).abs().max().item()
+        raise ValueError(
+            f"its outputs differ from the module's by {difference:.1e} (largest {largest:.1e})"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}GiB"

@@ -1,0 +1,55 @@
+"""Modes in which a network is evaluated: without dropout, and BatchNorm on which statistics."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout and its like off for a while: a path is one of networks, not of their noise."""
+    training = [layer for layer in module.modules() if layer.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+@contextlib.contextmanager
+def batch_statistics(module: nn.Module, *, update: bool) -> Iterator[None]:
+    """BatchNorm on the statistics of its batch, all else in evaluation mode, for a while.
+
+    Args:
+        module: the network.
+        update: whether running statistics become the mean over the batches that are seen; they are
+            left alone otherwise.
+    """
+    with evaluation_mode(module):
+        layers = batch_norms(module).values()
+        before = [(layer, layer.track_running_stats, layer.momentum) for layer in layers]
+        for layer in layers:
+            layer.training, layer.track_running_stats, layer.momentum = True, update, None
+        try:
+            yield
+        finally:
+            for layer, tracked, momentum in before:
+                layer.training, layer.track_running_stats, layer.momentum = False, tracked, momentum
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """The BatchNorm layers by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kind)}
+
+
+def refuse_batch_norm(module: nn.Module) -> None:
+    """ValueError, naming the layer, if the module has BatchNorm."""
+    for name, layer in batch_norms(module).items():
+        raise ValueError(
+            f"layer {name or type(layer).__name__} is BatchNorm, whose running statistics do not "
+            "interpolate between networks; use GroupNorm or LayerNorm in its place and train "
+            "again, or have them computed anew with batchnorm='recalibrate'"
+        )

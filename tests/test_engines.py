@@ -1,0 +1,207 @@
+"""Which engine is chosen, and that the choice changes nothing but the time."""
+
+import pytest
+import torch
+from conftest import images, tiny_resnet
+from torch import nn
+
+from fastgeo import Path, engines, evaluate, models, optimize
+from fastgeo.engines import EngineChoice
+from fastgeo.stacking import StackedModule
+
+CANDIDATES = [
+    "stacked",
+    "stacked, channels-last",
+    "loop, 1 at a time",
+    "loop, channels-last, 1 at a time",
+]
+
+
+class Clock:
+    """Stands in for the time module."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(engines, "time", clock)
+    return clock
+
+
+def one_network(module):
+    return {name: tensor[None] for name, tensor in module.state_dict().items()}
+
+
+def chosen(clock, seconds, module=None, inputs=None, **options):
+    """Work that takes each candidate the given time, until one is chosen; the turns and record."""
+    module, turns, records = module or tiny_resnet(), [], []
+    choice = EngineChoice(module, on_choice=records.append, **options)
+    inputs = images() if inputs is None else inputs
+    choice.prepare(one_network(module), inputs, points=5)
+
+    def work(engine):
+        turns.append(str(engine))
+        clock.now += seconds[str(engine)]
+
+    while choice.chosen is None:
+        choice.run(work)
+    choice.run(work)
+    assert turns.pop() == str(choice.chosen) and len(records) == 1
+    return turns, records[0], str(choice.chosen)
+
+
+@pytest.mark.parametrize("fastest", CANDIDATES)
+def test_the_fastest_engine_is_chosen_after_three_turns_each(clock, fastest):
+    seconds = {name: 0.1 if name == fastest else 0.2 for name in CANDIDATES}
+    turns, record, name = chosen(clock, seconds)
+    assert turns == CANDIDATES * 3 and name == fastest
+    assert record["seconds"] == pytest.approx(seconds) and record["failed"] == {}
+    assert record["engine"] == fastest.split(",")[0]
+    assert record["channels_last"] == ("channels-last" in fastest)
+    assert record["chunk"] == (1 if "loop" in fastest else None)
+
+
+def test_times_that_are_alike_leave_the_first_candidate(clock):
+    seconds = dict(zip(CANDIDATES, (1.0, 0.96, 0.97, 1.2), strict=True))
+    assert chosen(clock, seconds)[2] == "stacked"
+
+
+def test_long_work_takes_one_turn_each(clock):
+    turns, _, name = chosen(clock, dict(zip(CANDIDATES, (9, 8, 7, 6), strict=True)))
+    assert turns == CANDIDATES and name == CANDIDATES[3]
+
+
+def test_what_has_no_images_has_no_memory_format_to_choose(clock):
+    module = models.mlp(64, (8,), 5).double()
+    turns, *_ = chosen(
+        clock, {"stacked": 1, "loop, 1 at a time": 2}, module, torch.randn(3, 64).double()
+    )
+    assert set(turns) == {"stacked", "loop, 1 at a time"}
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+def test_an_engine_and_format_that_are_named_are_not_measured(engine):
+    record = []
+    options = dict(engine=engine, channels_last=True, chunk=2, on_choice=record.append)
+    EngineChoice(tiny_resnet(), **options).prepare(one_network(tiny_resnet()), images(), points=5)
+    assert record == [
+        {"engine": engine, "channels_last": True, "chunk": 2, "seconds": {}, "failed": {}}
+    ]
+
+
+def test_an_engine_that_fails_in_its_turn_is_left_out():
+    module, record = tiny_resnet(), []
+    choice = EngineChoice(module, on_choice=record.append)
+    choice.prepare(one_network(module), images(), points=5)
+
+    def work(engine):
+        if engine.network.engine == "stacked":
+            raise torch.OutOfMemoryError("too large")
+        return engine.network.engine
+
+    with pytest.warns(UserWarning, match="engine stacked is left out: too large"):
+        assert [choice.run(work) for _ in range(9)] == ["loop"] * 9
+    assert record[0]["failed"] == dict.fromkeys(CANDIDATES[:2], "too large")
+
+
+def test_an_error_of_the_work_itself_is_raised(path, module):
+    def fails(engine):
+        raise KeyError("mine")
+
+    choice = EngineChoice(module)
+    choice.prepare(one_network(module), images(), points=5)
+    with pytest.raises(KeyError, match="mine"):
+        choice.run(fails)
+
+
+def test_an_engine_that_computes_something_else_is_left_out(path, module, monkeypatch):
+    run = StackedModule._run
+
+    def wrong(self, *args):
+        out = run(self, *args)
+        return out if self.engine == "loop" else type(out)(out.tensor * 1.01)
+
+    monkeypatch.setattr(StackedModule, "_run", wrong)
+    record = []
+    with pytest.warns(UserWarning, match="engine stacked is left out: its outputs differ"):
+        optimize(path, module, [images()], steps=9, on_choice=record.append)
+    assert record[0]["engine"] == "loop"
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_engine_takes_the_same_steps_and_evaluates_the_same(
+    path, module, engine, channels_last
+):
+    x, y = images(), torch.arange(12) % 5
+    options = dict(engine=engine, channels_last=channels_last)
+    got = optimize(path, module, [x], steps=2, chunk=2, **options)
+    expected = optimize(path, module, [x], steps=2)
+    torch.testing.assert_close(got.interior, expected.interior)
+    results = [
+        evaluate(expected, module, {"x": (x, y)}, **given)
+        for given in (dict(chunk=3, **options), {})
+    ]
+    assert results[0].splits["x"].loss == pytest.approx(results[1].splits["x"].loss)
+    assert results[0].fisher_rao == pytest.approx(results[1].fisher_rao)
+
+
+class Tokens(nn.Module):
+    """A language model in miniature: logits [B, T, V] of tokens, given a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, tokens, mask):
+        x = self.embed(tokens) * mask[..., None]
+        return self.head(x + self.mix(x.cumsum(1)).tanh())
+
+
+def test_named_inputs_and_logits_at_every_position():
+    module, other = (Tokens().double() for _ in range(2))
+    tokens = torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7) < torch.tensor([7, 5, 7, 3])[:, None]
+    inputs = {"mask": mask.double(), "tokens": tokens}
+    labels = tokens.roll(-1, 1)
+    path = Path.linear(module, other, 5)
+    paths = [
+        optimize(path, module, [(inputs, labels)], steps=2, engine=engine, chunk=chunk)
+        for engine, chunk in (("stacked", None), ("loop", 1))
+    ]
+    torch.testing.assert_close(*(path.interior for path in paths))
+
+    result = evaluate(paths[0], module, {"x": (inputs, labels)}, batch_size=3)
+    for i, point in enumerate(paths[0].points()):
+        logits = torch.func.functional_call(module, point, (), inputs).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels.flatten())
+        assert result.splits["x"].loss[i] == pytest.approx(loss.item())
+
+
+def test_what_returns_no_logits_is_named(path):
+    class Pair(nn.Module):
+        def __init__(self, outputs):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.outputs = outputs
+
+        def forward(self, x):
+            return self.outputs(self.head(x))
+
+    for outputs, error, words in (
+        (lambda x: (x, x), TypeError, "one tensor .*, got tuple"),
+        (lambda x: x[:, 0], ValueError, r"logits \[B, ..., C\], got \[5\]"),
+    ):
+        line = Path.linear(Pair(outputs), Pair(outputs), 4)
+        with pytest.raises(error, match=words):
+            optimize(line, Pair(outputs), [torch.randn(5, 4)])
+        with pytest.raises(error, match=words):
+            evaluate(line, Pair(outputs), {"x": (torch.randn(5, 4), torch.zeros(5).long())})
