@@ -1,8 +1,9 @@
 """Which engine evaluates the networks, and how many at a time: as asked, or as measured.
 
-No engine is the fastest everywhere: stacking saves most where operations are small, a loop may win
-for wide networks on a CPU. All give the same numbers up to rounding, so candidates take turns at
-the real work until the fastest is known, and none of it is done twice.
+No engine is the fastest everywhere: stacking saves most where operations are small; for wide
+networks on a CPU a few at a time, or a loop in channels-last, may win. All give the same numbers up
+to rounding, so candidates take turns at the real work until the fastest is known, and none of it is
+done twice.
 """
 
 import re
@@ -23,6 +24,7 @@ T = TypeVar("T")
 VISITS = 3  # of each candidate, the first of them to warm up
 LONG = 2.0  # seconds; one visit of that length is enough
 CLEARLY = 0.95  # of an earlier candidate's time, for a later one to be preferred
+FEW = 4  # networks in one pass, whose memory stays in reach: the allocator's, and the processor's
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -103,7 +105,7 @@ class EngineChoice:
             return
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
         on_gpu = next(iter(params.values())).is_cuda
-        candidates = list(self._candidates(images, on_gpu))
+        candidates = list(self._candidates(images, on_gpu, points))
         if len(candidates) > 1:
             candidates = self._agreeing(candidates, params, inputs, per_point)
         for engine in candidates:
@@ -137,27 +139,27 @@ class EngineChoice:
             return result
         return work(self.chosen)
 
-    def _candidates(self, images: bool, on_gpu: bool) -> Iterator[Engine]:
+    def _candidates(self, images: bool, on_gpu: bool, points: int) -> Iterator[Engine]:
         """In the order of preference where times are alike."""
         traced = self._traced.engine
-        engines = [traced, "loop"] if self.engine == "auto" else [traced]
-        if on_gpu and engines == ["stacked", "loop"]:
-            engines.insert(1, "vmap")
-        # On a GPU stacked layers are channels-last by themselves.
-        layouts = [False, True] if images and not on_gpu else [images]
+        few = FEW if points > FEW else None
+        layouts = [images, False] if images and not on_gpu else [False]
+        if self.engine != "auto":
+            ways = [(traced, layout, None) for layout in layouts]
+        else:
+            ways = [(traced, False, None), (traced, layouts[0], few)]
+            if on_gpu and traced == "stacked":
+                ways.append(("vmap", False, None))
+            ways += [("loop", layout, few) for layout in layouts]
         if self.channels_last is not None:
-            layouts = [self.channels_last]
-        for name in dict.fromkeys(engines):
-            # A loop that ends each network's backward pass first keeps the memory of one.
-            chunk = 1 if name == "loop" and self.engine == "auto" else None
-            for channels_last in layouts:
-                network = StackedModule(
-                    self.module,
-                    engine=name,
-                    channels_last=channels_last,
-                    batchnorm=self.batchnorm,
-                )
-                yield Engine(network, self.chunk or chunk)
+            ways = [(name, self.channels_last, chunk) for name, _, chunk in ways]
+        if self.chunk is not None:
+            ways = [(name, layout, self.chunk) for name, layout, _ in ways]
+        for name, channels_last, chunk in dict.fromkeys(ways):
+            network = StackedModule(
+                self.module, engine=name, channels_last=channels_last, batchnorm=self.batchnorm
+            )
+            yield Engine(network, chunk)
 
     def _agreeing(
         self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
