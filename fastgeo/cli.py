@@ -23,7 +23,7 @@ from fastgeo.config import (
     TrainConfig,
     select,
 )
-from fastgeo.pipeline import Run
+from fastgeo.run import Run
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -79,7 +79,7 @@ class RunCommand(Config, _New):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(TrainConfig, _New):
-    """Train both ends in one stacked pass; starts a run folder."""
+    """Train the ends in one stacked pass, or take their weights from files; starts a run folder."""
 
     settings = TrainConfig
 
@@ -99,6 +99,9 @@ class MatchCommand(_Existing, MatchConfig):
         run = self.redo("match")
         pipeline.match_ends(run)
         found = run.stages["match"]
+        if "symmetries" in found:
+            print(f"next: {run.again('optimize')}")
+            return
         print(
             f"inner product with a: {found['objective_before']:.2f} before, "
             f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; "

@@ -53,6 +53,19 @@ class Dataset:
     augmented: bool
 
     @property
+    def device(self) -> torch.device:
+        return self.train.images.device
+
+    @property
+    def training_size(self) -> str:
+        """How much there is to train on, in words."""
+        return f"{len(self.train.labels)} training images"
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """How many full batches one pass over the training images has."""
+        return len(self.train.labels) // batch_size
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return tuple(self.train.images.shape[1:])

@@ -143,9 +143,9 @@ class EngineChoice:
         """In the order of preference where times are alike."""
         traced = self._traced.engine
         few = FEW if points > FEW else None
-        layouts = [images, False] if images and not on_gpu else [False]
+        layouts = [True, False] if images and not on_gpu else [False]
         if self.engine != "auto":
-            ways = [(traced, layout, None) for layout in layouts]
+            ways = [(traced, False, None)]
         else:
             ways = [(traced, False, None), (traced, layouts[0], few)]
             if on_gpu and traced == "stacked":
@@ -197,19 +197,23 @@ class EngineChoice:
             return None
         if 2 * each > self.budget:
             raise ValueError(
-                f"memory_budget {_gib(self.budget)} is too small: the activations of one network "
-                f"are {_gib(each)} on these inputs, and a step keeps those of two; give "
-                f"{_gib(2 * each)} or smaller batches"
+                f"memory_budget {_size(self.budget)} is too small: the activations of one network "
+                f"are {_size(each)} on these inputs, and a step keeps those of two; give "
+                f"{_size(2 * each)} or smaller batches"
             )
         return self.budget // (2 * each)
 
+    def finish(self) -> None:
+        """The work is done: choose by what is known of the candidates, if they all had no turns."""
+        if self._visits and self.chosen is None:
+            self._choose()
+
     def _choose(self) -> None:
-        fastest = None
-        for engine, visits in self._visits.items():
-            seconds = min(visits[1:], default=0.0)
-            if fastest is None or seconds < CLEARLY * fastest[1]:
-                fastest = engine, seconds
-        self.chosen = fastest[0]
+        seconds = {e: min(visits[1:]) for e, visits in self._visits.items() if len(visits) > 1}
+        self.chosen = next(iter(seconds or self._visits))
+        for engine in seconds:
+            if seconds[engine] < CLEARLY * seconds[self.chosen]:
+                self.chosen = engine
         for name, why in self._failed.items():
             warnings.warn(f"engine {name} is left out: {why}", stacklevel=4)
         if self.on_choice is not None:
@@ -218,11 +222,7 @@ class EngineChoice:
                     "engine": self.chosen.network.engine,
                     "channels_last": self.chosen.network.channels_last,
                     "chunk": self.chosen.chunk,
-                    "seconds": {
-                        str(engine): min(visits[1:])
-                        for engine, visits in self._visits.items()
-                        if len(visits) > 1
-                    },
+                    "seconds": {str(engine): s for engine, s in seconds.items()},
                     "failed": self._failed,
                 }
             )
@@ -291,5 +291,9 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}GiB"
+def _size(number: int) -> str:
+    """A number of bytes, as `bytes_of` reads it."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if number >= UNITS[unit[:2].lower()]:
+            return f"{number / UNITS[unit[:2].lower()]:.3g}{unit}"
+    return f"{number}B"

@@ -134,12 +134,13 @@ def evaluate(
                 choice.prepare(one, inputs, points=len(path))
                 outputs = choice.run(lambda engine, x=inputs: engine.forward(stacked, x))
             logits = logits_of(outputs)
-            rows = _labels(name, labels, outputs).to(path.device).long()
+            rows = label_rows(f"split {name!r}", labels, outputs).to(path.device).long()
             totals.add(logits, rows, lengths=lengths is None)
         if totals.count == 0:
             raise ValueError(f"split {name!r} holds no data")
         results[name] = totals.split()
         lengths = lengths or totals.lengths()
+    choice.finish()
     return Evaluation(results, euclidean=path.euclidean().sum().item(), **lengths)
 
 
@@ -209,17 +210,20 @@ def _pair(name: str, batch: Sequence) -> Sequence:
     return batch
 
 
-def _labels(name: str, labels: Tensor, outputs: Tensor) -> Tensor:
-    """[R]; ValueError unless the labels [B, ...] are classes of the outputs [N, B, ..., C]."""
+def label_rows(what: str, labels: Tensor, outputs: Tensor) -> Tensor:
+    """Labels [B, ...] as [R], after a check that they are classes of outputs [N, B, ..., C].
+
+    Raises:
+        ValueError: labels of another shape or type, or beyond the classes; it begins with `what`.
+    """
     *rows, classes = outputs.shape[1:]
     if list(labels.shape) != rows or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
-            f"split {name!r}: labels must be integers {rows}, got {labels.dtype} "
-            f"{list(labels.shape)}"
+            f"{what}: labels must be integers {rows}, got {labels.dtype} {list(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"split {name!r}: labels must be within 0..{classes - 1}, got {int(labels.min())}.."
+            f"{what}: labels must be within 0..{classes - 1}, got {int(labels.min())}.."
             f"{int(labels.max())}"
         )
     return labels.flatten()

@@ -70,11 +70,14 @@ def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
 
 def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Groups of named tensors as one safetensors file, each stored as GROUP/NAME."""
-    tensors = {
-        f"{group}/{name}": tensor.detach().contiguous().cpu()
-        for group, named in groups.items()
-        for name, tensor in named.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    written = set()
+    for group, named in groups.items():
+        for name, tensor in named.items():
+            tensor = tensor.detach().contiguous().cpu()
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[f"{group}/{name}"] = tensor.clone() if memory in written else tensor
+            written.add(memory)
     order = {group: list(named) for group, named in groups.items()}
     # One entry, since safetensors writes several in no fixed order: equal content, equal bytes.
     header = {"fastgeo": json.dumps({"schema": SCHEMA, "kind": kind, "order": order})}

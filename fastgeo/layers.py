@@ -205,7 +205,8 @@ def _batch_norm(n, layer: nn.modules.batchnorm._BatchNorm, state: State, input):
         own["num_batches_tracked"].add_(1)
         if momentum is None:  # the mean of all batches
             momentum = 1 / own["num_batches_tracked"][0].item()
-    statistics = [None if t is None else t.flatten() for t in (mean, variance)]
+    # Copies: the backward pass wants them as they are, and they may be views of what is updated.
+    statistics = [None if t is None else t.flatten().clone() for t in (mean, variance)]
     x = each(input, n).transpose(0, 1).flatten(1, 2)
     out = F.batch_norm(
         x, *statistics, weight, bias, layer.training or mean is None, momentum or 0.0, layer.eps

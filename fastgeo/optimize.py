@@ -59,7 +59,8 @@ def optimize(
         engine: "stacked", "vmap" or "loop" as in `fastgeo.stack`, or "auto": they take turns in the
             first steps until the fastest is known. All compute the same up to rounding, so a run
             repeats itself to the last bit only with an engine that is named.
-        channels_last: memory format of images; None for the faster one.
+        channels_last: memory format of images; None is the faster one if engine is "auto", else
+            False.
         chunk: interior points in one pass. Two chunks' activations are kept at most, nothing is
             computed twice, and the gradient is the same. None for all in one pass.
         memory_budget: choose the chunk so that the activations kept for the backward pass take at
@@ -132,6 +133,7 @@ def optimize(
             taken += 1
             bar.update()
             bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)
+    choice.finish()
     if taken < (steps or 1):
         raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
     for name, tensor in path.interior.items():

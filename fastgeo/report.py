@@ -17,6 +17,7 @@ SPLITS = {"train": "train", "augmented_train": "augmented train", "test": "test"
 def build(
     config: Config,
     stages: Mapping[str, Mapping],
+    engines: Mapping[str, Mapping],
     device: torch.device,
     results: Mapping[str, Evaluation],
 ) -> dict:
@@ -28,6 +29,7 @@ def build(
         "config": asdict(config),
         "seconds": seconds | {"total": sum(seconds.values())},
         "matching": matching,
+        "engines": dict(engines),
         "paths": {
             name: {"augmented_train": None} | result.to_json() for name, result in results.items()
         },
@@ -76,9 +78,9 @@ def markdown(report: Mapping) -> str:
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
-        f"{c['model']}, width {c['width']:g}, on {c['data']}; seeds {c['seed_a']} and "
-        f"{c['seed_b']}; N = {c['points']} points; {c['steps']} steps of batch {c['batch_size']} "
-        f"at rate {c['lr']:g}, {'preconditioned' if c['precondition'] else 'plain'} SGD.",
+        f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps of batch "
+        f"{c['batch_size']} at rate {c['lr']:g}, "
+        f"{'preconditioned' if c['precondition'] else 'plain'} SGD.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
@@ -91,10 +93,9 @@ def markdown(report: Mapping) -> str:
         "rad, the Fisher-Rao distance of their predictions.",
         "![Lengths during optimisation](path_length.png)",
         "## Matching",
-        f"Inner product of the two ends' parameters: {report['matching']['objective_before']:.2f} "
-        f"before, {report['matching']['objective_after']:.2f} after "
-        f"{report['matching']['sweeps']} sweeps. The permuted network's logits are those of b "
-        f"within {report['matching']['relative_change_of_logits']:.1e} of the largest.",
+        _matching(report["matching"]),
+        "## Engines",
+        _table(_engine_rows(report)),
         "## Time",
         _table([["stage", "seconds"], *([name, f"{s:.1f}"] for name, s in seconds.items())]),
         ", ".join(f"{key} {value}" for key, value in e.items()),
@@ -102,6 +103,37 @@ def markdown(report: Mapping) -> str:
         _table([["setting", "value"], *([f"`{key}`", f"`{c[key]}`"] for key in c)]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _networks(config: Mapping) -> str:
+    c = config
+    if c["a"] is not None:
+        return f"{c['model']}, {c['a']} and {c['b']}"
+    width = "" if ":" in c["model"] else f", width {c['width']:g}"
+    return f"{c['model']}{width}, seeds {c['seed_a']} and {c['seed_b']}"
+
+
+def _matching(found: Mapping) -> str:
+    if "symmetries" in found:
+        return f"The symmetries: {found['symmetries']}."
+    return (
+        f"Inner product of the two ends' parameters: {found['objective_before']:.2f} before, "
+        f"{found['objective_after']:.2f} after {found['sweeps']} sweeps. The permuted network's "
+        f"logits are those of b within {found['relative_change_of_logits']:.1e} of the largest."
+    )
+
+
+def _engine_rows(report: Mapping) -> Iterable[list[str]]:
+    yield ["stage", "engine", "channels-last", "networks at a time", "measured, ms"]
+    for stage, choice in report["engines"].items():
+        times = (f"{name} {1e3 * s:.0f}" for name, s in choice["seconds"].items())
+        yield [
+            stage,
+            choice["engine"],
+            "yes" if choice["channels_last"] else "no",
+            str(choice["chunk"] or "all"),
+            "; ".join(times) or "named, not measured",
+        ]
 
 
 def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:

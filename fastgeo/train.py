@@ -1,6 +1,7 @@
 """Train K networks from different seeds at once, as one stacked network with K inputs."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,31 +10,46 @@ from tqdm import tqdm
 
 from fastgeo.config import TrainConfig
 from fastgeo.data import Dataset
-from fastgeo.stacking import stack
+from fastgeo.energy import logits_of
+from fastgeo.engines import Engine, EngineChoice
+from fastgeo.evaluate import label_rows
+from fastgeo.inputs import Inputs, each_tensor, on_device
+from fastgeo.loaders import LoaderData
+from fastgeo.stacking import part_of
 
 States = list[dict[str, Tensor]]
 
 
 def train_ends(
     make_module: Callable[[], nn.Module],
-    dataset: Dataset,
+    data: Dataset | LoaderData,
     seeds: Sequence[int],
     config: TrainConfig,
     *,
+    engine: str = "auto",
+    channels_last: bool | None = None,
+    chunk: int | None = None,
+    batchnorm: str = "refuse",
+    on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, States], None] | None = None,
     progress: bool = False,
 ) -> States:
     """K independently trained networks, in one pass a step.
 
     Each network has its own initial weights, order of images and augmentation, all from its own
-    seed, so it does not depend on which others are trained beside it (up to rounding). SGD with
-    Nesterov momentum under a one-cycle schedule.
+    seed, so it does not depend on which others are trained beside it (up to rounding); dropout
+    alone draws for all of them, from the first seed. SGD with Nesterov momentum under a one-cycle
+    schedule on the mean cross-entropy.
 
     Args:
         make_module: returns a freshly initialised module; called once a seed.
-        dataset: on the device to train on.
+        data: what to train on, on the device to train on.
         seeds: one a network.
         config: epochs, train_batch_size, train_lr and the rest of the schedule.
+        engine, channels_last, on_choice: as in `fastgeo.optimize`.
+        chunk: networks in one pass; None for all of them.
+        batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, which is then trained as
+            it is, every network with running statistics of its own.
         on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and the K states
             that had this loss, which may be kept.
         progress: show a progress bar.
@@ -45,19 +61,24 @@ def train_ends(
         ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss that
             stops being finite.
     """
-    steps = training_steps(dataset, config)
-    device = dataset.train.images.device
+    steps = training_steps(data, config)
     states, batches = [], []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = make_module()
-        states.append({name: t.detach().to(device) for name, t in module.state_dict().items()})
+            module = make_module().train()
+        state = module.state_dict()
+        states.append({name: t.detach().to(data.device) for name, t in state.items()})
         generator = torch.Generator().manual_seed(seed)
-        batches.append(dataset.shuffled(config.train_batch_size, generator))
-    network = stack(module)
+        batches.append(data.shuffled(config.train_batch_size, generator))
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    weights = [stacked[name].requires_grad_() for name, _ in module.named_parameters()]
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        stacked[name] = stacked[first.setdefault(parameter, name)]  # tied ones stay tied
+    trained = [name for parameter, name in first.items() if parameter.requires_grad]
+    weights = [stacked[name].requires_grad_() for name in trained]
+    options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
+    choice = EngineChoice(module, **options, on_choice=on_choice)
 
     optimizer = torch.optim.SGD(
         weights, config.train_lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
@@ -73,19 +94,28 @@ def train_ends(
         final_div_factor=config.lr_end_divisor,
     )
     batch = config.train_batch_size * len(seeds)
-    with tqdm(total=steps * batch, desc="train", unit="img", disable=not progress) as bar:
+    with (
+        _seeded(seeds[0], data.device),
+        tqdm(total=steps * batch, desc="train", unit="img", disable=not progress) as bar,
+    ):
         for step in range(steps):
-            inputs, labels = (torch.stack(t) for t in zip(*map(next, batches), strict=True))
-            logits = network(stacked, inputs, per_point=True)  # [K, B, C]
-            row_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-            loss = row_loss.unflatten(0, labels.shape).mean(1)  # [K]
+            drawn = [next(own) for own in batches]
+            inputs = on_device(_stacked([inputs for inputs, _ in drawn]), data.device)
+            labels = torch.stack([labels for _, labels in drawn]).to(data.device)  # [K, B, ...]
+            one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
+            first_input = each_tensor(lambda tensor: tensor[:1], inputs)
+            choice.prepare(one, first_input, per_point=True, points=len(seeds))
+
+            loss = choice.run(  # [K]
+                lambda engine, inputs=inputs, labels=labels, check=step == 0: _losses(
+                    engine, stacked, inputs, labels, check=check
+                )
+            )
             if not loss.isfinite().all():
                 raise ValueError(
                     f"training stopped at step {step} of {steps}: the loss is {loss.tolist()}; "
                     f"lower train-lr (now {config.train_lr})"
                 )
-            optimizer.zero_grad()
-            loss.sum().backward()
             if on_step is not None:
                 rate = schedule.get_last_lr()[0]
                 on_step({"step": step, "loss": loss.tolist(), "lr": rate}, _unstack(stacked))
@@ -94,6 +124,7 @@ def train_ends(
                 schedule.step()
             bar.update(batch)
             bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
+    choice.finish()
     for name, tensor in stacked.items():
         if not tensor.isfinite().all():
             raise ValueError(
@@ -102,14 +133,49 @@ def train_ends(
     return _unstack(stacked)
 
 
-def training_steps(dataset: Dataset, config: TrainConfig) -> int:
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's random numbers from a seed for a while, and as before afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _losses(
+    engine: Engine, stacked: dict[str, Tensor], inputs: Inputs, labels: Tensor, *, check: bool
+) -> Tensor:
+    """[K] nats, the mean loss of every network; leaves the gradient of their sum."""
+    for tensor in stacked.values():
+        tensor.grad = None
+    losses = []
+    for part in engine.chunks(len(labels)):
+        own = each_tensor(lambda tensor, part=part: tensor[part], inputs)
+        outputs = engine.network(part_of(stacked, part), own, per_point=True)  # [k, B, ..., C]
+        logits = logits_of(outputs)
+        rows = labels[part].flatten(1).long()
+        if check:
+            label_rows("training data", labels[part][0], outputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), rows.flatten(), reduction="none")
+        loss = loss.unflatten(0, rows.shape).mean(1)
+        loss.sum().backward()
+        losses.append(loss.detach())
+    return torch.cat(losses)
+
+
+def _stacked(inputs: list[Inputs]) -> Inputs:
+    """Inputs of K networks as one, [K, B, ...]."""
+    if isinstance(inputs[0], Mapping):
+        return {name: torch.stack([own[name] for own in inputs]) for name in inputs[0]}
+    return torch.stack(inputs)
+
+
+def training_steps(data: Dataset | LoaderData, config: TrainConfig) -> int:
     """How many steps a training takes; ValueError if fewer than two."""
-    images = len(dataset.train.labels)
-    steps = config.epochs * (images // config.train_batch_size)
+    steps = config.epochs * data.batches_per_epoch(config.train_batch_size)
     if steps < 2:
         raise ValueError(
             f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave "
-            f"fewer than two steps on {images} training images"
+            f"fewer than two steps on {data.training_size}"
         )
     return steps
 

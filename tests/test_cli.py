@@ -149,7 +149,7 @@ def test_the_settings_reach_the_stages(run):
     base = {name: (run / name).read_bytes() for name in WEIGHTS}
     changes = {
         "ends.safetensors": [["--seed-a", "7"], ["--weight-decay", "0.1"], ["--norm", "channel"]],
-        "permutation.safetensors": [["--match-sweeps", "1"], ["--match-seed", "3"]],
+        "permutation.safetensors": [["--match-sweeps", "1"], ["--match-seed", "6"]],
         "path.safetensors": [
             *(["--spacing", "release"], ["--path-seed", "3"], ["--lr", "0.2"]),
             ["--no-precondition"],
@@ -239,7 +239,7 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
     [
         (["--preset", "nope"], "preset must be one of digits, cifar10, paper, got 'nope'"),
         (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
-        (["--model", "vgg"], "model must be resnet8, .* or mlp, got 'vgg'"),
+        (["--model", "vgg"], "model must be resnet8, .* or mlp, .*, got 'vgg'"),
         (["--model", "resnet9"], r"depth must be 6 k \+ 2"),
         (["--data", "npz:none.npz"], "none.npz: there is no such file"),
         (["--points", "2"], "points must be at least 3"),

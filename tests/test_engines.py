@@ -77,6 +77,22 @@ def test_long_work_takes_one_turn_each(clock):
     assert turns == CANDIDATES and name == CANDIDATES[3]
 
 
+def test_work_that_ends_early_chooses_by_what_it_knows(clock):
+    module, records = tiny_resnet(), []
+    choice = EngineChoice(module, on_choice=records.append)
+    choice.prepare(one_network(module), images(), points=5)
+    choice.finish()
+    assert str(choice.chosen) == CANDIDATES[0] and records[0]["seconds"] == {}
+
+    choice = EngineChoice(module, on_choice=records.append)
+    choice.prepare(one_network(module), images(), points=5)
+    for seconds in (9e-1, 1e-1, 1e-1, 1e-1, 5e-1, 2e-1):  # a second turn for two of them
+        choice.run(lambda engine, seconds=seconds: setattr(clock, "now", clock.now + seconds))
+    choice.finish()
+    assert str(choice.chosen) == CANDIDATES[1]
+    assert records[1]["seconds"] == pytest.approx({CANDIDATES[0]: 0.5, CANDIDATES[1]: 0.2})
+
+
 def test_what_has_no_images_has_no_memory_format_to_choose(clock):
     module = models.mlp(64, (8,), 5).double()
     seconds = {"stacked": 0.1, "stacked, 4 at a time": 0.3, "loop, 4 at a time": 0.2}

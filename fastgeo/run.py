@@ -1,0 +1,295 @@
+"""A run folder: its settings, what each stage took and found, and its files.
+
+    config.json                every setting, what each stage took and found, the engines chosen
+    ends.safetensors           a/NAME and b/NAME (and c/NAME, ... of further networks)
+    training.jsonl             a line a training step
+    permutation.safetensors    permutation/NAME, which bring b to a
+    path.safetensors           the geodesic
+    metrics.jsonl              a line an optimisation step
+    report.json                the evaluation of the three paths
+    report.md, path_loss.png, path_length.png
+
+A stage that is cut short leaves what it had as ends.partial or path.partial.safetensors.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path as FilePath
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastgeo import models, user
+from fastgeo.config import Config, flag
+from fastgeo.data import Dataset, load
+from fastgeo.energy import logits_of
+from fastgeo.evaluate import label_rows
+from fastgeo.files import read_json, read_tensors, write_json
+from fastgeo.inputs import on_device
+from fastgeo.loaders import LoaderData
+from fastgeo.modes import refuse_batch_norm
+from fastgeo.permutation import permutation_axes, permute
+from fastgeo.train import training_steps
+
+WRITES = {
+    "train": ("ends.safetensors", "ends.partial.safetensors", "training.jsonl"),
+    "match": ("permutation.safetensors",),
+    "optimize": ("path.safetensors", "path.partial.safetensors", "metrics.jsonl"),
+    "evaluate": ("report.json",),
+    "plot": ("report.md", "path_loss.png", "path_length.png"),
+}
+STAGES = tuple(WRITES)
+
+
+class Run:
+    """A run folder and its settings.
+
+    Attributes:
+        folder: where it is.
+        config: all settings.
+        stages: name of each finished stage -> what it took ("seconds") and found.
+        engines: name of each stage -> the engine chosen in it, which is kept if it is done again.
+    """
+
+    def __init__(
+        self,
+        folder: FilePath,
+        config: Config,
+        stages: dict[str, dict] | None = None,
+        engines: dict[str, dict] | None = None,
+    ):
+        self.folder, self.config = folder, config
+        self.stages, self.engines = stages or {}, engines or {}
+
+    @classmethod
+    def create(cls, folder: FilePath, config: Config, *, overwrite: bool) -> "Run":
+        """A new run in a new or empty folder, or in place of a run there if overwrite.
+
+        Raises:
+            ValueError: a folder that holds something else, or settings that do not fit the data;
+                nothing is changed then.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; name a folder with --out")
+        if folder.exists() and any(folder.iterdir()):
+            try:
+                cls.open(folder)
+            except ValueError as error:
+                raise ValueError(
+                    f"{folder} is not empty and holds no run ({error}); name another with --out"
+                ) from error
+            if not overwrite:
+                raise ValueError(
+                    f"{folder} already holds a run; name another with --out, or --overwrite it"
+                )
+        run = cls(folder, _with_absolute_files(config))
+        run.check()
+        folder.mkdir(parents=True, exist_ok=True)
+        run.drop("train")
+        return run
+
+    @classmethod
+    def open(cls, folder: FilePath) -> "Run":
+        """The run in a folder.
+
+        Raises:
+            ValueError: no run there, or a damaged config.json.
+        """
+        file = folder / "config.json"
+        if not file.exists():
+            raise ValueError(f"{folder} holds no run (no config.json); start one with: fastgeo run")
+        content = read_json(file)
+        try:
+            config, stages = Config(**content["config"]), dict(content["stages"])
+            return cls(folder, config, stages, dict(content["engines"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
+
+    def redo(self, stage: str, *, overwrite: bool, **changes: object) -> "Run":
+        """The same run with other settings, about to do a stage (again).
+
+        Raises:
+            ValueError: the stage was done and not overwrite, or one before it was not.
+        """
+        for before in STAGES[: STAGES.index(stage)]:
+            result = WRITES[before][0]
+            if before not in self.stages or not self.file(result).exists():
+                raise ValueError(
+                    f"{self.folder} has no {result} yet; make it with: {self.again(before)}"
+                )
+        if self.file(WRITES[stage][0]).exists() and not overwrite:
+            raise ValueError(
+                f"{self.file(WRITES[stage][0])} exists; --overwrite replaces it and what later "
+                "stages made of it"
+            )
+        config = _with_absolute_files(replace(self.config, **changes))
+        engines = self.engines if config == self.config else {}
+        run = Run(self.folder, config, self.stages, engines)
+        if stage != "plot":
+            run.check()
+        run.drop(stage)
+        return run
+
+    def again(self, stage: str) -> str:
+        """The command that does a stage of this run."""
+        if stage == "train":
+            return f"fastgeo train --out {self.folder} --overwrite"
+        return f"fastgeo {stage} {self.folder}"
+
+    def check(self) -> None:
+        """ValueError if the settings do not fit the data, the network or the machine."""
+        module = self.new_module()
+        if self.config.batchnorm == "refuse":
+            refuse_batch_norm(module)
+        if self.config.a is None:
+            training_steps(self.dataset, self.config)
+        else:
+            self.given_ends()
+        self._check_forward(module)
+
+    @torch.no_grad()
+    def _check_forward(self, module: nn.Module) -> None:
+        """ValueError unless the network gives logits for the data's inputs, and labels fit them."""
+        c = self.config
+        inputs, labels = next(iter(self.dataset.in_order("train", 2)))
+        inputs = on_device(inputs, torch.device("cpu"))
+        try:
+            named = isinstance(inputs, Mapping)
+            outputs = module.eval()(**inputs) if named else module.eval()(inputs)
+        except Exception as error:
+            raise ValueError(
+                f"model {c.model} cannot be evaluated on inputs of {c.data}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        try:
+            logits_of(outputs[None] if isinstance(outputs, Tensor) else outputs)
+            label_rows(f"data {c.data}", labels, outputs[None])
+        except TypeError as error:
+            raise ValueError(f"model {c.model}: {error}") from error
+
+    def drop(self, stage: str) -> None:
+        """Remove what this stage and later ones wrote."""
+        for name in STAGES[STAGES.index(stage) :]:
+            self.stages.pop(name, None)
+            for file in WRITES[name]:
+                self.file(file).unlink(missing_ok=True)
+        self.save_config()
+
+    def finish(self, stage: str, **found: object) -> None:
+        self.stages[stage] = found
+        self.save_config()
+
+    def save_config(self) -> None:
+        content = {"config": asdict(self.config), "stages": self.stages, "engines": self.engines}
+        write_json(self.file("config.json"), content)
+
+    def engine_options(self, stage: str) -> dict[str, object]:
+        """How a stage evaluates networks: as before, if it chose an engine on this device."""
+        c, known = self.config, self.engines.get(stage, {})
+        names = ["engine", "channels_last", "chunk"]
+        options = {name: getattr(c, name) for name in names}
+        if stage == "optimize":
+            options["memory_budget"] = c.memory_budget
+        if known.get("device") == str(self.device):
+            options = {name: known[name] for name in names}
+
+        def on_choice(choice: dict) -> None:
+            self.engines[stage] = {**choice, "device": str(self.device)}
+            self.save_config()
+            if seconds := choice["seconds"]:
+                times = "; ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
+                tqdm.write(f"{stage}: engine {choice['engine']}, of {times}")
+
+        if not known:
+            options["on_choice"] = on_choice
+        return options | {"batchnorm": c.batchnorm}
+
+    def file(self, name: str) -> FilePath:
+        return self.folder / name
+
+    @cached_property
+    def device(self) -> torch.device:
+        name = self.config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError("fastgeo runs on cpu and cuda")
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+
+    @cached_property
+    def dataset(self) -> Dataset | LoaderData:
+        """The data, on the device, large enough for the batches."""
+        c = self.config
+        if user.is_function(c.data):
+            return user.data(c.data).to(self.device)
+        dataset = load(c.data, root=c.data_root, augment=c.augment, train_subset=c.train_subset)
+        for name in ("train_batch_size", "batch_size"):
+            if getattr(c, name) > len(dataset.train.labels):
+                raise ValueError(
+                    f"{flag(name)} {getattr(c, name)} is larger than the data set: "
+                    f"{len(dataset.train.labels)} training images of {c.data}"
+                )
+        return dataset.to(self.device)
+
+    def new_module(self) -> nn.Module:
+        """A freshly initialised network for the data."""
+        c = self.config
+        if user.is_function(c.model):
+            return user.new_module(c.model)
+        depth = re.fullmatch(r"resnet(\d+)", c.model)
+        if c.model != "mlp" and not depth:
+            raise ValueError(
+                "model must be resnet8, resnet14, resnet20, ... or mlp, or a function that "
+                f"returns an nn.Module as PACKAGE.MODULE:FUNCTION, got {c.model!r}"
+            )
+        if isinstance(self.dataset, LoaderData):
+            raise ValueError(f"model {c.model} fits images only; give your data's own model, too")
+        (channels, height, width), classes = self.dataset.image_shape, self.dataset.num_classes
+        if c.model == "mlp":
+            hidden = max(1, round(512 * c.width))
+            return models.mlp(channels * height * width, (hidden,) * 3, classes)
+        return models.resnet(
+            int(depth[1]), c.width, in_channels=channels, num_classes=classes, norm=c.norm
+        )
+
+    def given_ends(self) -> list[dict[str, Tensor]]:
+        """The states of a and b in the files of weights that the settings name."""
+        module = self.new_module()
+        files = (self.config.a, self.config.b)
+        return [
+            {name: t.to(self.device) for name, t in user.read_state(file, module).items()}
+            for file in files
+        ]
+
+    def ends(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The states of a and b."""
+        groups = read_tensors(self.file("ends.safetensors"), "ends", self.device)
+        return groups["a"], groups["b"]
+
+    def matched(self, b: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of b with its channels permuted towards a."""
+        groups = read_tensors(self.file("permutation.safetensors"), "permutation", self.device)
+        if not groups["permutation"]:
+            return b
+        return permute(permutation_axes(b), groups["permutation"], b)
+
+
+def _with_absolute_files(config: Config) -> Config:
+    """Later stages may start from another folder."""
+    changes = {
+        name: str(FilePath(file).expanduser().absolute())
+        for name in ("a", "b")
+        if (file := getattr(config, name)) is not None
+    }
+    if config.data.startswith("npz:"):
+        file = FilePath(config.data.removeprefix("npz:")).expanduser().absolute()
+        changes["data"] = f"npz:{file}"
+    return replace(config, **changes)
