@@ -127,9 +127,15 @@ def _size(n, input, dim=None):
     return shape if dim is None else shape[dim]
 
 
+def _dim(n, input):
+    return rank_of(input)
+
+
 def _getattr(n, input, name):
     if name in ("device", "dtype"):
         return getattr(input.tensor, name)
+    if name == "ndim":
+        return rank_of(input)
     return _size(n, input) if name == "shape" else by_vmap(getattr, (input, name), {}, n)
 
 
@@ -196,6 +202,7 @@ FUNCTIONS: dict[Callable | str, Callable] = (
     | forms(["split"], same(_split))
     | forms(["contiguous"], same(_contiguous))
     | forms(["size"], same(_size))
+    | forms(["dim"], same(_dim))
     | forms(["matmul", "bmm"], same(_matmul))
     | forms(["dropout"], same(_dropout))
     | {

@@ -25,7 +25,7 @@ from fastgeo.values import Stacked, by_loop, by_vmap, call, each, without_n
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
-SHAPE_ATTRIBUTES = (("shape",), ("dtype",), ("device",))
+SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
 FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 
 
@@ -196,7 +196,7 @@ class _Plan:
             if reason := self.reasons[node]:
                 way = f"{self.ways[node].__name__.removeprefix('by_')}: {reason}"
             own_draw = node.op == "call_module" or node.target in RANDOM
-            of_shape = node.target == "size" or node.args[1:] in SHAPE_ATTRIBUTES
+            of_shape = node.target in ("size", "dim") or node.args[1:] in SHAPE_ATTRIBUTES
             if of_shape or (not own_draw and shared.issuperset(node.all_input_nodes)):
                 shared.add(node)
                 way = "once for all networks"

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from fastgeo.values import no_fast_path
+
 # One node each: their forward branches on their inputs, or they have state of their own.
 WHOLE = (nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
 
@@ -54,7 +56,7 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     own = set(vars(module))
     random_states = random.getstate(), torch.get_rng_state()
     try:
-        with _every_state_requires_grad(module), torch.enable_grad():
+        with _every_state_requires_grad(module), no_fast_path(), torch.enable_grad():
             graph = _Tracer(names).trace(module)
     except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
         raise TraceFailed(f"torch.fx cannot trace it: {_first_line(error)}") from error

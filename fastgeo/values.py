@@ -4,7 +4,8 @@ In a stacked run a value that differs between the networks is `Stacked`, a tenso
 other value, the shared input for one, is as in a single network and is computed once.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,24 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
         form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
         return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-    out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
+    with no_fast_path():
+        out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
     structure, *others = form
     return pytree.tree_unflatten(
         [Stacked(next(out)) if other is None else other[0] for other in others], structure
     )
+
+
+@contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Transformer layers as they are trained: their kernels for inference have no gradient, and
+    vmap and torch.fx hide that one is wanted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from fastgeo import Path, models, stack
 
@@ -56,11 +57,14 @@ def assert_equals_the_loop(module, x, points, per_point, runs_as="stacked", **op
     network = stack(module, **options)
     assert network.engine == runs_as, network.reason
     stacked, _ = torch.func.stack_module_state(networks)
-    inputs = torch.stack([x + i for i in range(points)]) if per_point else x
-    got = network(stacked, inputs, per_point=per_point)
-    expected = torch.stack(
-        [net(inputs[i] if per_point else inputs) for i, net in enumerate(networks)]
-    )
+    if per_point and isinstance(x, torch.Tensor) and len(x) != points:
+        x = torch.stack([x + i for i in range(points)])
+    got = network(stacked, x, per_point=per_point)
+    each = []
+    for i, net in enumerate(networks):
+        own = tree_map(lambda t, i=i: t[i], x) if per_point else x
+        each.append(net(**own) if isinstance(own, dict) else net(own))
+    expected = torch.stack(each)
     torch.testing.assert_close(got, expected)
 
     upstream = torch.randn_like(expected)

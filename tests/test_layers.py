@@ -1,0 +1,221 @@
+"""Attention, embeddings, dropout and BatchNorm on stacked values, against the loop in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_equals_the_loop, clones
+from torch import nn
+from zoo import ZOO
+
+from fastgeo import stack
+
+B, T, D = 3, 5, 8
+
+
+def sequences(batch=B, length=T, width=D, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
+
+
+class Around(nn.Module):
+    """Some use of a layer on sequences that differ between the networks."""
+
+    def __init__(self, use, layer=None):
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.layer = layer if layer is not None else nn.Identity()
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self.layer, self.first(x), x)
+
+
+BLIND = torch.ones(T, T).triu(1).bool()
+BIAS = sequences(1, T, T, seed=1)[0]
+PADDED = torch.arange(T) >= torch.tensor([5, 3, 4])[:, None]
+
+
+@pytest.mark.parametrize(
+    "options, use",
+    [
+        ({}, lambda a, x, shared: a(x, x, x)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, need_weights=False)[0]),
+        ({}, lambda a, x, shared: a(x, x, x)[0] * a(x, x, x)[1].square().sum()),
+        ({}, lambda a, x, shared: a(x, x, x, average_attn_weights=False)[1].flatten(1)),
+        ({}, lambda a, x, shared: a(x, shared, shared)[0]),
+        ({}, lambda a, x, shared: a(shared, x, shared + 1, need_weights=False)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=BIAS, need_weights=False)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND, is_causal=True)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=PADDED)[0]),
+        (dict(bias=False), lambda a, x, shared: a(x, x, x)[0]),
+        (dict(kdim=4, vdim=6), lambda a, x, shared: a(x, x[..., :4], shared[..., :6])[0]),
+        (dict(add_bias_kv=True), lambda a, x, shared: a(x, x, x)[0]),
+        (dict(add_zero_attn=True), lambda a, x, shared: a(x, x, x)[0]),
+        (dict(dropout=0.5), lambda a, x, shared: a(x, x, x)[0]),
+    ],
+)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_equals_the_loop(options, use, batch_first):
+    layer = nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
+    module = Around(use, layer).double().eval()
+    x = sequences() if batch_first else sequences(T, B)
+    network = assert_equals_the_loop(module, x, 3, False)
+    lines = [line for line in network.explain().splitlines() if line.startswith("layer ")]
+    assert lines and all(line.endswith("stacked") for line in lines)
+
+
+def heads(x):
+    return x.unflatten(-1, (2, 4)).transpose(-3, -2)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda _, x, shared: F.scaled_dot_product_attention(x, x, x),
+        lambda _, x, shared: F.scaled_dot_product_attention(x, shared, shared, is_causal=True),
+        lambda _, x, shared: F.scaled_dot_product_attention(*[heads(x)] * 3, scale=0.3),
+        lambda _, x, shared: F.scaled_dot_product_attention(heads(x), heads(shared), heads(x)),
+        lambda _, x, shared: F.scaled_dot_product_attention(*[heads(x)] * 3, attn_mask=~BLIND),
+        lambda _, x, shared: F.scaled_dot_product_attention(
+            *[heads(x)] * 3, attn_mask=heads(x) @ heads(x).mT
+        ),
+        lambda _, x, shared: F.scaled_dot_product_attention(
+            *[heads(x)] * 3, attn_mask=heads(x)[:, :1] @ heads(shared)[:, :1].mT
+        ),
+        lambda _, x, shared: F.scaled_dot_product_attention(
+            *[heads(x)] * 3, attn_mask=~PADDED[:, None, None].expand(B, 1, T, T)
+        ),
+        lambda _, x, shared: F.scaled_dot_product_attention(
+            heads(x), heads(x)[:, :1], heads(x)[:, 1:], enable_gqa=True
+        ),
+        lambda _, x, shared: F.scaled_dot_product_attention(
+            *[heads(x)[:, None]] * 3, is_causal=True
+        ),
+    ],
+)
+def test_attention_equals_the_loop(use):
+    network = assert_equals_the_loop(Around(use).double(), sequences(), 3, False)
+    assert "scaled_dot_product_attention  stacked" in network.explain()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Embedding(7, 4),
+        nn.Embedding(7, 4, padding_idx=2),
+        nn.Embedding(7, 4, padding_idx=-1),
+        nn.Embedding(7, 4, scale_grad_by_freq=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("per_point", [False, True])
+def test_embeddings_equal_the_loop(layer, per_point):
+    tokens = torch.tensor([[0, 2, 2, 6], [1, 2, 3, 6]])
+    tokens = torch.stack([tokens, (tokens + 1) % 7, 6 - tokens]) if per_point else tokens
+    assert_equals_the_loop(nn.Sequential(layer, nn.Linear(4, 3)).double(), tokens, 3, per_point)
+
+
+def test_an_embedding_of_bounded_norm_equals_the_loop():
+    module = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0)).double()
+    networks, tokens = clones(module, 3), torch.tensor([[0, 2, 2, 6], [1, 2, 3, 6]])
+    params, _ = torch.func.stack_module_state(networks)
+    with torch.no_grad():
+        got = stack(module)(params, tokens)
+        expected = torch.stack([net(tokens) for net in networks])
+    torch.testing.assert_close(got, expected)
+    assert (got.norm(dim=-1) < 1.0 + 1e-6).all()
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+DROPOUT = [
+    nn.Dropout(0.4),
+    nn.Dropout1d(0.4),
+    nn.AlphaDropout(0.4),
+    nn.MultiheadAttention(D, 2, dropout=0.4, batch_first=True),
+]
+
+
+@pytest.mark.parametrize("layer", DROPOUT, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropout_draws_for_every_network_by_itself(layer, shared):
+    def use(layer, x, own):
+        x = own if shared else x
+        return layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+
+    module = Around(use, copy.deepcopy(layer)).double().train()
+    params = {name: torch.stack([p] * 200) for name, p in module.named_parameters()}
+    got = stack(module)(params, sequences())
+    assert not torch.equal(got[0], got[1])  # equal networks, other draws
+    alone = torch.stack([module(sequences()) for _ in range(200)])
+    # Both are means of 200 draws from one distribution.
+    deviation = (got.std(0) ** 2 + alone.std(0) ** 2).sqrt() / 200**0.5
+    z = (got.mean(0) - alone.mean(0)) / (deviation + 1e-9)
+    assert z.abs().max() < 6
+
+    module.eval()
+    evaluated = stack(module)(params, sequences())
+    torch.testing.assert_close(evaluated[0], module(sequences()))
+    torch.testing.assert_close(evaluated[1], evaluated[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["vgg", "gpt", "text-cnn"])
+def test_a_network_is_run_in_the_mode_that_it_is_in(name):
+    (member,) = [member for member in ZOO if member.name == name]
+    module, x = member.make(), member.inputs(4)
+    network = stack(module)
+    params = {name: torch.stack([p] * 2) for name, p in module.named_parameters()}
+    for mode in (False, True, False):
+        module.train(mode)
+        first, second = network(params, x)
+        assert torch.equal(first, second) != mode
+
+
+# --- BatchNorm ------------------------------------------------------------------------------------
+
+
+def batch_norm_net(spatial, **options):
+    if spatial == 0:
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, **options), nn.Linear(4, 3))
+    kinds = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d)}[spatial]
+    layers = [kinds[0](2, 4, 3), kinds[1](4, **options), nn.ReLU(), kinds[0](4, 3, 2)]
+    return nn.Sequential(*layers)
+
+
+OPTIONS = [{}, dict(momentum=None), dict(momentum=0.0), dict(track_running_stats=False)]
+OPTIONS += [dict(affine=False), dict(momentum=0.3, eps=1e-2)]
+
+
+@pytest.mark.parametrize("spatial", [0, 1, 2])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("engine", ["stacked", "loop"])
+@pytest.mark.parametrize("per_point", [False, True])
+def test_batch_norm_trains_like_the_loop(spatial, options, engine, per_point):
+    """Outputs, gradients and running statistics, in two training steps and one evaluation."""
+    module = batch_norm_net(spatial, **options).double()
+    networks = clones(module, 3)
+    params, buffers = torch.func.stack_module_state(networks)
+    params = {name: p.detach().requires_grad_() for name, p in params.items()}
+    network = stack(module, engine=engine, batchnorm="recalibrate")
+    for step, mode in enumerate((True, True, False)):
+        module.train(mode)
+        shape = (8, 2, *(6,) * spatial) if spatial else (8, 6)
+        x = torch.randn((3, *shape) if per_point else shape, dtype=torch.float64)
+        got = network(params | buffers, x, per_point=per_point)
+        each = [net.train(mode)(x[i] if per_point else x) for i, net in enumerate(networks)]
+        torch.testing.assert_close(got, torch.stack(each))
+        gradients = torch.autograd.grad(got.square().sum(), list(params.values()))
+        for name, gradient in zip(params, gradients, strict=True):
+            own = [
+                torch.autograd.grad(out.square().sum(), net.get_parameter(name), retain_graph=True)[
+                    0
+                ]
+                for out, net in zip(each, networks, strict=True)
+            ]
+            torch.testing.assert_close(gradient, torch.stack(own))
+        for name in buffers:
+            expected = torch.stack([net.get_buffer(name) for net in networks])
+            torch.testing.assert_close(buffers[name], expected, msg=f"{name}, step {step}")
