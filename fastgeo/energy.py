@@ -27,7 +27,9 @@ def energy_and_gradient(
         ends: [2, R, C] logits of the two ends, R rows.
     """
     chunks = engine.chunks(len(path) - 2)
-    energies, gradients = [], []
+    energies, whole = [], {}
+    if len(chunks) > 1:  # first of all, so that it does not lie scattered between activations
+        whole = {name: torch.empty_like(path.interior[name]) for name in set(trained.values())}
     left, following = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
     for i in range(len(chunks)):
         current, following = following, None
@@ -38,9 +40,10 @@ def energy_and_gradient(
         divergences, gradient = path_js_div_value_and_grad(known)
         energies.append(divergences if following is None else divergences[:-1])
         left = known[-2:-1]
-        gradients.append(current.backward(gradient[1:-1]))
-    joined = {name: _joined([part[name] for part in gradients]) for name in gradients[0]}
-    return _joined(energies), joined
+        gradients = current.backward(gradient[1:-1])
+        for name, tensor in whole.items():
+            tensor[chunks[i]] = gradients[name]
+    return torch.cat(energies), whole or gradients
 
 
 class _Chunk:
@@ -137,7 +140,3 @@ def logits_of(outputs: Tensor) -> Tensor:
         shape = list(outputs.shape[1:])
         raise ValueError(f"the module must return logits [B, ..., C], got {shape}")
     return outputs.flatten(1, -2)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
