@@ -21,7 +21,7 @@ from fastgeo.inputs import Inputs
 from fastgeo.modes import refuse_batch_norm
 from fastgeo.operators import RANDOM
 from fastgeo.tracing import Trace, TraceFailed, trace
-from fastgeo.values import Stacked, by_loop, by_vmap, call, each, without_n
+from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each, without_n
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
@@ -248,13 +248,17 @@ class _Run(fx.Interpreter):
             function = node.target if callable(node.target) else _method(node.target)
             own_args, own_kwargs = args, kwargs
             random = node.target in RANDOM
-            if not random and not _any_stacked(args) and not _any_stacked(kwargs):
+            if not random and not any_stacked(args) and not any_stacked(kwargs):
                 return function(*args, **kwargs)
             if random and self.plan.ways[node] is by_vmap:
                 args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
         way = self.plan.ways[node]
         if way not in (by_vmap, by_loop):
-            return way(self.n, *own_args, **own_kwargs)
+            try:
+                return way(self.n, *own_args, **own_kwargs)
+            except NoForm as error:
+                way = self.plan.ways[node] = error.way
+                self.plan.reasons[node] = str(error)
         try:
             return way(function, args, kwargs, self.n)
         except RuntimeError as error:
@@ -271,14 +275,6 @@ class _Run(fx.Interpreter):
 
 def _method(name: str) -> Callable:
     return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
-
-
-def _any_stacked(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_any_stacked, value))
-    if isinstance(value, dict):
-        return any(map(_any_stacked, value.values()))
-    return isinstance(value, Stacked)
 
 
 def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, str]]:
