@@ -181,14 +181,15 @@ def _multihead_attention(
     q, k, v = (
         t.unflatten(-1, (layer.num_heads, -1)).transpose(2, 3).flatten(0, 1) for t in (q, *both)
     )
-    dropout = layer.dropout if layer.training else 0.0
     if need_weights:
         scores = q @ k.mT / math.sqrt(q.shape[-1])
-        weights = F.dropout((scores if bias is None else scores + bias).softmax(-1), dropout)
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        weights = F.dropout(weights, layer.dropout, layer.training)
         out = weights @ v
         weights = weights.unflatten(0, (n, -1))  # [N, B, heads, T, S]
         weights = Stacked(weights.mean(2) if average_attn_weights else weights)
     else:
+        dropout = layer.dropout if layer.training else 0.0
         weights, out = None, F.scaled_dot_product_attention(q, k, v, bias, dropout)
     out = out.unflatten(0, (n, -1)).transpose(2, 3).flatten(3)
     out = stacked_linear(out, own["out_proj.weight"], own.get("out_proj.bias"))

@@ -6,6 +6,7 @@ is one node of the graph; the module itself must be traceable.
 """
 
 import contextlib
+import functools
 import inspect
 import operator
 import random
@@ -139,6 +140,32 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
+def _encoder(
+    self: nn.TransformerEncoder, src, mask=None, src_key_padding_mask=None, is_causal=None
+):
+    for layer in self.layers:
+        src = layer(src, mask, src_key_padding_mask, bool(is_causal))
+    return src if self.norm is None else self.norm(src)
+
+
+def _encoder_layer(
+    self: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
+):
+    masks = (src_mask, src_key_padding_mask)
+    if self.norm_first:
+        src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
+        return src + self._ff_block(self.norm2(src))
+    src = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
+    return self.norm2(src + self._ff_block(src))
+
+
+# What their forwards compute, without the branches on masks that choose kernels for inference.
+PLAIN = {
+    nn.TransformerEncoder.forward: _encoder,
+    nn.TransformerEncoderLayer.forward: _encoder_layer,
+}
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -151,6 +178,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         before = next(iter(reversed(self.graph.nodes)))
+        if plain := PLAIN.get(type(module).forward):
+            forward = functools.partial(plain, module)
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:  # noqa: BLE001 - as in `trace`

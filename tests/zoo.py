@@ -431,7 +431,7 @@ ZOO = [
     Member("convnext", ConvNeXt, SMALL),
     Member("vit", ViT, SMALL),
     Member("torchvision-vit", torchvision_vit, SMALL),
-    Member("transformer", transformer, lambda b: pictures(1, 5, b)[:, 0, :, :3], native=False),
+    Member("transformer", transformer, lambda b: pictures(1, 5, b)[:, 0, :, :3]),
     Member("gpt", GPT, partial(words, 11, 6)),
     Member("llama", Llama, masked_words),
     Member("mixer", Mixer, SMALL),
