@@ -56,8 +56,8 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
 
 @contextlib.contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Transformer layers as they are trained: their kernels for inference have no gradient, and
-    vmap and torch.fx hide that one is wanted."""
+    """Transformer layers as they are trained: their kernels for inference have no gradient, vmap
+    and torch.fx hide that one is wanted, and without one they give zeros where keys are padded."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -70,7 +70,8 @@ def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
     """A function of one network's values, called N times."""
     stacked, call = _one_network(function, args, kwargs)
     each_own = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
-    return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
+    with no_fast_path():
+        return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
 
 
 class NoForm(Exception):

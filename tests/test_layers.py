@@ -112,6 +112,19 @@ def test_encoders_equal_the_loop_operation_by_operation(use, norm_first, batch_f
     torch.testing.assert_close(got[1], module(x).detach())
 
 
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+def test_padded_encoders_compute_the_same_without_a_gradient(engine):
+    layer = nn.TransformerEncoderLayer(D, 2, 12, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    use = lambda e, x, shared: e(x, src_key_padding_mask=PADDED)  # noqa: E731
+    networks = clones(Around(use, encoder).double().eval(), 2)
+    params, _ = torch.func.stack_module_state(networks)
+    with torch.no_grad():
+        got = stack(networks[0], engine=engine)(params, sequences())
+    expected = torch.stack([net(sequences()) for net in networks])
+    torch.testing.assert_close(got, expected.detach())
+
+
 def heads(x):
     return x.unflatten(-1, (2, 4)).transpose(-3, -2)
 
