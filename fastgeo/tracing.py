@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from fastgeo.values import no_fast_path
 
 # One node each: their forward branches on their inputs, or they have state of their own.
-WHOLE = (nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+WHOLE = (nn.MultiheadAttention, BATCH_NORM)
 
 
 class TraceFailed(Exception):
@@ -72,7 +73,7 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
     for node in graph.nodes:
-        _out_of_place(node)
+        _out_of_place(node, module)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -96,7 +97,7 @@ _OUT_OF_PLACE = {
 }
 
 
-def _out_of_place(node: fx.Node) -> None:
+def _out_of_place(node: fx.Node, module: nn.Module) -> None:
     """Make an in-place operation return a new value, which nothing can tell from the old one.
 
     Raises:
@@ -124,6 +125,8 @@ def _out_of_place(node: fx.Node) -> None:
     if isinstance(changed, fx.Node):
         fresh = changed.op in ("call_function", "call_method")
         fresh &= _name(changed.target) not in _VIEWS
+        if changed.op == "call_module":
+            fresh = isinstance(module.get_submodule(changed.target), BATCH_NORM)
         if not fresh or len(changed.users) > 1:
             raise TraceFailed(f"{node.format_node()} changes in place a value that is used again")
     node.target, node.args, node.kwargs = target, args, kwargs

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, clones
+from conftest import assert_equals_the_loop, assert_trains_like_the_loop, clones
 from torch import nn
 from zoo import ZOO
 
@@ -253,27 +253,9 @@ OPTIONS += [dict(affine=False), dict(momentum=0.3, eps=1e-2)]
 @pytest.mark.parametrize("per_point", [False, True])
 def test_batch_norm_trains_like_the_loop(spatial, options, engine, per_point):
     """Outputs, gradients and running statistics, in two training steps and one evaluation."""
+    shape = (8, 2, *(6,) * spatial) if spatial else (8, 6)
+    draws = [
+        torch.randn((3, *shape) if per_point else shape, dtype=torch.float64) for _ in range(3)
+    ]
     module = batch_norm_net(spatial, **options).double()
-    networks = clones(module, 3)
-    params, buffers = torch.func.stack_module_state(networks)
-    params = {name: p.detach().requires_grad_() for name, p in params.items()}
-    network = stack(module, engine=engine, batchnorm="recalibrate")
-    for step, mode in enumerate((True, True, False)):
-        module.train(mode)
-        shape = (8, 2, *(6,) * spatial) if spatial else (8, 6)
-        x = torch.randn((3, *shape) if per_point else shape, dtype=torch.float64)
-        got = network(params | buffers, x, per_point=per_point)
-        each = [net.train(mode)(x[i] if per_point else x) for i, net in enumerate(networks)]
-        torch.testing.assert_close(got, torch.stack(each))
-        gradients = torch.autograd.grad(got.square().sum(), list(params.values()))
-        for name, gradient in zip(params, gradients, strict=True):
-            own = [
-                torch.autograd.grad(out.square().sum(), net.get_parameter(name), retain_graph=True)[
-                    0
-                ]
-                for out, net in zip(each, networks, strict=True)
-            ]
-            torch.testing.assert_close(gradient, torch.stack(own))
-        for name in buffers:
-            expected = torch.stack([net.get_buffer(name) for net in networks])
-            torch.testing.assert_close(buffers[name], expected, msg=f"{name}, step {step}")
+    assert_trains_like_the_loop(module, draws, 3, per_point, engine=engine)

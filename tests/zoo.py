@@ -104,6 +104,8 @@ def _narrow(net: nn.Module, factor: int) -> nn.Module:
             )
         elif isinstance(layer, nn.GroupNorm):
             new = nn.GroupNorm(2, layer.num_channels // factor)
+        elif isinstance(layer, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(layer.num_features // factor)
         elif isinstance(layer, nn.Linear):
             new = nn.Linear(layer.in_features // factor, layer.out_features)
         else:
@@ -484,6 +486,29 @@ def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=5)
 
 
+def batch_norm_convolutions() -> nn.Module:
+    """The mean of all batches as statistics, and none."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, track_running_stats=False),
+        nn.Hardswish(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+
+
+def batch_norm_mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6, affine=False, momentum=0.3), nn.ReLU()),
+        nn.Linear(6, 5),
+    )
+
+
 def masked_words(batch: int) -> dict[str, Tensor]:
     causal = torch.ones(6, 6).tril().bool().expand(batch, 6, 6)
     return {"mask": causal, "tokens": words(11, 6, batch)}
@@ -525,4 +550,13 @@ ZOO = [
     Member("factors", Factors, rows),
     Member("shared-layers", Shared, rows),
     Member("recurrent", Recurrent, partial(words, 11, 4), native=False),
+]
+BATCH_NORM = [
+    Member(
+        "torchvision-resnet18",
+        lambda: _narrow(torchvision.models.resnet18(num_classes=5), 16),
+        partial(pictures, 3, 32),
+    ),
+    Member("convolutions", batch_norm_convolutions, SMALL),
+    Member("mlp", batch_norm_mlp, rows),
 ]
