@@ -51,6 +51,10 @@ PER_HEAD = sequences(B * 2, T, T, seed=3)
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND)[0]),
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BIAS, need_weights=False)[0]),
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND, is_causal=True)[0]),
+        (
+            {},
+            lambda a, x, shared: a(x, x, x, attn_mask=BLIND, is_causal=True, need_weights=False)[0],
+        ),
         ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=PADDED)[0]),
         ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=PADDED, need_weights=False)[0]),
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND, key_padding_mask=PADDED)[0]),
