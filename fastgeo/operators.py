@@ -34,10 +34,10 @@ def _dropout(n, input, p=0.5, training=True, inplace=False):
 
 
 def _matmul(n, input, other):
-    if rank_of(input) == 1:
-        return Stacked(_matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(1))
     if rank_of(other) == 1:
         return Stacked(_matmul(n, input, Stacked(each(other, n)[..., None])).tensor.squeeze(-1))
+    if rank_of(input) == 1:
+        return Stacked(_matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(-2))
     if rank_of(other) == 2:
         return Stacked(stacked_linear(each(input, n), each(other, n).mT))
     rank = max(rank_of(input), rank_of(other))

@@ -60,6 +60,7 @@ def assert_equals_the_loop(module, x, points, per_point, runs_as="stacked", **op
     if per_point and isinstance(x, torch.Tensor) and len(x) != points:
         x = torch.stack([x + i for i in range(points)])
     got = network(stacked, x, per_point=per_point)
+    assert network.engine == runs_as, network.reason
     each = []
     for i, net in enumerate(networks):
         own = tree_map(lambda t, i=i: t[i], x) if per_point else x
