@@ -22,7 +22,7 @@ from fastgeo_kernels import (
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fastgeo.values import Stacked, aligned, by_loop, by_vmap, call, each, rank_of
+from fastgeo.values import NoForm, Stacked, aligned, by_loop, each, rank_of
 
 State = Mapping[str, Any]  # name -> Stacked, or a tensor that all networks share
 
@@ -98,8 +98,7 @@ def _embedding(
     sparse=False,
 ):
     if max_norm is not None or scale_grad_by_freq:
-        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq)
-        return by_loop(F.embedding, (input, weight, *options), {}, n)
+        raise NoForm("norms are bounded, or gradients scaled, by network", by_loop)
     weight = each(weight, n)  # [N, V, D]
     if padding_idx is not None:  # a row that is never trained
         p = padding_idx % weight.shape[1]
@@ -151,17 +150,10 @@ def _multihead_attention(
     average_attn_weights=True,
     is_causal=False,
 ):
-    unusual = key_padding_mask is not None or layer.bias_k is not None or layer.add_zero_attn
-    unusual |= isinstance(attn_mask, Stacked) or rank_of(attn_mask) > 2 or rank_of(query) != 3
-    if unusual or (layer.training and layer.dropout > 0):
-        options = dict(
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        return by_vmap(call(layer), (state, (query, key, value), options), {}, n)
+    if rank_of(query) != 3:
+        raise NoForm("its input has no batch axis")
+    if is_causal and attn_mask is None:
+        raise NoForm("is_causal comes without a mask")
     own = {name: each(tensor, n) for name, tensor in state.items()}
     if "in_proj_weight" in own:
         weights = own["in_proj_weight"].chunk(3, 1)
@@ -175,21 +167,63 @@ def _multihead_attention(
         inputs = (each(t, n) for t in (query, key, value))
         rows = [stacked_linear(*three) for three in zip(inputs, weights, biases, strict=True)]
     if not layer.batch_first:
-        rows = [t.transpose(1, 2) for t in rows]  # [N, B, T, heads * D]
-    q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(2, 3).flatten(0, 1) for t in rows)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:  # True: not to be looked at
-        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -math.inf)
+        rows = [t.transpose(1, 2) for t in rows]
+    q, *both = rows  # [N, B, T, heads * D]
+    batch, length = q.shape[1], both[0].shape[2]
+    if "bias_k" in own:
+        last = (own[name].expand(-1, batch, -1, -1) for name in ("bias_k", "bias_v"))
+        both = [torch.cat(two, 2) for two in zip(both, last, strict=True)]
+    if layer.add_zero_attn:
+        both = [F.pad(t, (0, 0, 0, 1)) for t in both]
+    bias = _bias(n, batch, attn_mask, key_padding_mask, q.dtype)
+    if bias is not None:  # what was added to the keys is always looked at
+        bias = F.pad(bias, (0, both[0].shape[2] - length))
+    q, k, v = (
+        t.unflatten(-1, (layer.num_heads, -1)).transpose(2, 3).flatten(0, 1) for t in (q, *both)
+    )
     if need_weights:
         scores = q @ k.mT / math.sqrt(q.shape[-1])
-        weights = (scores if attn_mask is None else scores + attn_mask).softmax(-1)
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        weights = F.dropout(weights, layer.dropout, layer.training)
         out = weights @ v
         weights = weights.unflatten(0, (n, -1))  # [N, B, heads, T, S]
         weights = Stacked(weights.mean(2) if average_attn_weights else weights)
     else:
-        weights, out = None, F.scaled_dot_product_attention(q, k, v, attn_mask)
+        dropout = layer.dropout if layer.training else 0.0
+        weights, out = None, F.scaled_dot_product_attention(q, k, v, bias, dropout)
     out = out.unflatten(0, (n, -1)).transpose(2, 3).flatten(3)
     out = stacked_linear(out, own["out_proj.weight"], own.get("out_proj.bias"))
     return Stacked(out if layer.batch_first else out.transpose(1, 2)), weights
+
+
+def _bias(n, batch, attn_mask, key_padding_mask, dtype):
+    """The masks of nn.MultiheadAttention as one term of the scores [N * B, heads, T, S], or None.
+
+    Args:
+        n, batch: N and B.
+        attn_mask: of one network [T, S] or [B * heads, T, S]; True, or a large negative number,
+            where nothing is to be looked at.
+        key_padding_mask: of one network [B, S], in the same sense.
+        dtype: of the scores.
+    """
+    terms = []
+    for mask, rank in ((attn_mask, 2), (key_padding_mask, 1)):
+        if mask is None:
+            continue
+        t = mask.tensor if isinstance(mask, Stacked) else mask[None]  # [N or 1, ...]
+        if t.dtype == torch.bool:
+            t = torch.zeros_like(t, dtype=dtype).masked_fill(t, -math.inf)
+        if rank == 1:
+            t = t[:, :, None, None]
+        else:
+            t = t[:, None, None] if t.ndim == 3 else t.unflatten(1, (batch, -1))
+        terms.append(t)  # [N or 1, B or 1, heads or 1, T or 1, S]
+    if not terms:
+        return None
+    bias = sum(terms)
+    if bias.shape[:3] == (1, 1, 1):
+        return bias[0, 0, 0]
+    return bias.expand(n, batch, *bias.shape[2:]).flatten(0, 1)
 
 
 def _batch_norm(n, layer: nn.modules.batchnorm._BatchNorm, state: State, input):

@@ -5,14 +5,16 @@ Each takes N and what the function takes, with `Stacked` values among it.
 """
 
 import operator
+import string
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import stacked_linear
+from torch.utils import _pytree as pytree
 
-from fastgeo.values import Stacked, aligned, by_vmap, each, forms, rank_of, same
+from fastgeo.values import NoForm, Stacked, aligned, any_stacked, each, forms, rank_of, same
 
 # --- Elementwise ----------------------------------------------------------------------------------
 
@@ -32,12 +34,28 @@ def _dropout(n, input, p=0.5, training=True, inplace=False):
 
 
 def _matmul(n, input, other):
-    if rank_of(input) < 2 or rank_of(other) < 2:
-        return by_vmap(torch.matmul, (input, other), {}, n)
+    if rank_of(other) == 1:
+        return Stacked(_matmul(n, input, Stacked(each(other, n)[..., None])).tensor.squeeze(-1))
+    if rank_of(input) == 1:
+        return Stacked(_matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(-2))
     if rank_of(other) == 2:
         return Stacked(stacked_linear(each(input, n), each(other, n).mT))
     rank = max(rank_of(input), rank_of(other))
     return Stacked(torch.matmul(aligned(input, rank), aligned(other, rank)))
+
+
+def _einsum(n, equation, *operands):
+    if not isinstance(equation, str) or "->" not in equation:
+        raise NoForm("its output is not given by letters")
+    operands = operands[0] if isinstance(operands[0], list | tuple) else operands
+    networks = next(letter for letter in string.ascii_letters if letter not in equation)
+    axes, out = equation.replace(" ", "").split("->")
+    axes = ",".join(
+        networks + own if isinstance(operand, Stacked) else own
+        for own, operand in zip(axes.split(","), operands, strict=True)
+    )
+    tensors = [t.tensor if isinstance(t, Stacked) else t for t in operands]
+    return Stacked(torch.einsum(f"{axes}->{networks}{out}", *tensors))
 
 
 # --- Shapes ---------------------------------------------------------------------------------------
@@ -97,6 +115,17 @@ def _expand(n, input, *sizes):
     return Stacked(aligned(input, len(sizes)).expand(n, *sizes))
 
 
+def _like(handler: Callable, function: Callable) -> Callable:
+    """The shape of another value in place of sizes."""
+
+    def stacked(n, input, other):
+        if not isinstance(input, Stacked):
+            return function(input, _size(n, other))
+        return handler(n, input, *_size(n, other))
+
+    return stacked
+
+
 def _cat(n, tensors, dim=0):
     return Stacked(torch.cat([each(t, n) for t in tensors], _behind_n(dim)))
 
@@ -117,13 +146,17 @@ def _getitem(n, input, index):
     if not isinstance(input, Stacked):
         return input[index]  # of a tuple
     index = index if isinstance(index, tuple) else (index,)
-    if not all(i is None or i is ... or isinstance(i, int | slice) for i in index):
-        return by_vmap(operator.getitem, (input, index), {}, n)
+    if any_stacked(index):
+        raise NoForm("its index differs between the networks")
+    if any(isinstance(i, list | torch.Tensor) for i in index):
+        places = [p for p, i in enumerate(index) if isinstance(i, int | list | torch.Tensor)]
+        if places[-1] - places[0] >= len(places):  # the axes that they give would come before N
+            raise NoForm("its indices are not side by side")
     return Stacked(input.tensor[:, *index])
 
 
 def _size(n, input, dim=None):
-    shape = input.tensor.shape[1:]
+    shape = input.tensor.shape[1:] if isinstance(input, Stacked) else input.shape
     return shape if dim is None else shape[dim]
 
 
@@ -132,11 +165,17 @@ def _dim(n, input):
 
 
 def _getattr(n, input, name):
+    if not isinstance(input, Stacked):
+        return getattr(input, name)  # of a named tuple
     if name in ("device", "dtype"):
         return getattr(input.tensor, name)
     if name == "ndim":
         return rank_of(input)
-    return _size(n, input) if name == "shape" else by_vmap(getattr, (input, name), {}, n)
+    if name == "mT" or (name == "T" and rank_of(input) == 2):
+        return Stacked(input.tensor.mT)
+    if name == "shape":
+        return _size(n, input)
+    raise NoForm(f"{name} has no stacked form")
 
 
 def _to(n, input, *args, **kwargs):
@@ -158,6 +197,17 @@ def _reduction(function: Callable) -> Callable:
             return input
         dims = (dim,) if isinstance(dim, int) else dim or range(rank)
         return Stacked(function(input.tensor, [d % rank + 1 for d in dims], keepdim))
+
+    return stacked
+
+
+def _extreme(function: Callable, elementwise: Callable, reduction: Callable) -> Callable:
+    def stacked(n, input, dim=None, keepdim=False):
+        if dim is None:
+            return _reduction(reduction)(n, input)
+        if isinstance(dim, Stacked | torch.Tensor):  # max(a, b)
+            return _elementwise(elementwise)(n, input, dim)
+        return pytree.tree_map(Stacked, function(input.tensor, _behind_n(dim), keepdim))
 
     return stacked
 
@@ -185,6 +235,8 @@ FUNCTIONS: dict[Callable | str, Callable] = (
     {function: _elementwise(function) for function in (getattr(operator, n) for n in _PYTHON)}
     | forms(_ELEMENTWISE, _elementwise)
     | forms(["sum", "mean", "amax", "amin"], _reduction)
+    | forms(["max"], same(_extreme(torch.max, torch.maximum, torch.amax)))
+    | forms(["min"], same(_extreme(torch.min, torch.minimum, torch.amin)))
     | forms(["softmax", "log_softmax"], _along)
     | forms(["view", "reshape"], same(_reshape))
     | forms(["permute"], same(_permute))
@@ -195,6 +247,8 @@ FUNCTIONS: dict[Callable | str, Callable] = (
     | forms(["unflatten"], same(_unflatten))
     | forms(["repeat"], same(_repeat))
     | forms(["expand"], same(_expand))
+    | forms(["expand_as"], same(_like(_expand, torch.Tensor.expand)))
+    | forms(["view_as", "reshape_as"], same(_like(_reshape, torch.reshape)))
     | forms(["cat", "concat"], same(_cat))
     | forms(["stack"], same(_stack))
     | forms(["to", "type_as"], same(_to))
@@ -203,7 +257,8 @@ FUNCTIONS: dict[Callable | str, Callable] = (
     | forms(["contiguous"], same(_contiguous))
     | forms(["size"], same(_size))
     | forms(["dim"], same(_dim))
-    | forms(["matmul", "bmm"], same(_matmul))
+    | forms(["matmul", "bmm", "mm", "mv"], same(_matmul))
+    | forms(["einsum"], same(_einsum))
     | forms(["dropout"], same(_dropout))
     | {
         operator.getitem: _getitem,

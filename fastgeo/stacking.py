@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from fastgeo import layers, operators
 from fastgeo.inputs import Inputs
-from fastgeo.modes import refuse_batch_norm
+from fastgeo.modes import batch_norms, refuse_batch_norm
 from fastgeo.operators import RANDOM
 from fastgeo.tracing import Trace, TraceFailed, trace
-from fastgeo.values import Stacked, by_loop, by_vmap, call, each, without_n
+from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each, without_n
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
@@ -61,6 +61,7 @@ class StackedModule:
             for named in (module.named_parameters, module.named_buffers)
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
+        self._batch_norms = batch_norms(module)
         self._plans: dict[tuple, _Plan] = {}
         if engine in ("auto", "stacked"):
             try:
@@ -93,6 +94,7 @@ class StackedModule:
         n, state = self._state(params)
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         args, kwargs = pytree.tree_map(lambda t: self._input(t, n, per_point), (args, kwargs))
+        statistics = {name: params[name].clone() for name in self._updated(params)}
         while True:
             try:
                 return without_n(self._run(state, args, kwargs, n), n)
@@ -101,6 +103,8 @@ class StackedModule:
             except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
                 if not self._may_change or self.engine == "loop":
                     raise
+                for name, before in statistics.items():  # a pass that failed may have changed them
+                    params[name].copy_(before)
                 self._give_way(error)
 
     def explain(self) -> str:
@@ -118,6 +122,18 @@ class StackedModule:
             return self._plan(tuple(sorted(kwargs)) or None).run(state, args, kwargs, n)
         way = by_vmap if self.engine == "vmap" else by_loop
         return way(call(self.module), (state, args, kwargs), {}, n)
+
+    def _updated(self, params: Parameters) -> list[str]:
+        """The running statistics of BatchNorm among params that another engine may yet need."""
+        if not self._may_change or self.engine == "loop":
+            return []
+        names = (
+            f"{layer}.{own}".lstrip(".")
+            for layer, batch_norm in self._batch_norms.items()
+            if batch_norm.training
+            for own, _ in batch_norm.named_buffers(recurse=False)
+        )
+        return [name for name in names if name in params]
 
     def _give_way(self, error: Exception) -> None:
         """Go on with the next engine; the loop raises what the module itself raises."""
@@ -248,13 +264,17 @@ class _Run(fx.Interpreter):
             function = node.target if callable(node.target) else _method(node.target)
             own_args, own_kwargs = args, kwargs
             random = node.target in RANDOM
-            if not random and not _any_stacked(args) and not _any_stacked(kwargs):
+            if not random and not any_stacked(args) and not any_stacked(kwargs):
                 return function(*args, **kwargs)
             if random and self.plan.ways[node] is by_vmap:
                 args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
         way = self.plan.ways[node]
         if way not in (by_vmap, by_loop):
-            return way(self.n, *own_args, **own_kwargs)
+            try:
+                return way(self.n, *own_args, **own_kwargs)
+            except NoForm as error:
+                way = self.plan.ways[node] = error.way
+                self.plan.reasons[node] = str(error)
         try:
             return way(function, args, kwargs, self.n)
         except RuntimeError as error:
@@ -271,14 +291,6 @@ class _Run(fx.Interpreter):
 
 def _method(name: str) -> Callable:
     return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
-
-
-def _any_stacked(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_any_stacked, value))
-    if isinstance(value, dict):
-        return any(map(_any_stacked, value.values()))
-    return isinstance(value, Stacked)
 
 
 def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, str]]:

@@ -6,6 +6,7 @@ is one node of the graph; the module itself must be traceable.
 """
 
 import contextlib
+import functools
 import inspect
 import operator
 import random
@@ -18,7 +19,8 @@ from torch import Tensor, fx, nn
 from fastgeo.values import no_fast_path
 
 # One node each: their forward branches on their inputs, or they have state of their own.
-WHOLE = (nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+WHOLE = (nn.MultiheadAttention, BATCH_NORM)
 
 
 class TraceFailed(Exception):
@@ -71,7 +73,7 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
     for node in graph.nodes:
-        _out_of_place(node)
+        _out_of_place(node, module)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -95,7 +97,7 @@ _OUT_OF_PLACE = {
 }
 
 
-def _out_of_place(node: fx.Node) -> None:
+def _out_of_place(node: fx.Node, module: nn.Module) -> None:
     """Make an in-place operation return a new value, which nothing can tell from the old one.
 
     Raises:
@@ -123,6 +125,8 @@ def _out_of_place(node: fx.Node) -> None:
     if isinstance(changed, fx.Node):
         fresh = changed.op in ("call_function", "call_method")
         fresh &= _name(changed.target) not in _VIEWS
+        if changed.op == "call_module":
+            fresh = isinstance(module.get_submodule(changed.target), BATCH_NORM)
         if not fresh or len(changed.users) > 1:
             raise TraceFailed(f"{node.format_node()} changes in place a value that is used again")
     node.target, node.args, node.kwargs = target, args, kwargs
@@ -139,6 +143,32 @@ def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
+def _encoder(
+    self: nn.TransformerEncoder, src, mask=None, src_key_padding_mask=None, is_causal=None
+):
+    for layer in self.layers:
+        src = layer(src, mask, src_key_padding_mask, bool(is_causal))
+    return src if self.norm is None else self.norm(src)
+
+
+def _encoder_layer(
+    self: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
+):
+    masks = (src_mask, src_key_padding_mask)
+    if self.norm_first:
+        src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
+        return src + self._ff_block(self.norm2(src))
+    src = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
+    return self.norm2(src + self._ff_block(src))
+
+
+# What their forwards compute, without the branches on masks that choose kernels for inference.
+PLAIN = {
+    nn.TransformerEncoder.forward: _encoder,
+    nn.TransformerEncoderLayer.forward: _encoder_layer,
+}
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -151,6 +181,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         before = next(iter(reversed(self.graph.nodes)))
+        if plain := PLAIN.get(type(module).forward):
+            forward = functools.partial(plain, module)
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:  # noqa: BLE001 - as in `trace`

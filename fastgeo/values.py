@@ -28,6 +28,14 @@ def each(value: Stacked | Tensor, n: int) -> Tensor:
     return value.tensor if isinstance(value, Stacked) else value.expand(n, *value.shape)
 
 
+def any_stacked(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(any_stacked, value))
+    if isinstance(value, dict):
+        return any(map(any_stacked, value.values()))
+    return isinstance(value, Stacked)
+
+
 def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
     """A function of one network's values, vectorised over N; random numbers differ."""
     stacked, call = _one_network(function, args, kwargs)
@@ -48,8 +56,8 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
 
 @contextlib.contextmanager
 def no_fast_path() -> Iterator[None]:
-    """Transformer layers as they are trained: their kernels for inference have no gradient, and
-    vmap and torch.fx hide that one is wanted."""
+    """Transformer layers as they are trained: their kernels for inference have no gradient, vmap
+    and torch.fx hide that one is wanted, and without one they give zeros where keys are padded."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -62,7 +70,16 @@ def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
     """A function of one network's values, called N times."""
     stacked, call = _one_network(function, args, kwargs)
     each_own = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
-    return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
+    with no_fast_path():
+        return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
+
+
+class NoForm(Exception):
+    """A stacked form does not cover what it was given: why, and which way that runs instead."""
+
+    def __init__(self, reason: str, way: Callable = by_vmap):
+        super().__init__(reason)
+        self.way = way
 
 
 def _one_network(

@@ -60,6 +60,7 @@ def assert_equals_the_loop(module, x, points, per_point, runs_as="stacked", **op
     if per_point and isinstance(x, torch.Tensor) and len(x) != points:
         x = torch.stack([x + i for i in range(points)])
     got = network(stacked, x, per_point=per_point)
+    assert network.engine == runs_as, network.reason
     each = []
     for i, net in enumerate(networks):
         own = tree_map(lambda t, i=i: t[i], x) if per_point else x
@@ -76,6 +77,32 @@ def assert_equals_the_loop(module, x, points, per_point, runs_as="stacked", **op
     for i, name in enumerate(stacked):
         of_loop = torch.stack(loop[i :: len(stacked)])
         torch.testing.assert_close(gradients[i], of_loop, msg=lambda text, n=name: f"{n}: {text}")
+    return network
+
+
+def assert_trains_like_the_loop(module, draws, points, per_point, **options):
+    """Outputs, gradients and running statistics over several inputs, in eval mode for the last."""
+    networks = clones(module, points)
+    params, buffers = torch.func.stack_module_state(networks)
+    network = stack(module, batchnorm="recalibrate", **options)
+    own = [parameter for network in networks for parameter in network.parameters()]
+    for step, x in enumerate(draws):
+        mode = step < len(draws) - 1
+        module.train(mode)
+        got = network(params | buffers, x, per_point=per_point)
+        each = [net.train(mode)(x[i] if per_point else x) for i, net in enumerate(networks)]
+        expected = torch.stack(each)
+        torch.testing.assert_close(got, expected)
+        upstream = torch.randn_like(expected)
+        gradients, loop = (
+            torch.autograd.grad(outputs, parameters, upstream)
+            for outputs, parameters in ((got, list(params.values())), (expected, own))
+        )
+        expected = [torch.stack(loop[i :: len(params)]) for i in range(len(params))]
+        torch.testing.assert_close(list(gradients), expected)
+        for name in buffers:
+            expected = torch.stack([net.get_buffer(name) for net in networks])
+            torch.testing.assert_close(buffers[name], expected, msg=f"{name}, step {step}")
     return network
 
 

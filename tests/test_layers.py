@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, clones
+from conftest import assert_equals_the_loop, assert_trains_like_the_loop, clones
 from torch import nn
 from zoo import ZOO
 
@@ -35,6 +35,8 @@ class Around(nn.Module):
 BLIND = torch.ones(T, T).triu(1).bool()
 BIAS = sequences(1, T, T, seed=1)[0]
 PADDED = torch.arange(T) >= torch.tensor([5, 3, 4])[:, None]
+FAINT = sequences(1, B, T, seed=2)[0]
+PER_HEAD = sequences(B * 2, T, T, seed=3)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +51,26 @@ PADDED = torch.arange(T) >= torch.tensor([5, 3, 4])[:, None]
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND)[0]),
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BIAS, need_weights=False)[0]),
         ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND, is_causal=True)[0]),
+        (
+            {},
+            lambda a, x, shared: a(x, x, x, attn_mask=BLIND, is_causal=True, need_weights=False)[0],
+        ),
         ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=PADDED)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=PADDED, need_weights=False)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=BLIND, key_padding_mask=PADDED)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=BIAS, key_padding_mask=FAINT)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=PER_HEAD, key_padding_mask=FAINT)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=PER_HEAD, need_weights=False)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, attn_mask=x[0, :1, :T].tanh() * BIAS)[0]),
+        ({}, lambda a, x, shared: a(x, x, x, key_padding_mask=x.sum((0, 1))[:T].expand(B, T))[0]),
         (dict(bias=False), lambda a, x, shared: a(x, x, x)[0]),
         (dict(kdim=4, vdim=6), lambda a, x, shared: a(x, x[..., :4], shared[..., :6])[0]),
         (dict(add_bias_kv=True), lambda a, x, shared: a(x, x, x)[0]),
         (dict(add_zero_attn=True), lambda a, x, shared: a(x, x, x)[0]),
+        (
+            dict(add_bias_kv=True, add_zero_attn=True),
+            lambda a, x, shared: a(x, x, x, attn_mask=BIAS, key_padding_mask=FAINT)[0],
+        ),
         (dict(dropout=0.5), lambda a, x, shared: a(x, x, x)[0]),
     ],
 )
@@ -65,6 +82,51 @@ def test_multihead_attention_equals_the_loop(options, use, batch_first):
     network = assert_equals_the_loop(module, x, 3, False)
     lines = [line for line in network.explain().splitlines() if line.startswith("layer ")]
     assert lines and all(line.endswith("stacked") for line in lines)
+
+
+def test_attention_of_one_sequence_equals_the_loop():
+    module = Around(lambda a, x, shared: a(x, x, shared)[0], nn.MultiheadAttention(D, 2)).double()
+    network = assert_equals_the_loop(module, sequences()[0], 3, False)
+    assert "vmap: its input has no batch axis" in network.explain()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda e, x: e(x),
+        lambda e, x: e(x, src_key_padding_mask=PADDED),
+        lambda e, x: e(x, BLIND, is_causal=True),
+        lambda e, x: e(x, mask=BLIND, src_key_padding_mask=PADDED),
+        lambda e, x: e.layers[0](x, src_mask=BIAS),
+    ],
+)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_encoders_equal_the_loop_operation_by_operation(use, norm_first, batch_first):
+    options = dict(norm_first=norm_first, batch_first=batch_first, activation=F.gelu)
+    layer = nn.TransformerEncoderLayer(D, 2, 12, **options)
+    encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(D), enable_nested_tensor=False)
+    module = Around(lambda e, x, shared: use(e, x), encoder).double().eval()
+    x = sequences() if batch_first else sequences(T, B)
+    network = assert_equals_the_loop(module, x, 3, False)
+    assert not {"vmap", "loop"} & set(network.explain().replace(":", "").split())
+    params = {name: torch.stack([p] * 2) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        got = network(params, x)
+    torch.testing.assert_close(got[1], module(x).detach())
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+def test_padded_encoders_compute_the_same_without_a_gradient(engine):
+    layer = nn.TransformerEncoderLayer(D, 2, 12, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    use = lambda e, x, shared: e(x, src_key_padding_mask=PADDED)  # noqa: E731
+    networks = clones(Around(use, encoder).double().eval(), 2)
+    params, _ = torch.func.stack_module_state(networks)
+    with torch.no_grad():
+        got = stack(networks[0], engine=engine)(params, sequences())
+    expected = torch.stack([net(sequences()) for net in networks])
+    torch.testing.assert_close(got, expected.detach())
 
 
 def heads(x):
@@ -195,27 +257,9 @@ OPTIONS += [dict(affine=False), dict(momentum=0.3, eps=1e-2)]
 @pytest.mark.parametrize("per_point", [False, True])
 def test_batch_norm_trains_like_the_loop(spatial, options, engine, per_point):
     """Outputs, gradients and running statistics, in two training steps and one evaluation."""
+    shape = (8, 2, *(6,) * spatial) if spatial else (8, 6)
+    draws = [
+        torch.randn((3, *shape) if per_point else shape, dtype=torch.float64) for _ in range(3)
+    ]
     module = batch_norm_net(spatial, **options).double()
-    networks = clones(module, 3)
-    params, buffers = torch.func.stack_module_state(networks)
-    params = {name: p.detach().requires_grad_() for name, p in params.items()}
-    network = stack(module, engine=engine, batchnorm="recalibrate")
-    for step, mode in enumerate((True, True, False)):
-        module.train(mode)
-        shape = (8, 2, *(6,) * spatial) if spatial else (8, 6)
-        x = torch.randn((3, *shape) if per_point else shape, dtype=torch.float64)
-        got = network(params | buffers, x, per_point=per_point)
-        each = [net.train(mode)(x[i] if per_point else x) for i, net in enumerate(networks)]
-        torch.testing.assert_close(got, torch.stack(each))
-        gradients = torch.autograd.grad(got.square().sum(), list(params.values()))
-        for name, gradient in zip(params, gradients, strict=True):
-            own = [
-                torch.autograd.grad(out.square().sum(), net.get_parameter(name), retain_graph=True)[
-                    0
-                ]
-                for out, net in zip(each, networks, strict=True)
-            ]
-            torch.testing.assert_close(gradient, torch.stack(own))
-        for name in buffers:
-            expected = torch.stack([net.get_buffer(name) for net in networks])
-            torch.testing.assert_close(buffers[name], expected, msg=f"{name}, step {step}")
+    assert_trains_like_the_loop(module, draws, 3, per_point, engine=engine)

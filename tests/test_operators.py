@@ -54,10 +54,28 @@ BEHIND_N = [  # of [B, 4, 6, 6] features
     lambda x, layer: x[..., 0, :].unsqueeze(2).expand(12, 4, 6, 6),
     lambda x, layer: x[:, [3, 1, 0, 2]],
     lambda x, layer: x[:, torch.tensor([3, 1, 0, 2])],
+    lambda x, layer: x[torch.arange(12), torch.arange(12) % 4].repeat(1, 4, 1),
+    lambda x, layer: x[:, 0, torch.tensor([3, 1, 0, 2])].repeat(1, 6, 1),
+    lambda x, layer: x[torch.arange(12), :, torch.arange(12) % 6].repeat(1, 1, 6),
+    lambda x, layer: x[:, layer.bias.argsort()],
+    lambda x, layer: x[..., torch.ones(6).bool()],
     lambda x, layer: x.softmax(1) + F.log_softmax(x, -1),
     lambda x, layer: x.cumsum(1),
     lambda x, layer: x.max(1, keepdim=True)[0] + x,
     lambda x, layer: torch.einsum("bchw,c->bchw", x, layer.bias + 1),
+    lambda x, layer: torch.einsum("b c h w, c -> b h w", [x, layer.weight]).repeat(1, 4, 1),
+    lambda x, layer: torch.einsum("...w,zw->...z", x, torch.eye(6, dtype=x.dtype)[[1, 0, 2] * 2]),
+    lambda x, layer: torch.einsum("bchw,bchw", x, x) + x,
+    lambda x, layer: (x @ x.mean((0, 1, 2)) + x.mean((0, 1, 2)) @ x.mT)[..., None] * x,
+    lambda x, layer: x + (x.sum((2, 3)) @ layer.weight)[:, None, None, None],
+    lambda x, layer: x + x[0, 0, 0] @ x[1, 1, 1],
+    lambda x, layer: torch.mm(x.flatten(1), x[:, 0].flatten(1).T.repeat(4, 12)),
+    lambda x, layer: x[:, :, 0].max() + x * x.min(),
+    lambda x, layer: torch.max(x, x.mean(1, True)) * torch.min(x, torch.zeros(6, dtype=x.dtype)),
+    lambda x, layer: x.max(dim=-1, keepdim=True).values + x - torch.min(x, 1)[0][:, None],
+    lambda x, layer: (x + torch.max(x, 1).indices[:, None]).view_as(x).flatten(2),
+    lambda x, layer: layer.bias[None, :, None, None].expand_as(x) * x,
+    lambda x, layer: torch.ones(4, 1, 1, dtype=x.dtype).expand_as(x) * x.reshape_as(x.mT),
     lambda x, layer: F.pad(x, (1, 1, 2, 0))[:, :, :6, :6],
     lambda x, layer: F.pad(x, (1, 1, 2, 0), mode="reflect")[:, :, :6, :6],
     lambda x, layer: F.max_pool2d(x, 2).repeat(1, 1, 2, 2),
@@ -149,6 +167,19 @@ def test_every_layer_equals_the_loop(layer, shared):
     if not shared:
         without_a_form |= isinstance(layer, nn.GLU | nn.LocalResponseNorm | nn.PixelShuffle)
     assert ("vmap" in network.explain()) == without_a_form
+
+
+@pytest.mark.parametrize(
+    "function, line",
+    [
+        (lambda x, layer: x[:, layer.bias.argsort()], "vmap: its index differs"),
+        (lambda x, layer: x[[0] * 12, :, [5]].repeat(1, 1, 6), "vmap: its indices are not side"),
+        (lambda x, layer: torch.einsum("bchw,c", x, layer.bias).repeat(1, 4, 1), "not given by"),
+    ],
+)
+def test_explain_says_where_values_had_no_stacked_form(function, line):
+    network = assert_equals_the_loop(Body(function, nn.LayerNorm(4)).double(), images(), 3, False)
+    assert line in network.explain()
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,28 @@ def test_what_vmap_cannot_follow_runs_in_a_loop_and_says_so():
         stack(module, engine="vmap")(stacked, images())
 
 
+def test_an_engine_that_gives_way_leaves_no_running_statistics_behind():
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+            self.rest = DataDependent()
+
+        def forward(self, x):
+            assert x.sum() > -torch.inf  # torch.fx cannot follow
+            return self.rest(self.norm(x))
+
+    module = Normalised().double()
+    networks = clones(module, 3)
+    params, buffers = torch.func.stack_module_state(networks)
+    network = stack(module, batchnorm="recalibrate")
+    with pytest.warns(UserWarning, match="runs as loop; vmap failed"):
+        got = network(params | buffers, images())
+    torch.testing.assert_close(got, torch.stack([net(images()) for net in networks]))
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(buffer, torch.stack([net.get_buffer(name) for net in networks]))
+
+
 def test_one_submodule_that_cannot_be_traced_is_one_operation():
     class Around(nn.Module):
         def __init__(self):

@@ -1,5 +1,6 @@
 """Small networks of many kinds, written as users write them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -103,6 +104,8 @@ def _narrow(net: nn.Module, factor: int) -> nn.Module:
             )
         elif isinstance(layer, nn.GroupNorm):
             new = nn.GroupNorm(2, layer.num_channels // factor)
+        elif isinstance(layer, nn.BatchNorm2d):
+            new = nn.BatchNorm2d(layer.num_features // factor)
         elif isinstance(layer, nn.Linear):
             new = nn.Linear(layer.in_features // factor, layer.out_features)
         else:
@@ -369,6 +372,80 @@ class TextCNN(nn.Module):
         return self.head(self.drop(torch.cat(x, -1)))
 
 
+class WaveNet(nn.Module):
+    """Gated causal convolutions with growing dilation, the largest value over time."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv1d(1, 4, 1)
+        self.filters = nn.ModuleList(nn.Conv1d(4, 4, 2, dilation=2**i) for i in range(3))
+        self.gates = nn.ModuleList(nn.Conv1d(4, 4, 2, dilation=2**i) for i in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x, skips = self.stem(x[:, None]), 0
+        for i, layer in enumerate(self.filters):
+            padded = F.pad(x, (2**i, 0))
+            y = torch.tanh(layer(padded)) * torch.sigmoid(self.gates[i](padded))
+            skips = skips + y
+            x = x + y
+        return self.head(F.relu(skips).max(dim=-1).values)
+
+
+class LastWord(nn.Module):
+    """Attention by hand with its causal mask in a buffer; the state at each text's last word."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.register_buffer("causal", torch.tril(torch.ones(7, 7))[None, None])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens, lengths):
+        x = self.embed(tokens)
+        B, T, C = x.size()
+        q, k, v = (
+            layer(x).view(B, T, 2, C // 2).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        scores = scores.masked_fill(self.causal[:, :, :T, :T] == 0, float("-inf"))
+        y = (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous().view_as(x)
+        return self.head((x + y)[torch.arange(B), lengths - 1])
+
+
+class PaddedEncoder(nn.Module):
+    """PyTorch's encoder on texts of several lengths, and the mean of their words."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, tokens, lengths):
+        padded = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+        x = self.encoder(self.embed(tokens), src_key_padding_mask=padded)
+        keep = (~padded).unsqueeze(-1).to(x.dtype)
+        return self.head((x * keep).sum(dim=1) / keep.sum(1).clamp(min=1))
+
+
+class Factors(nn.Module):
+    """A mixture of bilinear forms, by einsum; the gate is a plain product."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn(12, 6) / 3) for _ in range(2))
+        self.core = nn.Parameter(torch.randn(6, 6, 5) / 3)
+        self.gate = nn.Parameter(torch.randn(12))
+
+    def forward(self, x):
+        y = torch.einsum("bi,bj,ijc->bc", torch.mm(x, self.left), x @ self.right, self.core)
+        return y * torch.sigmoid(x @ self.gate).unsqueeze(-1).expand_as(y)
+
+
 class Shared(nn.Module):
     """The same layer three times, and an in-place residual addition."""
 
@@ -409,9 +486,37 @@ def torchvision_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=5)
 
 
+def batch_norm_convolutions() -> nn.Module:
+    """The mean of all batches as statistics, and none."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.BatchNorm2d(6, track_running_stats=False),
+        nn.Hardswish(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+
+
+def batch_norm_mlp() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6, affine=False, momentum=0.3), nn.ReLU()),
+        nn.Linear(6, 5),
+    )
+
+
 def masked_words(batch: int) -> dict[str, Tensor]:
     causal = torch.ones(6, 6).tril().bool().expand(batch, 6, 6)
     return {"mask": causal, "tokens": words(11, 6, batch)}
+
+
+def words_and_lengths(batch: int) -> dict[str, Tensor]:
+    lengths = torch.arange(batch) % 3 + 2
+    return {"lengths": lengths, "tokens": words(11, 7, batch)}
 
 
 def rows(batch: int) -> Tensor:
@@ -431,7 +536,7 @@ ZOO = [
     Member("convnext", ConvNeXt, SMALL),
     Member("vit", ViT, SMALL),
     Member("torchvision-vit", torchvision_vit, SMALL),
-    Member("transformer", transformer, lambda b: pictures(1, 5, b)[:, 0, :, :3], native=False),
+    Member("transformer", transformer, lambda b: pictures(1, 5, b)[:, 0, :, :3]),
     Member("gpt", GPT, partial(words, 11, 6)),
     Member("llama", Llama, masked_words),
     Member("mixer", Mixer, SMALL),
@@ -439,6 +544,19 @@ ZOO = [
     Member("plain-parameters", Plain, rows),
     Member("resnext-se", ResNeXt, SMALL),
     Member("text-cnn", TextCNN, partial(words, 11, 7)),
+    Member("wavenet", WaveNet, rows),
+    Member("last-word", LastWord, words_and_lengths),
+    Member("padded-encoder", PaddedEncoder, words_and_lengths),
+    Member("factors", Factors, rows),
     Member("shared-layers", Shared, rows),
     Member("recurrent", Recurrent, partial(words, 11, 4), native=False),
+]
+BATCH_NORM = [
+    Member(
+        "torchvision-resnet18",
+        lambda: _narrow(torchvision.models.resnet18(num_classes=5), 16),
+        partial(pictures, 3, 32),
+    ),
+    Member("convolutions", batch_norm_convolutions, SMALL),
+    Member("mlp", batch_norm_mlp, rows),
 ]
