@@ -159,7 +159,8 @@ def flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = rows.to(images.device), columns.to(images.device)
     image = torch.arange(batch, device=images.device)[:, None, None]
     cropped = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2)
+    # A clone: `contiguous` leaves the strides of one channel those of channels-last.
+    return cropped.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

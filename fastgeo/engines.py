@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgeo.inputs import Inputs, each_tensor, tensors_of
 from fastgeo.modes import evaluation_mode
-from fastgeo.stacking import Parameters, StackedModule, part_of
+from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
 
 T = TypeVar("T")
 VISITS = 3  # of each candidate, the first of them to warm up
@@ -143,7 +143,8 @@ class EngineChoice:
         """In the order of preference where times are alike."""
         traced = self._traced.engine
         few = FEW if points > FEW else None
-        layouts = [True, False] if images and not on_gpu else [False]
+        choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
+        layouts = [True, False] if choice else [False]
         if self.engine != "auto":
             ways = [(traced, False, None)]
         else:

@@ -62,6 +62,7 @@ class StackedModule:
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
         self._batch_norms = batch_norms(module)
+        self._unsafe_on_cpu = channels_last_is_unsafe(module)
         self._plans: dict[tuple, _Plan] = {}
         if engine in ("auto", "stacked"):
             try:
@@ -177,10 +178,14 @@ class StackedModule:
             return x
         if per_point and len(x) != n:
             raise ValueError(f"x must be [N, B, ...] with N = {n}, got {list(x.shape)}")
-        if self.channels_last and x.ndim == 4 + per_point:
+        if x.ndim == 4 + per_point and (self.channels_last or not x.is_cuda):
+            last = self.channels_last and (x.is_cuda or not self._unsafe_on_cpu)
             images = x.transpose(0, 1).flatten(1, 2) if per_point else x
-            x = images.contiguous(memory_format=torch.channels_last)
-            x = x.unflatten(1, (n, -1)).transpose(0, 1) if per_point else x
+            if last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            else:  # of one channel, too, whose strides may else be those of channels-last
+                images = images.contiguous().flatten().view(images.shape)
+            x = images.unflatten(1, (n, -1)).transpose(0, 1) if per_point else images
         return Stacked(x) if per_point else x
 
 
@@ -300,6 +305,23 @@ def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str
         yield name, tensor, first.setdefault(tensor, name)
 
 
+def channels_last_is_unsafe(module: nn.Module) -> bool:
+    """Whether oneDNN, on this CPU, gets the gradient of one of the convolutions wrong.
+
+    In channels-last the weight gradient of a strided 1x1 convolution of fewer input channels than a
+    vector register holds overruns a buffer (uxlfoundation/oneDNN issue 6035, seen in torch 2.14.1).
+    """
+    vector = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    return any(
+        max(layer.kernel_size) == 1
+        and max(layer.stride) > 1
+        and layer.groups == 1
+        and layer.in_channels < vector
+        for layer in module.modules()
+        if isinstance(layer, nn.Conv2d)
+    )
+
+
 def part_of(params: Parameters, part: slice) -> dict[str, Tensor]:
     """Some of the networks; without a copy, and without a trace where they are all."""
     n = len(next(iter(params.values())))
@@ -331,7 +353,8 @@ def stack(
         engine: "stacked" is the traced graph, "vmap" torch.func.vmap of the whole module, "loop"
             one network after the other; "auto" the first of them that works. Those who want the
             fastest give "auto" to `fastgeo.optimize` and `fastgeo.evaluate`, which measure.
-        channels_last: give the module its images [B, C, H, W] in channels-last memory format.
+        channels_last: give the module its images [B, C, H, W] in channels-last memory format; not
+            on a CPU where `channels_last_is_unsafe`.
         batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, whose statistics are then
             buffers of each network like any other; see `fastgeo.recalibrate`.
 

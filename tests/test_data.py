@@ -75,6 +75,7 @@ def test_flip_and_crop_is_a_window_of_the_reflected_image():
             windows[np.ascontiguousarray(window[:, :, ::-1]).tobytes()] = (y, x, True)
     assert len(windows) == 162
     out = data.flip_and_crop(image.expand(5000, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert out.stride() == torch.empty(out.shape).stride()
     assert out.shape == (5000, 3, 8, 10)
     seen = {windows[np.ascontiguousarray(each).tobytes()] for each in out.numpy()}
     assert len(seen) == 162

@@ -34,13 +34,18 @@ def clock(monkeypatch):
     return clock
 
 
+def small():
+    """A network whose convolutions may be in channels-last on any CPU."""
+    return tiny_resnet(norm="channel")
+
+
 def one_network(module):
     return {name: tensor[None] for name, tensor in module.state_dict().items()}
 
 
 def chosen(clock, seconds, module=None, inputs=None, **options):
     """Work that takes each candidate the given time, until one is chosen; the turns and record."""
-    module, turns, records = module or tiny_resnet(), [], []
+    module, turns, records = module or small(), [], []
     choice = EngineChoice(module, on_choice=records.append, **options)
     inputs = images() if inputs is None else inputs
     choice.prepare(one_network(module), inputs, points=5)
@@ -78,7 +83,7 @@ def test_long_work_takes_one_turn_each(clock):
 
 
 def test_work_that_ends_early_chooses_by_what_it_knows(clock):
-    module, records = tiny_resnet(), []
+    module, records = small(), []
     choice = EngineChoice(module, on_choice=records.append)
     choice.prepare(one_network(module), images(), points=5)
     choice.finish()
@@ -100,6 +105,12 @@ def test_what_has_no_images_has_no_memory_format_to_choose(clock):
     assert turns == [*seconds] * 3
 
 
+def test_a_convolution_that_channels_last_breaks_on_a_cpu_is_not_measured_in_it(clock):
+    seconds = {"stacked": 0.1, "stacked, 4 at a time": 0.3, "loop, 4 at a time": 0.2}
+    turns, *_ = chosen(clock, seconds, tiny_resnet(norm="group"))  # 4 channels, 1x1, stride 2
+    assert turns == [*seconds] * 3
+
+
 @pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
 def test_an_engine_and_format_that_are_named_are_not_measured(engine):
     record = []
@@ -111,7 +122,7 @@ def test_an_engine_and_format_that_are_named_are_not_measured(engine):
 
 
 def test_an_engine_that_fails_in_its_turn_is_left_out():
-    module, record = tiny_resnet(), []
+    module, record = small(), []
     choice = EngineChoice(module, on_choice=record.append)
     choice.prepare(one_network(module), images(), points=5)
 

@@ -103,6 +103,25 @@ def test_channels_last_changes_nothing_but_the_memory_format():
         torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+@pytest.mark.parametrize("per_point", [False, True])
+def test_a_convolution_that_channels_last_breaks_on_a_cpu_is_not_given_it(engine, per_point):
+    """oneDNN's weight gradient of the second one is garbage, or the process ends."""
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1, stride=2)]
+    module = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5))
+    last = images(channels=3).float().contiguous(memory_format=torch.channels_last)
+    x = torch.stack([last, last.flip(0)]).contiguous() if per_point else last
+    networks = clones(module, 2)
+    stacked, _ = torch.func.stack_module_state(networks)
+    got = stack(module, engine=engine, channels_last=True)(stacked, x, per_point=per_point)
+    got = torch.autograd.grad(got.square().sum(), list(stacked.values()))
+    for i, network in enumerate(networks):
+        out = network.double()(x[i].double() if per_point else x.double())
+        expected = torch.autograd.grad(out.square().sum(), list(network.parameters()))
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one[i].double(), other, rtol=1e-4, atol=1e-4)
+
+
 def test_explain_says_which_way_each_operation_runs_and_why():
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GLU(1), nn.Flatten(), nn.Linear(72, 5))
     lines = stack(module).explain().splitlines()
