@@ -7,19 +7,18 @@ is one node of the graph; the module itself must be traceable.
 
 import contextlib
 import functools
-import inspect
-import operator
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastgeo.inplace import BATCH_NORM, InPlace, without_in_place
+from fastgeo.transformer import PLAIN
 from fastgeo.values import no_fast_path
 
 # One node each: their forward branches on their inputs, or they have state of their own.
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
 WHOLE = (nn.MultiheadAttention, BATCH_NORM)
 
 
@@ -72,101 +71,15 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
         raise TraceFailed("its forward draws random numbers that do not depend on the inputs")
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
-    for node in graph.nodes:
-        _out_of_place(node, module)
+    try:
+        for node in graph.nodes:
+            without_in_place(node, module)
+    except InPlace as error:
+        raise TraceFailed(str(error)) from error
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return Trace(graph, constants)
-
-
-# Names of operations that may return their first argument, or share its memory.
-_VIEWS = set(
-    """
-    as_strided bfloat16 chunk contiguous detach diagonal double dropout expand expand_as
-    flatten float getattr getitem half movedim narrow permute real reshape reshape_as select
-    split squeeze swapaxes t tensor_split to transpose type type_as unbind unflatten unfold
-    unsqueeze view view_as
-    """.split()
-)
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
-def _out_of_place(node: fx.Node, module: nn.Module) -> None:
-    """Make an in-place operation return a new value, which nothing can tell from the old one.
-
-    Raises:
-        TraceFailed: something can: the value is used again, or shares memory with one that may be.
-    """
-    if node.op not in ("call_function", "call_method"):
-        return
-    name, target, kwargs = _name(node.target), node.target, dict(node.kwargs)
-    if node.op == "call_function" and "inplace" in _parameters(target):
-        bound = inspect.signature(target).bind(*node.args, **kwargs).arguments
-        if not bound.get("inplace"):
-            return
-        args, kwargs = (bound.pop(next(iter(bound))),), {**bound, "inplace": False}
-    elif target in _OUT_OF_PLACE:
-        target, args = _OUT_OF_PLACE[target], node.args
-    elif name.endswith("_") and not name.endswith("__"):
-        holder = torch if node.op == "call_function" else Tensor
-        if not hasattr(holder, name[:-1]):
-            raise TraceFailed(f"{node.format_node()} works in place")
-        target = getattr(holder, name[:-1]) if node.op == "call_function" else name[:-1]
-        args = node.args
-    else:
-        return
-    changed = args[0]
-    if isinstance(changed, fx.Node):
-        fresh = changed.op in ("call_function", "call_method")
-        fresh &= _name(changed.target) not in _VIEWS
-        if changed.op == "call_module":
-            fresh = isinstance(module.get_submodule(changed.target), BATCH_NORM)
-        if not fresh or len(changed.users) > 1:
-            raise TraceFailed(f"{node.format_node()} changes in place a value that is used again")
-    node.target, node.args, node.kwargs = target, args, kwargs
-
-
-def _name(target: Callable | str) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
-
-
-def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except ValueError:  # of a built-in function
-        return {}
-
-
-def _encoder(
-    self: nn.TransformerEncoder, src, mask=None, src_key_padding_mask=None, is_causal=None
-):
-    for layer in self.layers:
-        src = layer(src, mask, src_key_padding_mask, bool(is_causal))
-    return src if self.norm is None else self.norm(src)
-
-
-def _encoder_layer(
-    self: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
-):
-    masks = (src_mask, src_key_padding_mask)
-    if self.norm_first:
-        src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
-        return src + self._ff_block(self.norm2(src))
-    src = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
-    return self.norm2(src + self._ff_block(src))
-
-
-# What their forwards compute, without the branches on masks that choose kernels for inference.
-PLAIN = {
-    nn.TransformerEncoder.forward: _encoder,
-    nn.TransformerEncoderLayer.forward: _encoder_layer,
-}
 
 
 class _Tracer(fx.Tracer):
