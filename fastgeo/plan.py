@@ -1,5 +1,6 @@
 """The traced graph of a module, run on stacked values: which way each operation goes, and why."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo import layers, operators
+from fastgeo.attributes import unchanged
 from fastgeo.operators import RANDOM
 from fastgeo.tracing import Trace
 from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each
@@ -85,13 +87,14 @@ class _Run(fx.Interpreter):
         if node not in self.plan.ways:
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
+        before = contextlib.nullcontext()
         if node.op == "call_module":
             prefix = f"{node.target}."
             layer = self.module.get_submodule(node.target)
             names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
             own = {name: self.state[prefix + name] for name in names}
             function, args, own_args = call(layer), (own, args, kwargs), (layer, own, *args)
-            own_kwargs, kwargs = kwargs, {}
+            own_kwargs, kwargs, before = kwargs, {}, unchanged(layer)
         else:
             function = node.target if callable(node.target) else _method(node.target)
             own_args, own_kwargs = args, kwargs
@@ -107,15 +110,16 @@ class _Run(fx.Interpreter):
             except NoForm as error:
                 way = self.plan.ways[node] = error.way
                 self.plan.reasons[node] = str(error)
-        try:
-            return way(function, args, kwargs, self.n)
-        except RuntimeError as error:
-            if way is by_loop:
-                raise
-            out = by_loop(function, args, kwargs, self.n)
-            self.plan.ways[node] = by_loop
-            self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
-            return out
+        with before:
+            try:
+                return way(function, args, kwargs, self.n)
+            except RuntimeError as error:
+                if way is by_loop:
+                    raise
+                out = by_loop(function, args, kwargs, self.n)
+                self.plan.ways[node] = by_loop
+                self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
+                return out
 
     def _own_copy(self, value: Any) -> Any:
         return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgeo.attributes import unchanged
 from fastgeo.inputs import Inputs
 from fastgeo.modes import batch_norms, refuse_batch_norm
 from fastgeo.plan import Plan
@@ -69,7 +70,7 @@ class StackedModule:
                     raise ValueError(
                         f"{type(module).__name__} cannot be stacked: {error}"
                     ) from error
-                self.engine, self.reason = "vmap", str(error)
+                self.engine, self.reason = error.engine, str(error)
         self._may_change = engine == "auto"
 
     def __call__(self, params: Parameters, x: Inputs, *, per_point: bool = False) -> Tensor:
@@ -118,7 +119,8 @@ class StackedModule:
         if self.engine == "stacked":
             return self._plan(tuple(sorted(kwargs)) or None).run(state, args, kwargs, n)
         way = by_vmap if self.engine == "vmap" else by_loop
-        return way(call(self.module), (state, args, kwargs), {}, n)
+        with unchanged(self.module):
+            return way(call(self.module), (state, args, kwargs), {}, n)
 
     def _updated(self, params: Parameters) -> list[str]:
         """The running statistics of BatchNorm among params that another engine may yet need."""
@@ -235,8 +237,9 @@ def stack(
     in params in place, as it would a network's own.
 
     Args:
-        module: any nn.Module, run in train or eval mode as it is; it is not changed, and its own
-            parameter values are not used. Hooks that are added later are not seen.
+        module: any nn.Module, run in train or eval mode as it is; it is not changed (what its
+            forward assigns to attributes is undone), and its own parameter values are not used.
+            Hooks that are added later are not seen.
         engine: "stacked" is the traced graph, "vmap" torch.func.vmap of the whole module, "loop"
             one network after the other; "auto" the first of them that works. Those who want the
             fastest give "auto" to `fastgeo.optimize` and `fastgeo.evaluate`, which measure.

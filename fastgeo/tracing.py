@@ -8,22 +8,24 @@ is one node of the graph; the module itself must be traceable.
 import contextlib
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastgeo.inplace import BATCH_NORM, InPlace, without_in_place
+from fastgeo.attributes import Attributes
+from fastgeo.inplace import OUT_OF_PLACE, WHOLE, InPlace, without_in_place
 from fastgeo.transformer import PLAIN
 from fastgeo.values import no_fast_path
 
-# One node each: their forward branches on their inputs, or they have state of their own.
-WHOLE = (nn.MultiheadAttention, BATCH_NORM)
-
 
 class TraceFailed(Exception):
-    """Says in one sentence why a module has no graph."""
+    """Says in one sentence why a module has no graph, and which engine may evaluate it instead."""
+
+    def __init__(self, reason: str, engine: str = "vmap"):
+        super().__init__(reason)
+        self.engine = engine
 
 
 class Trace(NamedTuple):
@@ -54,7 +56,7 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     for name, layer in module.named_modules():
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             raise TraceFailed(f"{name or 'the module'} has a hook or a replaced forward")
-    own = set(vars(module))
+    attributes = Attributes(module)
     random_states = random.getstate(), torch.get_rng_state()
     try:
         with _every_state_requires_grad(module), no_fast_path(), torch.enable_grad():
@@ -62,9 +64,12 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
         raise TraceFailed(f"torch.fx cannot trace it: {_first_line(error)}") from error
     finally:
-        constants = {name: vars(module).pop(name) for name in set(vars(module)) - own}
+        assigned = attributes.restore()
         drawn = random.getstate() != random_states[0]
         drawn |= not torch.equal(torch.get_rng_state(), random_states[1])
+    constants = {name: assigned.pop(name) for name in [*assigned] if _is_constant(name)}
+    if assigned:
+        raise TraceFailed(f"its forward assigns {next(iter(assigned))}")
     if drawn:
         random.setstate(random_states[0])
         torch.set_rng_state(random_states[1])
@@ -72,14 +77,43 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
     try:
-        for node in graph.nodes:
-            without_in_place(node, module)
-    except InPlace as error:
-        raise TraceFailed(str(error)) from error
+        without_in_place(graph, module)
+    except InPlace as error:  # and in vmap the strides are others, so that other views are copies
+        raise TraceFailed(str(error), "loop") from error
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return Trace(graph, constants)
+
+
+class _Strict:
+    """What torch.fx would record wrongly: `y += 1` as `y = y + 1`, and `y.data = z` not at all."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad", "requires_grad"):
+            raise TraceFailed(f"its forward assigns to .{name}")
+        super().__setattr__(name, value)
+
+
+class _Proxy(_Strict, fx.Proxy):
+    pass
+
+
+class _Attribute(_Strict, fx.proxy.Attribute):
+    pass
+
+
+def _recorded(function: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _in_place in OUT_OF_PLACE:
+    setattr(_Strict, f"__{_in_place.__name__}__", _recorded(_in_place))
 
 
 class _Tracer(fx.Tracer):
@@ -89,16 +123,27 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.names, self.first = names, True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, WHOLE)
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         before = next(iter(reversed(self.graph.nodes)))
+        attributes = Attributes(module)
         if plain := PLAIN.get(type(module).forward):
             forward = functools.partial(plain, module)
         try:
-            return super().call_module(module, forward, args, kwargs)
+            outputs = super().call_module(module, forward, args, kwargs)
+            if assigned := attributes.restore():
+                raise TraceFailed(f"its forward assigns {next(iter(assigned))}")
+            return outputs
         except Exception:  # noqa: BLE001 - as in `trace`
+            attributes.restore()
             for node in reversed(self.graph.nodes):
                 if node is before:
                     break
@@ -129,6 +174,11 @@ def _every_state_requires_grad(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor in changed:
             tensor.requires_grad_(False)
+
+
+def _is_constant(name: Any) -> bool:
+    """Whether torch.fx gave the module an attribute of that name, for a tensor of the graph."""
+    return isinstance(name, str) and name.startswith("_tensor_constant")
 
 
 def _first_line(error: Exception) -> str:

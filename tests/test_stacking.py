@@ -233,3 +233,50 @@ def test_parameters_that_do_not_fit_are_named(change, words):
 def test_unknown_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         stack(tiny_resnet(), **options)
+
+
+class Rotary(nn.Module):
+    """The usual cache of what depends on the length only, here in a dict, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.cosines, self.known, self.shift = None, {}, nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        if self.cosines is None:
+            self.cosines = torch.arange(x.shape[-1]) * 2.0
+            self.known[0] = self.cosines
+        return x + self.cosines + self.known[0] + self.shift
+
+
+class Storing(nn.Module):
+    """Keeps its last features, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls, self.maps = nn.Linear(6, 5), 0, []
+        self.register_buffer("last", torch.zeros(5))
+
+    def forward(self, x):
+        self.features = self.layer(x)
+        self.calls += 1
+        self.maps.append(self.features)
+        self.last = self.features[0]
+        return self.features.sin()
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("around", [nn.Sequential, lambda *layers: layers[-1]])
+@pytest.mark.parametrize("layer", [Rotary, Storing])
+def test_what_a_forward_assigns_is_not_left_in_the_module(engine, around, layer):
+    module = around(nn.Linear(6, 6), layer()).double()
+    before = [dict(vars(part)) for part in module.modules()]
+    x, networks = torch.randn(4, 6).double(), clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got = stack(module, engine=engine)(params, x)
+    torch.testing.assert_close(got, torch.stack([network(x) for network in networks]))
+    for part, attributes in zip(module.modules(), before, strict=True):
+        assert vars(part) == attributes
+    assert not any(getattr(part, "maps", []) for part in module.modules())
+    assert not any(getattr(part, "known", {}) for part in module.modules())
+    assert type(module(x)) is torch.Tensor
