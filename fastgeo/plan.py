@@ -50,8 +50,10 @@ class Plan:
             if of_shape or (not own_draw and shared.issuperset(node.all_input_nodes)):
                 shared.add(node)
                 way = "once for all networks"
-            layers = list(node.meta.get("nn_module_stack", {}))
-            yield layers[-1] if layers else "", node.name, way
+            around = list(node.meta.get("nn_module_stack", {}))
+            if node.op == "call_module":
+                around.append(node.target)
+            yield around[-1] if around else "", node.name, way
 
     def _way(self, node: fx.Node) -> tuple[Callable, str]:
         """The function (n, node's arguments) that runs a node, and why it is not a stacked form."""

@@ -59,7 +59,12 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     attributes = Attributes(module)
     random_states = random.getstate(), torch.get_rng_state()
     try:
-        with _every_state_requires_grad(module), no_fast_path(), torch.enable_grad():
+        with (
+            _every_state_requires_grad(module),
+            _no_autograd_functions(),
+            no_fast_path(),
+            torch.enable_grad(),
+        ):
             graph = _Tracer(names).trace(module)
     except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
         raise TraceFailed(f"torch.fx cannot trace it: {_first_line(error)}") from error
@@ -116,12 +121,41 @@ for _in_place in OUT_OF_PLACE:
     setattr(_Strict, f"__{_in_place.__name__}__", _recorded(_in_place))
 
 
+def _modes() -> tuple:
+    """What a graph does not record, though it decides what operations compute."""
+    autocast = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def _no_autograd_functions() -> Iterator[None]:
+    """Refuse torch.autograd.Function, whose backward a graph of its forward does not have."""
+    context = torch.autograd.function.BackwardCFunction  # of which every call makes one
+
+    def refuse(self: Any) -> None:
+        raise TraceFailed("its forward has a backward of its own")
+
+    context.__init__ = refuse
+    try:
+        yield
+    finally:
+        del context.__init__
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, names: Sequence[str] | None):
         super().__init__()
-        self.names, self.first = names, True
+        self.names, self.first, self.modes = names, True, _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise TraceFailed("its forward switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -134,7 +168,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         before = next(iter(reversed(self.graph.nodes)))
-        attributes = Attributes(module)
+        attributes, around = Attributes(module), self.module_stack.copy()
         if plain := PLAIN.get(type(module).forward):
             forward = functools.partial(plain, module)
         try:
@@ -144,6 +178,7 @@ class _Tracer(fx.Tracer):
             return outputs
         except Exception:  # noqa: BLE001 - as in `trace`
             attributes.restore()
+            self.module_stack = around  # on which torch.fx leaves the module that failed
             for node in reversed(self.graph.nodes):
                 if node is before:
                     break

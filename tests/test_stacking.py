@@ -280,3 +280,103 @@ def test_what_a_forward_assigns_is_not_left_in_the_module(engine, around, layer)
     assert not any(getattr(part, "maps", []) for part in module.modules())
     assert not any(getattr(part, "known", {}) for part in module.modules())
     assert type(module(x)) is torch.Tensor
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _without_gradient(layer, x):
+    with torch.no_grad():
+        return layer(x).tanh()
+
+
+def _in_bf16(layer, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(x.float(), layer.weight.float()).double()
+
+
+class Between(nn.Module):
+    """A function of a layer and features, before a linear head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.head, self.function = nn.Linear(64, 6), nn.Linear(6, 5), function
+
+    def forward(self, x):
+        return self.head(self.function(self.layer, x.flatten(1)))
+
+
+reverse = Reversed.apply
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _without_gradient,
+        lambda layer, x: Reversed.apply(layer(x)),
+        lambda layer, x: reverse(layer(x) * 2),
+        lambda layer, x: StraightThrough.apply(layer(x)),
+        _in_bf16,
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradients_and_types_that_a_graph_does_not_record_are_not_lost(function, inside):
+    module = Between(function)
+    module = nn.Sequential(module, nn.Tanh()) if inside else module
+    network = stack(module.double())
+    assert (network.engine == "stacked") == inside
+    x, networks = images(), clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got, expected = network(params, x), torch.stack([net(x) for net in networks])
+    tolerance = dict(rtol=1e-2, atol=1e-2) if function is _in_bf16 else {}
+    torch.testing.assert_close(got, expected, **tolerance)
+    upstream = torch.randn_like(expected)
+    for name in params:
+        own = [net.get_parameter(name) for net in networks]
+        got_gradient, gradients = (
+            torch.autograd.grad(outputs, to, upstream, retain_graph=True, materialize_grads=True)
+            for outputs, to in ((got, [params[name]]), (expected, own))
+        )
+        torch.testing.assert_close(got_gradient[0], torch.stack(gradients), **tolerance)
+
+
+def test_what_is_not_traced_takes_its_surroundings_along_no_further():
+    """torch.fx's own record of where it is must survive a submodule that fails."""
+    block = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(Reads(), nn.ReLU()), nn.Tanh())
+    module = nn.Sequential(block, nn.Flatten(), nn.Linear(128, 5)).double()
+    network = assert_equals_the_loop(module, images(), 3, False)
+    ways = [line.split()[:3] for line in network.explain().splitlines()[1:]]
+    assert [(place, way) for place, _, way in ways] == [
+        ("0.0", "stacked"),
+        ("0.1.0", "vmap:"),
+        ("0.1.1", "stacked"),
+        ("0.2", "stacked"),
+        ("1", "stacked"),
+        ("2", "stacked"),
+    ]
+
+
+class Reads(nn.Module):
+    """A branch on a shape."""
+
+    def forward(self, x):
+        return x * 2 if x.shape[-1] > 3 else x
