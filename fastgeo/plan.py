@@ -1,10 +1,10 @@
 """The traced graph of a module, run on stacked values: which way each operation goes, and why."""
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -12,7 +12,19 @@ from fastgeo import layers, operators
 from fastgeo.attributes import unchanged
 from fastgeo.operators import RANDOM
 from fastgeo.tracing import Trace
-from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each
+from fastgeo.values import (
+    NoForm,
+    Stacked,
+    any_stacked,
+    by_loop,
+    by_vmap,
+    call,
+    each,
+    first_line,
+    own_buffers,
+    refused_in_place,
+    undone_on_failure,
+)
 
 SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
 FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
@@ -30,9 +42,19 @@ class Plan:
                 self.ways[node], self.reasons[node] = self._way(node)
 
     def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
+        """What the module returns for these inputs, of the networks with this state.
+
+        A way that fails is left for good, but not where all that are left fail, too: that is the
+        inputs' fault.
+        """
         names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
         named = [kwargs[name] for name in names] if kwargs else args
-        return _Run(self, state, n).run(*named)
+        before = dict(self.ways), dict(self.reasons)
+        try:
+            return _Run(self, state, n).run(*named)
+        except Exception:
+            self.ways, self.reasons = before
+            raise
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(layer, operation, way) of each operation."""
@@ -89,39 +111,61 @@ class _Run(fx.Interpreter):
         if node not in self.plan.ways:
             return super().run_node(node)
         args, kwargs = self.fetch_args_kwargs_from_env(node)
-        before = contextlib.nullcontext()
         if node.op == "call_module":
-            prefix = f"{node.target}."
-            layer = self.module.get_submodule(node.target)
-            names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
-            own = {name: self.state[prefix + name] for name in names}
-            function, args, own_args = call(layer), (own, args, kwargs), (layer, own, *args)
-            own_kwargs, kwargs, before = kwargs, {}, unchanged(layer)
-        else:
-            function = node.target if callable(node.target) else _method(node.target)
-            own_args, own_kwargs = args, kwargs
-            random = node.target in RANDOM
-            if not random and not any_stacked(args) and not any_stacked(kwargs):
-                return function(*args, **kwargs)
-            if random and self.plan.ways[node] is by_vmap:
-                args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
-        way = self.plan.ways[node]
-        if way not in (by_vmap, by_loop):
+            return self._module(node, args, kwargs)
+        function = node.target if callable(node.target) else _method(node.target)
+        random = node.target in RANDOM
+        if not random and not any_stacked(args) and not any_stacked(kwargs):
+            return function(*args, **kwargs)
+        out, done = self._stacked(node, args, kwargs)
+        if done:
+            return out
+        if random:
+            args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
+        return self._one_by_one(node, function, args, kwargs)
+
+    def _module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """A submodule that is one operation."""
+        layer, prefix = self.module.get_submodule(node.target), f"{node.target}."
+        names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
+        own = own_buffers(layer, self.n) | {name: self.state[prefix + name] for name in names}
+        out, done = self._stacked(node, (layer, own, *args), kwargs)
+        if done:
+            return out
+        buffers = [own[name].tensor for name in _updated(layer) if isinstance(own[name], Stacked)]
+        with unchanged(layer), refused_in_place((args, kwargs)):
+            return self._one_by_one(node, call(layer), (own, args, kwargs), {}, buffers)
+
+    def _stacked(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+        """What the stacked form returns, and whether there is one for these arguments."""
+        form = self.plan.ways[node]
+        if form in (by_vmap, by_loop):
+            return None, False
+        try:
+            return form(self.n, *args, **kwargs), True
+        except torch.OutOfMemoryError:
+            raise
+        except NoForm as error:
+            self.plan.ways[node], self.plan.reasons[node] = error.way, str(error)
+        except Exception as error:  # noqa: BLE001 - whatever torch raises
+            self.plan.ways[node] = by_vmap
+            self.plan.reasons[node] = f"its stacked form failed: {first_line(error)}"
+        return None, False
+
+    def _one_by_one(
+        self, node: fx.Node, function: Callable, args: tuple, kwargs: dict, buffers: Sequence = ()
+    ) -> Any:
+        """Through vmap, or where that fails in a loop, with these buffers as they were before."""
+        if self.plan.ways[node] is by_vmap:
             try:
-                return way(self.n, *own_args, **own_kwargs)
-            except NoForm as error:
-                way = self.plan.ways[node] = error.way
-                self.plan.reasons[node] = str(error)
-        with before:
-            try:
-                return way(function, args, kwargs, self.n)
-            except RuntimeError as error:
-                if way is by_loop:
-                    raise
-                out = by_loop(function, args, kwargs, self.n)
+                with undone_on_failure(buffers):
+                    return by_vmap(function, args, kwargs, self.n)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in `_stacked`
                 self.plan.ways[node] = by_loop
-                self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
-                return out
+                self.plan.reasons[node] = f"vmap failed: {first_line(error)}"
+        return by_loop(function, args, kwargs, self.n)
 
     def _own_copy(self, value: Any) -> Any:
         return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
@@ -129,3 +173,8 @@ class _Run(fx.Interpreter):
 
 def _method(name: str) -> Callable:
     return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+
+
+def _updated(layer: nn.Module) -> list[str]:
+    """The buffers that a layer may change."""
+    return [name for name, _ in layer.named_buffers()] if layer.training else []

@@ -17,10 +17,22 @@ from torch.utils import _pytree as pytree
 
 from fastgeo.attributes import unchanged
 from fastgeo.inputs import Inputs
-from fastgeo.modes import batch_norms, refuse_batch_norm
+from fastgeo.modes import refuse_batch_norm
 from fastgeo.plan import Plan
 from fastgeo.tracing import TraceFailed, trace
-from fastgeo.values import Stacked, by_loop, by_vmap, call, without_n
+from fastgeo.values import (
+    ChangedInput,
+    Stacked,
+    by_loop,
+    by_vmap,
+    call,
+    copied,
+    first_line,
+    own_buffers,
+    refused_in_place,
+    undone_on_failure,
+    without_n,
+)
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
@@ -58,18 +70,16 @@ class StackedModule:
             for named in (module.named_parameters, module.named_buffers)
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
-        self._batch_norms = batch_norms(module)
+        self._copies = False  # whether the module changes its inputs in place
         self._unsafe_on_cpu = channels_last_is_unsafe(module)
         self._plans: dict[tuple, Plan] = {}
         if engine in ("auto", "stacked"):
             try:
-                self._plan(None)
+                self._plan({})
                 self.engine = "stacked"
             except TraceFailed as error:
                 if engine == "stacked":
-                    raise ValueError(
-                        f"{type(module).__name__} cannot be stacked: {error}"
-                    ) from error
+                    raise self._not_stacked(error) from error
                 self.engine, self.reason = error.engine, str(error)
         self._may_change = engine == "auto"
 
@@ -79,8 +89,8 @@ class StackedModule:
         Args:
             params: name -> [N, ...], parameters and buffers as in the module's `state_dict()` or
                 `torch.func.stack_module_state`; buffers that are left out are the module's own.
-            x: [B, ...], or [N, B, ...] if per_point; or a mapping of such tensors, the keyword
-                arguments of the module's forward.
+            x: [B, ...], or [N, B, ...] if per_point; or a mapping, the keyword arguments of the
+                module's forward: such tensors, and any other values.
             per_point: whether each network has an input of its own.
 
         Returns:
@@ -92,18 +102,32 @@ class StackedModule:
         n, state = self._state(params)
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         args, kwargs = pytree.tree_map(lambda t: self._input(t, n, per_point), (args, kwargs))
-        statistics = {name: params[name].clone() for name in self._updated(params)}
+        engine, reason = self.engine, self.reason
         while True:
             try:
-                return without_n(self._run(state, args, kwargs, n), n)
+                with undone_on_failure(self._updated(params)):
+                    outputs = without_n(self._run(engine, state, args, kwargs, n), n)
+                break
             except torch.OutOfMemoryError:
                 raise
+            except ChangedInput as error:
+                if not self._copies and engine != "stacked":
+                    self._copies = True
+                    continue
+                failure = error
+            except TraceFailed as error:
+                failure = self._not_stacked(error)
             except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
-                if not self._may_change or self.engine == "loop":
-                    raise
-                for name, before in statistics.items():  # a pass that failed may have changed them
-                    params[name].copy_(before)
-                self._give_way(error)
+                failure = error
+            if not self._may_change or engine == "loop":
+                raise failure  # of the loop, what the module itself raises
+            reason = f"{engine} failed: {first_line(failure)}"
+            engine = ENGINES[ENGINES.index(engine) + 1]
+        if engine != self.engine:
+            self.engine, self.reason = engine, reason
+            name = type(self.module).__name__
+            warnings.warn(f"{name} runs as {engine}; {reason}", stacklevel=2)
+        return outputs
 
     def explain(self) -> str:
         """A line for each operation: the layer it is in, which way it runs, and why."""
@@ -115,38 +139,47 @@ class StackedModule:
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join([title, *lines])
 
-    def _run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
-        if self.engine == "stacked":
-            return self._plan(tuple(sorted(kwargs)) or None).run(state, args, kwargs, n)
-        way = by_vmap if self.engine == "vmap" else by_loop
-        with unchanged(self.module):
-            return way(call(self.module), (state, args, kwargs), {}, n)
+    def _run(
+        self, engine: str, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int
+    ) -> Any:
+        if engine == "stacked":
+            return self._plan(kwargs).run(state, args, kwargs, n)
+        way = by_vmap if engine == "vmap" else by_loop
+        args, kwargs = copied((args, kwargs))
+        function = call(self.module, copies=self._copies)
+        state = own_buffers(self.module, n) | state
+        with unchanged(self.module), refused_in_place(() if self._copies else (args, kwargs)):
+            return way(function, (state, args, kwargs), {}, n)
 
-    def _updated(self, params: Parameters) -> list[str]:
-        """The running statistics of BatchNorm among params that another engine may yet need."""
-        if not self._may_change or self.engine == "loop":
+    def _updated(self, params: Parameters) -> list[Tensor]:
+        """The buffers among params that a pass may change, though another engine may yet need them
+        as they were."""
+        if not self._may_change or not any(layer.training for layer in self.module.modules()):
             return []
-        names = (
-            f"{layer}.{own}".lstrip(".")
-            for layer, batch_norm in self._batch_norms.items()
-            if batch_norm.training
-            for own, _ in batch_norm.named_buffers(recurse=False)
-        )
-        return [name for name in names if name in params]
+        return [params[name] for name, _ in self.module.named_buffers() if name in params]
 
-    def _give_way(self, error: Exception) -> None:
-        """Go on with the next engine; the loop raises what the module itself raises."""
-        before, self.engine = self.engine, ENGINES[ENGINES.index(self.engine) + 1]
-        self.reason = f"{before} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
-        warnings.warn(
-            f"{type(self.module).__name__} runs as {self.engine}; {self.reason}", stacklevel=4
+    def _not_stacked(self, error: TraceFailed) -> Exception:
+        return ValueError(
+            f"{type(self.module).__name__} cannot be stacked: {error}; engine='auto' (on the "
+            "command line --engine auto) evaluates it through vmap or in a loop"
         )
 
-    def _plan(self, names: tuple[str, ...] | None) -> Plan:
-        """The graph for these inputs in the present modes of all layers."""
-        key = (names, tuple(layer.training for layer in self.module.modules()))
+    def _plan(self, inputs: Mapping[str, Any]) -> Plan:
+        """The graph for these inputs by name, {} for one input, in the present modes of all layers.
+
+        Raises:
+            TraceFailed: there is none.
+        """
+        names = [name for name, x in inputs.items() if isinstance(x, Tensor | Stacked)]
+        fixed = {name: x for name, x in inputs.items() if name not in names}
+        for name, value in fixed.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise TraceFailed(f"its input {name!r} is a {type(value).__name__}")
+        modes = tuple(layer.training for layer in self.module.modules())
+        key = (frozenset(names), repr(sorted(fixed.items())), modes)
         if key not in self._plans:
-            self._plans[key] = Plan(self.module, trace(self.module, names))
+            traced = trace(self.module, names if inputs else None, fixed)
+            self._plans[key] = Plan(self.module, traced)
         return self._plans[key]
 
     def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:

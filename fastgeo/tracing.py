@@ -7,8 +7,9 @@ is one node of the graph; the module itself must be traceable.
 
 import contextlib
 import functools
+import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from fastgeo.attributes import Attributes
 from fastgeo.inplace import OUT_OF_PLACE, WHOLE, InPlace, without_in_place
 from fastgeo.transformer import PLAIN
-from fastgeo.values import no_fast_path
+from fastgeo.values import first_line, no_fast_path
 
 
 class TraceFailed(Exception):
@@ -41,13 +42,16 @@ class Trace(NamedTuple):
     constants: dict[str, Tensor]
 
 
-def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
+def trace(
+    module: nn.Module, names: Collection[str] | None = None, fixed: Mapping[str, Any] | None = None
+) -> Trace:
     """The torch.fx graph of a module in its present mode (train or eval).
 
     Args:
         module: not changed.
         names: arguments of its forward that are inputs, by default the first one and those without
             a default value; the others keep theirs.
+        fixed: values of other arguments, for which alone the graph is.
 
     Raises:
         TraceFailed: hooks, control flow that depends on the inputs, or a graph that would hold what
@@ -65,9 +69,9 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
             no_fast_path(),
             torch.enable_grad(),
         ):
-            graph = _Tracer(names).trace(module)
+            graph = _Tracer(names, fixed or {}).trace(module)
     except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
-        raise TraceFailed(f"torch.fx cannot trace it: {_first_line(error)}") from error
+        raise TraceFailed(f"torch.fx cannot trace it: {first_line(error)}") from error
     finally:
         assigned = attributes.restore()
         drawn = random.getstate() != random_states[0]
@@ -81,6 +85,10 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
         raise TraceFailed("its forward draws random numbers that do not depend on the inputs")
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
+    for name in {*(names or ()), *(fixed or ())} - inspect.signature(
+        module.forward
+    ).parameters.keys():
+        raise TraceFailed(f"its forward has no argument {name!r}")
     try:
         without_in_place(graph, module)
     except InPlace as error:  # and in vmap the strides are others, so that other views are copies
@@ -104,7 +112,12 @@ class _Strict:
 
 
 class _Proxy(_Strict, fx.Proxy):
-    pass
+    _is_param = False  # asked for by isinstance(..., nn.Parameter)
+
+    @property
+    def __class__(self) -> type:
+        """For isinstance: inputs and what the module holds are tensors, the rest is not known."""
+        return Tensor if self.node.op in ("placeholder", "get_attr") else type(self)
 
 
 class _Attribute(_Strict, fx.proxy.Attribute):
@@ -148,9 +161,9 @@ def _no_autograd_functions() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, names: Sequence[str] | None):
+    def __init__(self, names: Collection[str] | None, fixed: Mapping[str, Any]):
         super().__init__()
-        self.names, self.first, self.modes = names, True, _modes()
+        self.names, self.fixed, self.first, self.modes = names, fixed, True, _modes()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -161,7 +174,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, WHOLE)
@@ -188,7 +201,9 @@ class _Tracer(fx.Tracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
         default = () if name.startswith("*") else sig.parameters[name].default
-        given = name in self.names if self.names else self.first or default is sig.empty
+        if name in self.fixed:
+            return self.fixed[name]
+        given = self.first or default is sig.empty if self.names is None else name in self.names
         self.first = False
         if given:
             return self.create_proxy("placeholder", name, (), {})
@@ -214,7 +229,3 @@ def _every_state_requires_grad(module: nn.Module) -> Iterator[None]:
 def _is_constant(name: Any) -> bool:
     """Whether torch.fx gave the module an attribute of that name, for a tensor of the graph."""
     return isinstance(name, str) and name.startswith("_tensor_constant")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{str(error) or type(error).__name__}".splitlines()[0]

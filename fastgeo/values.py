@@ -129,11 +129,81 @@ def rank_of(value: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
-def call(module: nn.Module) -> Callable:
-    """The module as a function of (state, args, kwargs)."""
-    return lambda state, args, kwargs: functional_call(
-        module, state, args, kwargs, tie_weights=False
-    )
+def call(module: nn.Module, *, copies: bool = False) -> Callable:
+    """The module as a function of (state, args, kwargs), which updates the buffers in state.
+
+    Args:
+        module: must be given its state under all names.
+        copies: call it on copies of the tensors among args and kwargs.
+    """
+
+    def function(state: Mapping[str, Tensor], args: tuple, kwargs: dict) -> Any:
+        if copies:
+            args, kwargs = copied((args, kwargs))
+        now = dict(state)  # in which functional_call returns what the forward assigned
+        out = functional_call(module, now, args, kwargs, tie_weights=False)
+        for name, tensor in state.items():
+            if now[name] is not tensor:
+                with torch.no_grad():
+                    tensor.copy_(now[name])
+        return out
+
+    return function
+
+
+def own_buffers(module: nn.Module, n: int) -> dict[str, Stacked | Tensor]:
+    """The module's own buffers by name; in train mode a copy for each network to update."""
+    named = module.named_buffers(remove_duplicate=False)
+    if not any(layer.training for layer in module.modules()):
+        return dict(named)
+    return {name: Stacked(t.expand(n, *t.shape).clone()) for name, t in named}
+
+
+class ChangedInput(Exception):
+    """A module changed its input in place, which other networks or operations use, too."""
+
+
+@contextlib.contextmanager
+def refused_in_place(inputs: Any) -> Iterator[None]:
+    """ChangedInput if tensors among the inputs were changed in place."""
+    tensors = [
+        leaf.tensor if isinstance(leaf, Stacked) else leaf for leaf in pytree.tree_leaves(inputs)
+    ]
+    tensors = [t for t in tensors if torch.is_tensor(t) and not t.is_inference()]
+    versions = [tensor._version for tensor in tensors]
+    try:
+        yield
+    finally:
+        if versions != [tensor._version for tensor in tensors]:
+            raise ChangedInput("a module changes its input in place")
+
+
+@contextlib.contextmanager
+def undone_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The tensors as they were before, if an exception ends this."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
+
+
+def copied(value: Any) -> Any:
+    """The same with a copy of every tensor in it."""
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Stacked):
+            return Stacked(leaf.tensor.clone())
+        return leaf.clone() if torch.is_tensor(leaf) else leaf
+
+    return pytree.tree_map(copy, value)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def forms(names: Iterable[str], make: Callable[[Callable], Callable]) -> dict:

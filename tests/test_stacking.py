@@ -1,11 +1,18 @@
 """Stacked networks against the loop over modules, in float64."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, clones, images, tiny_resnet
+from conftest import (
+    assert_equals_the_loop,
+    assert_trains_like_the_loop,
+    clones,
+    images,
+    tiny_resnet,
+)
 from torch import nn
 
 from fastgeo import models, stack
@@ -380,3 +387,159 @@ class Reads(nn.Module):
 
     def forward(self, x):
         return x * 2 if x.shape[-1] > 3 else x
+
+
+class Named(nn.Module):
+    """Branches on what it is given besides tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens, mask=None, scale=1.0, causal=False, gain=None):
+        x = self.embed(tokens)
+        if mask is None:
+            x = x * 0.5
+        if causal:
+            x = x.cumsum(1)
+        if torch.is_tensor(scale):
+            x = x + 1
+        if isinstance(self.gain, torch.Tensor) and gain != "none":
+            x = x * self.gain
+        return self.head(F.scaled_dot_product_attention(x, x, x, attn_mask=mask) * scale)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"mask": None},
+        {"mask": torch.ones(5, 5).tril().bool()},
+        {"scale": 2.0},
+        {"scale": 1, "causal": True, "gain": "none"},
+        {"scale": torch.tensor(2.0).double()},
+    ],
+)
+def test_arguments_that_are_no_tensors_decide_as_in_the_module(named):
+    tokens = torch.arange(20).view(4, 5) % 7
+    assert_equals_the_loop(Named().double(), {"tokens": tokens, **named}, 3, False)
+
+
+def test_each_value_of_an_argument_has_a_graph_of_its_own():
+    network, networks = stack(Named().double()), clones(Named().double(), 2)
+    params, _ = torch.func.stack_module_state(networks)
+    tokens = torch.arange(20).view(4, 5) % 7
+    for named in ({"causal": True}, {"causal": 1}, {"causal": False}, {"scale": 3.0}, {}):
+        got = network(params, {"tokens": tokens, **named})
+        torch.testing.assert_close(got, torch.stack([net(tokens, **named) for net in networks]))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_an_argument_that_the_forward_does_not_have_is_refused(engine):
+    params, _ = torch.func.stack_module_state([Named()] * 2)
+    inputs = {"tokens": torch.zeros(2, 3).long(), "maks": torch.ones(3, 3)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'maks'"):
+        stack(Named(), engine=engine)(params, inputs)
+    with pytest.raises(ValueError, match="cannot be stacked: its forward has no argument 'maks'"):
+        stack(Named(), engine="stacked")(params, inputs)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+def test_buffers_that_are_left_out_are_the_modules_own(engine):
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double().eval()
+    module[1].running_mean.copy_(torch.randn(4))
+    module[1].running_var.copy_(torch.rand(4) + 0.5)
+    networks = clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got = stack(module, engine=engine, batchnorm="recalibrate")(params, images())
+    torch.testing.assert_close(got, torch.stack([network(images()) for network in networks]))
+    before = copy.deepcopy(module.state_dict())
+    got = stack(module.train(), engine=engine, batchnorm="recalibrate")(params, images())
+    torch.testing.assert_close(
+        got, torch.stack([network.train()(images()) for network in networks])
+    )
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+FOLLOWED = [("auto", False), ("auto", True), ("vmap", False), ("loop", False), ("loop", True)]
+
+
+class ChangesItsInput(nn.Module):
+    """Which torch.fx cannot trace; and where `reads`, vmap cannot follow either."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.shift, self.reads = nn.Parameter(torch.ones(64)), reads
+
+    def forward(self, x):
+        x.mul_(2.0)
+        if x.shape[0] > 100 or (self.reads and (x * self.shift).sum().item() > 1e9):
+            return x
+        return (x * self.shift).sin()
+
+
+@pytest.mark.parametrize("engine, reads", FOLLOWED)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("per_point", [False, True])
+def test_networks_do_not_see_what_another_did_to_their_input(engine, reads, inside, per_point):
+    module = ChangesItsInput(reads)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            x = x * 1.0
+            return self.inner(x) + x
+
+    module = Around() if inside else module
+    x, networks = images().flatten(1), clones(module.double(), 3)
+    params, _ = torch.func.stack_module_state(networks)
+    given = torch.stack([x, x + 1, x + 2]) if per_point else x.clone()
+    kept, network = given.clone(), stack(module, engine=engine)
+    for _ in range(2):
+        got = network(params, given, per_point=per_point)
+        for i, one in enumerate(networks):
+            torch.testing.assert_close(got[i], one((kept[i] if per_point else x).clone()))
+        assert torch.equal(given, kept)
+
+
+class Averaging(nn.Module):
+    """Keeps an average in a buffer, which it assigns, and counts in place."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.layer, self.reads = nn.Linear(64, 5), reads
+        self.register_buffer("average", torch.zeros(5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1))
+        if self.training:
+            self.count.add_(1)
+            self.average = 0.9 * self.average + 0.1 * h.detach().mean(0)
+        if self.reads:
+            assert h.sum().item() < 1e9
+        return h - self.average * self.count
+
+
+@pytest.mark.parametrize("engine, reads", FOLLOWED)
+@pytest.mark.parametrize("around", [nn.Identity, lambda layer: nn.Sequential(layer, nn.Tanh())])
+def test_buffers_that_a_forward_assigns_are_updated_once(engine, reads, around):
+    module = Averaging(reads)
+    module = module if around is nn.Identity else around(module)
+    assert_trains_like_the_loop(module.double(), [images(4, seed=i) for i in range(4)], 3, False)
+
+
+def test_an_input_that_no_engine_takes_changes_no_engine():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+    params, _ = torch.func.stack_module_state(clones(module, 3))
+    network = stack(module)
+    before = network.explain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            network(params, torch.zeros(4, 7).double())
+    assert network.engine == "stacked" and network.explain() == before
