@@ -87,10 +87,14 @@ class Path:
 
     def stacked(self) -> dict[str, Tensor]:
         """All points: name -> [N, ...], the form of `torch.func.stack_module_state`."""
-        return {
-            name: torch.cat([self.start[name][None], between, self.end[name][None]])
-            for name, between in self.stacked_interior().items()
-        }
+        stacked = self.stacked_interior()
+        for name, between in stacked.items():
+            start, end = self.start[name], self.end[name]
+            if name in self.interior or not torch.equal(start, end):
+                stacked[name] = torch.cat([start[None], between, end[None]])
+            else:
+                stacked[name] = start.expand(len(self), *start.shape)
+        return stacked
 
     def stacked_interior(self) -> dict[str, Tensor]:
         """All points but the ends: name -> [N - 2, ...], integer entries included."""

@@ -37,11 +37,12 @@ class Plan:
         self.module, self.traced = module, traced
         self.ways: dict[fx.Node, Callable] = {}
         self.reasons: dict[fx.Node, str] = {}
+        self.own_inputs: set[str] = set()  # those that differ between the networks, in the last run
         for node in traced.graph.nodes:
             if node.op in ("call_function", "call_method", "call_module"):
                 self.ways[node], self.reasons[node] = self._way(node)
 
-    def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
+    def run(self, state: dict[str, Stacked | Tensor], args: tuple, kwargs: dict, n: int) -> Any:
         """What the module returns for these inputs, of the networks with this state.
 
         A way that fails is left for good, but not where all that are left fail, too: that is the
@@ -49,6 +50,9 @@ class Plan:
         """
         names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
         named = [kwargs[name] for name in names] if kwargs else args
+        self.own_inputs = {
+            name for name, x in zip(names, named, strict=False) if isinstance(x, Stacked)
+        }
         before = dict(self.ways), dict(self.reasons)
         try:
             return _Run(self, state, n).run(*named)
@@ -60,7 +64,8 @@ class Plan:
         """(layer, operation, way) of each operation."""
         shared = set()  # does not depend on which network it is
         for node in self.traced.graph.nodes:
-            if node.op == "placeholder" or node.target in self.traced.constants:
+            of_all = node.op == "placeholder" and node.target not in self.own_inputs
+            if of_all or node.target in self.traced.constants:
                 shared.add(node)
             if node not in self.ways:
                 continue
@@ -96,7 +101,7 @@ class Plan:
 class _Run(fx.Interpreter):
     """One pass of the traced graph over stacked parameters."""
 
-    def __init__(self, plan: Plan, state: dict[str, Stacked], n: int):
+    def __init__(self, plan: Plan, state: dict[str, Stacked | Tensor], n: int):
         super().__init__(plan.module, graph=plan.traced.graph)
         self.plan, self.state, self.n = plan, state, n
         self.extra_traceback = False  # leave the exceptions of the layers as they are
@@ -143,7 +148,7 @@ class _Run(fx.Interpreter):
             return None, False
         try:
             return form(self.n, *args, **kwargs), True
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, IndexError):  # vmap would read another network's row
             raise
         except NoForm as error:
             self.plan.ways[node], self.plan.reasons[node] = error.way, str(error)

@@ -122,7 +122,8 @@ class StackedModule:
             if not self._may_change or engine == "loop":
                 raise failure  # of the loop, what the module itself raises
             reason = f"{engine} failed: {first_line(failure)}"
-            engine = ENGINES[ENGINES.index(engine) + 1]
+            out_of_range = isinstance(failure, IndexError)  # as in fastgeo.plan
+            engine = "loop" if out_of_range else ENGINES[ENGINES.index(engine) + 1]
         if engine != self.engine:
             self.engine, self.reason = engine, reason
             name = type(self.module).__name__
@@ -140,7 +141,7 @@ class StackedModule:
         return "\n".join([title, *lines])
 
     def _run(
-        self, engine: str, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int
+        self, engine: str, state: dict[str, Stacked | Tensor], args: tuple, kwargs: dict, n: int
     ) -> Any:
         if engine == "stacked":
             return self._plan(kwargs).run(state, args, kwargs, n)
@@ -182,7 +183,7 @@ class StackedModule:
             self._plans[key] = Plan(self.module, traced)
         return self._plans[key]
 
-    def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:
+    def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked | Tensor]]:
         """N, and all parameters and the given buffers under all of their names."""
         if not params:
             raise ValueError("params must hold the module's parameters, got none")
@@ -190,6 +191,7 @@ class StackedModule:
         for name in params:
             if name not in self._own:
                 raise ValueError(f"params hold {name}, which the module does not have")
+        training = any(layer.training for layer in self.module.modules())
         state = {}
         for name, (tensor, first) in self._own.items():
             given = params.get(first, params.get(name))
@@ -199,7 +201,9 @@ class StackedModule:
                     raise ValueError(
                         f"{name} must be [{shape}] with N = {n}, got {list(given.shape)}"
                     )
-                state[name] = Stacked(given)
+                # Integers that are the same everywhere, as in a Path, are one value for all.
+                alike = not given.dtype.is_floating_point and given.stride(0) == 0 and not training
+                state[name] = given[0] if alike else Stacked(given)
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(f"params lack {name}")
         return n, state

@@ -43,10 +43,11 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
 
     def one(n_th: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         leaves, structure = pytree.tree_flatten(call(own))
+        _check_outputs(leaves)
         form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
         return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-    with no_fast_path():
+    with no_fast_path(), _no_fallback_warnings():
         out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
     structure, *others = form
     return pytree.tree_unflatten(
@@ -64,6 +65,16 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _no_fallback_warnings() -> Iterator[None]:
+    """Without torch's request to report which operations vmap runs one by one."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
@@ -99,7 +110,19 @@ def _one_network(
     return [leaves[i].tensor for i in places], call
 
 
+def _check_outputs(leaves: Iterable[Any]) -> None:
+    """TypeError for tensors inside of what pytree does not look into, a dataclass for one."""
+    for leaf in leaves:
+        inside = pytree.tree_leaves(getattr(leaf, "__dict__", {}))
+        if not torch.is_tensor(leaf) and any(map(torch.is_tensor, inside)):
+            raise TypeError(
+                f"a {type(leaf).__name__} with tensors cannot be joined over networks; return a "
+                "tensor, a tuple or a dict"
+            )
+
+
 def _joined(*values: Any) -> Any:
+    _check_outputs(values)
     if torch.is_tensor(values[0]):
         return Stacked(torch.stack(values))
     if any(value != values[0] for value in values):

@@ -60,6 +60,8 @@ BEHIND_N = [  # of [B, 4, 6, 6] features
     lambda x, layer: x[:, layer.bias.argsort()],
     lambda x, layer: x[..., torch.ones(6).bool()],
     lambda x, layer: x.softmax(1) + F.log_softmax(x, -1),
+    lambda x, layer: torch.softmax(x, -1, torch.float32).double() + x.log_softmax(1, x.dtype),
+    lambda x, layer: F.softmax(x, 1, 3, torch.float32) + x.double(),
     lambda x, layer: x.cumsum(1),
     lambda x, layer: x.max(1, keepdim=True)[0] + x,
     lambda x, layer: torch.einsum("bchw,c->bchw", x, layer.bias + 1),
@@ -175,6 +177,13 @@ def test_every_layer_equals_the_loop(layer, shared):
     [
         (lambda x, layer: x[:, layer.bias.argsort()], "vmap: its index differs"),
         (lambda x, layer: x[[0] * 12, :, [5]].repeat(1, 1, 6), "vmap: its indices are not side"),
+        (
+            lambda x, layer: x * (torch.ones(12, 1, 1, 1) > 0).type_as(x),
+            "vmap: its input is one for",
+        ),
+        (lambda x, layer: torch.eye(4).double()[x.argmax(1)].mT, "vmap: it has no"),
+        (lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), "vmap: its stacked form failed"),
+        (lambda x, layer: F.linear(x, layer.weight.repeat(2)[:6])[..., None] * x, "form failed"),
         (lambda x, layer: torch.einsum("bchw,c", x, layer.bias).repeat(1, 4, 1), "not given by"),
     ],
 )
@@ -317,3 +326,50 @@ def test_an_input_changed_in_place_is_left_as_it_was():
     x = images()
     stack(module, engine="stacked")(params, x)
     assert torch.equal(x, images())
+
+
+class Scaled(nn.Module):
+    """A scalar of a wider type does not decide the type."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.layer, self.operation = nn.Linear(64, 5), operation
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.operation(self.layer(x.flatten(1)), self.scale)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x, a: x * a, lambda x, a: a - x, lambda x, a: torch.where(x > 0, x, a)],
+)
+def test_a_scalar_parameter_of_another_type_promotes_as_in_one_network(operation):
+    module, x = Scaled(operation), images().float()
+    networks = clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    expected = torch.stack([network(x) for network in networks])
+    torch.testing.assert_close(stack(module)(params, x), expected)  # its type, too
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x[torch.randperm(x.size(0))],
+        lambda x: F.gumbel_softmax(x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    ],
+)
+def test_what_is_drawn_for_a_shared_input_differs_between_the_networks(draw):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(draw(x))
+
+    module = Drawing()
+    params = {name: torch.stack([p] * 2) for name, p in module.named_parameters()}
+    first, second = stack(module)(params, torch.randn(16, 8, 8))
+    assert not torch.equal(first, second)

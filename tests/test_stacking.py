@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from conftest import (
 )
 from torch import nn
 
-from fastgeo import models, stack
+from fastgeo import Path, models, stack
 
 
 @pytest.mark.parametrize("norm", ["group", "channel"])
@@ -543,3 +544,69 @@ def test_an_input_that_no_engine_takes_changes_no_engine():
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             network(params, torch.zeros(4, 7).double())
     assert network.engine == "stacked" and network.explain() == before
+
+
+@dataclass
+class Outputs:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_tensors_that_cannot_be_joined_over_networks_are_refused(engine):
+    module = nn.Linear(6, 3)
+    module.forward = lambda x: Outputs(F.linear(x, module.weight, module.bias))
+    params, _ = torch.func.stack_module_state([module] * 2)
+    with pytest.raises(TypeError, match="a Outputs with tensors cannot be joined"):
+        stack(module, engine=engine)(params, torch.zeros(4, 6))
+
+
+class Permuted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 5)
+        self.register_buffer("order", torch.tensor([3, 0, 4, 1, 2]))
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))[:, self.order]
+
+
+def test_integers_that_all_points_of_a_path_share_are_not_stacked():
+    path = Path.linear(Permuted().double(), Permuted().double(), 5)
+    network = stack(Permuted().double().eval())
+    for params in (path.stacked(), path.stacked_interior()):
+        got = network(params, images())
+        assert "vmap" not in network.explain()
+        networks = [Permuted().double() for _ in range(len(got))]
+        for i, net in enumerate(networks):
+            net.load_state_dict({name: tensor[i] for name, tensor in params.items()})
+        torch.testing.assert_close(got, torch.stack([net(images()) for net in networks]))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_table_is_read_at_the_places_of_each_network(given):
+    class Table(Permuted):
+        def forward(self, x):
+            h = self.layer(x.flatten(1))
+            return h + self.order[h.argmax(-1)][:, None]
+
+    networks = clones(Table().double().eval(), 3)
+    params, buffers = torch.func.stack_module_state(networks)
+    got = stack(networks[0])(params | (buffers if given else {}), images())
+    torch.testing.assert_close(got, torch.stack([net(images()) for net in networks]))
+
+
+def test_explain_says_once_for_all_networks_only_of_what_they_share():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+    params, _ = torch.func.stack_module_state([module] * 2)
+    network = stack(module)
+    for per_point in (False, True, False):
+        network(params, torch.stack([images()] * 2) if per_point else images(), per_point=per_point)
+        assert ("once for all networks" in network.explain()) != per_point
+
+
+def test_the_operations_that_vmap_runs_one_by_one_are_in_explain_and_not_in_warnings():
+    module = Between(lambda layer, x: F.bilinear(layer(x), layer(x), torch.ones(6, 6, 6).double()))
+    params, _ = torch.func.stack_module_state([module.double()] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack(module)(params, images())
