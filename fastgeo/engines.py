@@ -2,8 +2,9 @@
 
 No engine is the fastest everywhere: stacking saves most where operations are small; for wide
 networks on a CPU a few at a time, or a loop in channels-last, may win. All give the same numbers up
-to rounding, so candidates take turns at the real work until the fastest is known, and none of it is
-done twice.
+to rounding, which is checked once on a few inputs, gradients included and also of an engine that is
+named; so candidates take turns at the real work until the fastest is known, and none of it is done
+twice.
 """
 
 import re
@@ -16,9 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastgeo.agreement import check_agreement, outputs_and_gradients
 from fastgeo.inputs import Inputs, each_tensor, tensors_of
 from fastgeo.modes import evaluation_mode
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
+from fastgeo.values import first_line
 
 T = TypeVar("T")
 VISITS = 3  # of each candidate, the first of them to warm up
@@ -99,15 +102,15 @@ class EngineChoice:
             points: N, networks in the work to come.
 
         Raises:
-            ValueError: a memory budget that one network exceeds.
+            ValueError: a memory budget that one network exceeds, or an engine that was named and
+                does not compute what the module computes.
         """
         if self.chosen or self._visits:
             return
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
         on_gpu = next(iter(params.values())).is_cuda
         candidates = list(self._candidates(images, on_gpu, points))
-        if len(candidates) > 1:
-            candidates = self._agreeing(candidates, params, inputs, per_point)
+        candidates = self._agreeing(candidates, params, inputs, per_point)
         for engine in candidates:
             if self.budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
@@ -129,7 +132,7 @@ class EngineChoice:
                 if len(self._visits) == 1:
                     raise
                 del self._visits[engine]
-                self._failed[str(engine)] = _first_line(error)
+                self._failed[str(engine)] = first_line(error)
                 continue
             seconds = time.perf_counter() - started
             self._visits[engine] += [seconds] * (VISITS if seconds > LONG else 1)
@@ -165,20 +168,30 @@ class EngineChoice:
     def _agreeing(
         self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
     ) -> list[Engine]:
-        """Those that compute what the module computes, on a few inputs."""
-        axis = int(per_point)
-        few = each_tensor(lambda tensor: tensor.narrow(axis, 0, min(8, tensor.shape[axis])), inputs)
+        """Those that compute what the module computes, and its gradients, on a few inputs.
+
+        Raises:
+            ValueError: an engine was named, and does not.
+        """
+        few, axis = inputs, int(per_point)
+        sizes = {tensor.shape[axis : axis + 1] for tensor in tensors_of(inputs)}
+        if len(sizes) == 1 and sizes != {()}:  # else not all are [B, ...]
+            few = each_tensor(lambda t: t[(slice(None),) * axis + (slice(8),)], inputs)
+        if all(engine.network.engine == "loop" for engine in candidates):
+            return candidates
         agreeing: list[Engine] = []
-        with evaluation_mode(self.module), torch.no_grad():
+        with evaluation_mode(self.module):
             loop = StackedModule(self.module, engine="loop", batchnorm=self.batchnorm)
-            expected = loop(params, few, per_point=per_point)
+            expected = outputs_and_gradients(loop, params, few, per_point)
             for engine in candidates:
                 try:
-                    got = engine.network(params, few, per_point=per_point)
+                    got = outputs_and_gradients(engine.network, params, few, per_point)
                     if engine.network.engine != "loop":
-                        _check_agreement(got, expected)
+                        check_agreement(got, expected)
                 except Exception as error:  # noqa: BLE001 - as in `run`
-                    self._failed[str(engine)] = _first_line(error)
+                    if self.engine != "auto":
+                        raise
+                    self._failed[str(engine)] = first_line(error)
                 else:
                     agreeing.append(engine)
         return agreeing or candidates[-1:]
@@ -273,23 +286,6 @@ def bytes_of(memory: int | str) -> int:
     if size < 1:
         raise ValueError(f"a memory budget is a size as in 8GiB, 500MB, or bytes, got {memory!r}")
     return size
-
-
-def _check_agreement(got: Tensor, expected: Tensor) -> None:
-    """ValueError unless the outputs are equal up to a generous rounding."""
-    if not isinstance(expected, Tensor):
-        return  # not what any caller wants, who will say so
-    largest = expected.abs().max().item()
-    tolerance = max(1e-3, 16 * torch.finfo(expected.dtype).eps) * largest
-    if not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
-        difference = (got - expected).abs().max().item()
-        raise ValueError(
-            f"its outputs differ from the module's by {difference:.1e} (largest {largest:.1e})"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _size(number: int) -> str:

@@ -23,6 +23,7 @@ from fastgeo.values import (
     first_line,
     own_buffers,
     refused_in_place,
+    tensors_in,
     undone_on_failure,
 )
 
@@ -138,7 +139,7 @@ class _Run(fx.Interpreter):
         if done:
             return out
         buffers = [own[name].tensor for name in _updated(layer) if isinstance(own[name], Stacked)]
-        with unchanged(layer), refused_in_place((args, kwargs)):
+        with unchanged(layer), refused_in_place(tensors_in((args, kwargs))):
             return self._one_by_one(node, call(layer), (own, args, kwargs), {}, buffers)
 
     def _stacked(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:

@@ -26,10 +26,10 @@ from fastgeo.values import (
     by_loop,
     by_vmap,
     call,
-    copied,
     first_line,
     own_buffers,
     refused_in_place,
+    tensors_in,
     undone_on_failure,
     without_n,
 )
@@ -70,7 +70,7 @@ class StackedModule:
             for named in (module.named_parameters, module.named_buffers)
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
-        self._copies = False  # whether the module changes its inputs in place
+        self._copies: bool | None = None  # whether the module changes its inputs, once it is known
         self._unsafe_on_cpu = channels_last_is_unsafe(module)
         self._plans: dict[tuple, Plan] = {}
         if engine in ("auto", "stacked"):
@@ -111,7 +111,7 @@ class StackedModule:
             except torch.OutOfMemoryError:
                 raise
             except ChangedInput as error:
-                if not self._copies and engine != "stacked":
+                if self._copies is None and engine != "stacked":
                     self._copies = True
                     continue
                 failure = error
@@ -146,11 +146,17 @@ class StackedModule:
         if engine == "stacked":
             return self._plan(kwargs).run(state, args, kwargs, n)
         way = by_vmap if engine == "vmap" else by_loop
-        args, kwargs = copied((args, kwargs))
-        function = call(self.module, copies=self._copies)
+        inputs = tensors_in((args, kwargs))
+        function = call(self.module, copies=bool(self._copies))
         state = own_buffers(self.module, n) | state
-        with unchanged(self.module), refused_in_place(() if self._copies else (args, kwargs)):
-            return way(function, (state, args, kwargs), {}, n)
+        with (
+            undone_on_failure(inputs if self._copies is None else ()),
+            unchanged(self.module),
+            refused_in_place(inputs),
+        ):
+            out = way(function, (state, args, kwargs), {}, n)
+        self._copies = bool(self._copies)
+        return out
 
     def _updated(self, params: Parameters) -> list[Tensor]:
         """The buffers among params that a pass may change, though another engine may yet need them

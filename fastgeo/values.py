@@ -162,7 +162,7 @@ def call(module: nn.Module, *, copies: bool = False) -> Callable:
 
     def function(state: Mapping[str, Tensor], args: tuple, kwargs: dict) -> Any:
         if copies:
-            args, kwargs = copied((args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
         now = dict(state)  # in which functional_call returns what the forward assigned
         out = functional_call(module, now, args, kwargs, tie_weights=False)
         for name, tensor in state.items():
@@ -186,13 +186,17 @@ class ChangedInput(Exception):
     """A module changed its input in place, which other networks or operations use, too."""
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, the stacked ones whole; but those of inference mode, which have no
+    version."""
+    leaves = pytree.tree_leaves(value)
+    leaves = [leaf.tensor if isinstance(leaf, Stacked) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if torch.is_tensor(leaf) and not leaf.is_inference()]
+
+
 @contextlib.contextmanager
-def refused_in_place(inputs: Any) -> Iterator[None]:
-    """ChangedInput if tensors among the inputs were changed in place."""
-    tensors = [
-        leaf.tensor if isinstance(leaf, Stacked) else leaf for leaf in pytree.tree_leaves(inputs)
-    ]
-    tensors = [t for t in tensors if torch.is_tensor(t) and not t.is_inference()]
+def refused_in_place(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """ChangedInput if any of the tensors was changed in place."""
     versions = [tensor._version for tensor in tensors]
     try:
         yield
@@ -212,17 +216,6 @@ def undone_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
             for tensor, value in before:
                 tensor.copy_(value)
         raise
-
-
-def copied(value: Any) -> Any:
-    """The same with a copy of every tensor in it."""
-
-    def copy(leaf: Any) -> Any:
-        if isinstance(leaf, Stacked):
-            return Stacked(leaf.tensor.clone())
-        return leaf.clone() if torch.is_tensor(leaf) else leaf
-
-    return pytree.tree_map(copy, value)
 
 
 def first_line(error: Exception) -> str:
