@@ -200,9 +200,10 @@ def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") ->
             raise ValueError(f"the two ends differ: {name} is in {there} and not in {missing}")
         if name.endswith("running_mean") and batchnorm == "refuse":
             raise ValueError(
-                f"{name} belongs to a BatchNorm, whose running statistics do not interpolate "
-                "between networks; use GroupNorm or LayerNorm in its place and train again, or "
-                "have them computed anew with batchnorm='recalibrate'"
+                f"{name} belongs to a BatchNorm (or an InstanceNorm that tracks), whose running "
+                "statistics do not interpolate between networks; use GroupNorm or LayerNorm (or "
+                "track_running_stats=False) in its place and train again, or have those of "
+                "BatchNorm computed anew with batchnorm='recalibrate'"
             )
         if a[name].shape != b[name].shape:
             raise ValueError(
