@@ -51,6 +51,10 @@ class Plan:
         """
         names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
         named = [kwargs[name] for name in names] if kwargs else args
+        if len(named) < len(names):
+            raise TypeError(
+                f"the module's forward needs {', '.join(names)}; give a mapping of them as inputs"
+            )
         self.own_inputs = {
             name for name, x in zip(names, named, strict=False) if isinstance(x, Stacked)
         }

@@ -116,7 +116,7 @@ class StackedModule:
                     continue
                 failure = error
             except TraceFailed as error:
-                failure = self._not_stacked(error)
+                failure = error if self._may_change else self._not_stacked(error)
             except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
                 failure = error
             if not self._may_change or engine == "loop":

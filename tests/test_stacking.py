@@ -610,3 +610,12 @@ def test_the_operations_that_vmap_runs_one_by_one_are_in_explain_and_not_in_warn
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stack(module)(params, images())
+
+
+def test_a_forward_of_several_inputs_says_so_when_given_one():
+    module = nn.Bilinear(3, 3, 2)
+    params, _ = torch.func.stack_module_state([module] * 2)
+    with pytest.raises(TypeError, match="forward needs input1, input2; give a mapping"):
+        stack(module, engine="stacked")(params, torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        stack(module)(params, torch.zeros(4, 3))
