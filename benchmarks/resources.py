@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .harness import environment, headline, table, write_result
+from benchmarks.harness import environment, write_result
+from fastgeo.measure import headline, table
 
 kernels = importlib.import_module("fastgeo_kernels.path_js_div")
 

@@ -117,6 +117,11 @@ class OptimizeConfig(EngineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepConfig(OptimizeConfig, TrainConfig):
+    """What an optimisation step depends on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(EngineConfig):
     """Evaluation of the three paths."""
 

@@ -18,6 +18,7 @@ from fastgeo.engines import EngineChoice
 from fastgeo.inputs import inputs_of, on_device
 from fastgeo.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
+from fastgeo.phases import drawn, phase
 
 
 def optimize(
@@ -111,7 +112,9 @@ def optimize(
         mode,
         tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar,
     ):
-        for step, given in enumerate(islice(inputs_of(batches, repeat=steps is not None), steps)):
+        for step, given in enumerate(
+            islice(drawn(inputs_of(batches, repeat=steps is not None)), steps)
+        ):
             inputs = on_device(given, path.device)
             one = {name: tensor[None] for name, tensor in path.start.items()}
             choice.prepare(one, inputs, points=len(path) - 2)
@@ -129,7 +132,8 @@ def optimize(
                 )
             if on_step is not None:
                 on_step(_metrics(step, energies, path), path)
-            path = _updated(path, gradient, trained, lr, inverse)
+            with phase("update"):
+                path = _updated(path, gradient, trained, lr, inverse)
             taken += 1
             bar.update()
             bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo import plot, report, user
+from fastgeo.breakdown import breakdown
 from fastgeo.evaluate import evaluate
 from fastgeo.files import (
     read_json,
@@ -22,8 +23,10 @@ from fastgeo.files import (
     write_tensors,
 )
 from fastgeo.matching import match
+from fastgeo.measure import headline, machine, table
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.profiling import chosen_engine, compare
 from fastgeo.recalibrate import recalibrate
 from fastgeo.run import Run
 from fastgeo.train import train_ends
@@ -172,6 +175,37 @@ def run_all(run: Run) -> str:
     optimize_path(run)
     evaluate_paths(run)
     return plot_report(run)
+
+
+def profile(
+    run: Run, *, repeats: int, compiled: bool, trace: FilePath | None, rows_file: FilePath | None
+) -> None:
+    """Print how fast a step is and where its time goes; writes nothing into the run's folder.
+
+    The ends are the weights that were given, or freshly initialised networks.
+    """
+    c = run.config
+    if c.batchnorm != "refuse":
+        raise ValueError("profile measures networks without BatchNorm only")
+    run.check()
+    print(headline(machine()), flush=True)
+    if c.a is not None:
+        a, b = run.given_ends()
+    else:
+        a, b = (run.new_module().to(run.device).state_dict() for _ in range(2))
+    path, module = _line(run, a, b), run.new_module().eval()
+    batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
+    inputs, _ = next(batches)
+    names = ("engine", "channels_last", "chunk", "memory_budget")
+    engine = chosen_engine(module, path, inputs, **{name: getattr(c, name) for name in names})
+    rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, engine=engine)
+    setting = f"{c.model}, {c.data}, N = {c.points}, B = {c.batch_size}"
+    print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
+    options = dict(lr=c.lr, precondition=c.precondition, trace=trace)
+    print(breakdown(module, path, batches, engine=engine, **options))
+    if rows_file is not None:
+        rows = [{"setting": setting, **row} for row in rows]
+        write_json(rows_file, {"environment": machine(), "rows": rows})
 
 
 @contextlib.contextmanager
