@@ -9,11 +9,11 @@ from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value
 from .stacked_layers import (
     stacked_conv,
     stacked_conv_transpose,
-    stacked_group_norm,
     stacked_layer_norm,
     stacked_linear,
     stacked_rms_norm,
 )
+from .stacked_norm import stacked_channel_norm, stacked_group_norm
 
 __all__ = [
     "js_div",
@@ -21,6 +21,7 @@ __all__ = [
     "path_fisher_rao",
     "path_js_div",
     "path_js_div_value_and_grad",
+    "stacked_channel_norm",
     "stacked_conv",
     "stacked_conv_transpose",
     "stacked_group_norm",

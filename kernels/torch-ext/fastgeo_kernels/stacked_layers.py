@@ -1,5 +1,7 @@
 """Layers of N stacked networks in plain PyTorch: every network's weights in one operation.
 
+GroupNorm and LayerNorm over channels, which have kernels as well, are called by `stacked_norm.py`.
+
 An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
 in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
 writes is a free view of either. A value that all N networks share has stride 0 along N
@@ -136,34 +138,38 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
-def stacked_group_norm(
+def group_norm(
     x: Tensor,
     num_groups: int,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    eps: float = 1e-5,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
 ) -> Tensor:
-    """GroupNorm of N networks, each with its own affine map, as one with N times the groups.
-
-    Equivalent to::
-
-        torch.stack([F.group_norm(x[i], num_groups, weight[i], bias[i], eps) for i in range(N)])
-
-    Args:
-        x: [N, B, C, ...].
-        num_groups: groups of channels in one network; 1 takes statistics over C, H and W.
-        weight, bias: [N, C].
-        eps: added to the variance.
-
-    Returns:
-        [N, B, C, ...].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_stacked("stacked_group_norm", x, None, weight, 2)
+    """`stacked_group_norm` in plain PyTorch: one GroupNorm with N times the groups."""
+    points = len(x)
     weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    return _unfold(F.group_norm(_fold(x), points * num_groups, weight, bias, eps), points)
+    y = F.group_norm(_fold(x), points * num_groups, weight, bias, eps)
+    return _unfold(_sum_and_relu(y, None if residual is None else _fold(residual), relu), points)
+
+
+def channel_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
+) -> Tensor:
+    """`stacked_channel_norm` in plain PyTorch."""
+    y = stacked_layer_norm(x.movedim(2, -1), x.shape[2:3], weight, bias, eps)
+    return _sum_and_relu(y.movedim(-1, 2), residual, relu)
+
+
+def _sum_and_relu(y: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
 
 
 def stacked_layer_norm(

@@ -1,0 +1,117 @@
+"""What the kernels of stacked layers have to do, in the interpreter and on a GPU.
+
+The oracles are float64 by definition, from elementary operations; autograd gives their gradients.
+"""
+
+import torch
+from fastgeo_kernels import stacked_channel_norm, stacked_group_norm
+
+EPS = 1e-5
+BEHIND = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu
+
+
+def random(*shape, seed=0, device="cpu", dtype=torch.float32, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (shift + torch.randn(*shape, generator=generator)).to(device, dtype)
+
+
+def channels_last(x):
+    """[N, B, C, H, W] with (B, H, W, N, C) in memory."""
+    return x.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+
+
+def assert_close(got, expected, tolerance, what=""):
+    """Within a share of the largest entry, which is at least 1e-3."""
+    assert got.isfinite().all(), what
+    error = (got.double() - expected.double()).abs().max()
+    largest = expected.double().abs().max().clamp(min=1e-3)
+    assert error <= tolerance * largest, f"{what}: {error:.1e} of {largest:.1e}"
+
+
+def with_saved(function, *args):
+    """What a function returns, and the tensors that it keeps for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        return function(*args), saved
+
+
+def norm_by_definition(kind, x, weight, bias, residual, relu):
+    """float64: statistics over C, H and W, or over C at each pixel."""
+    axes = (2, 3, 4) if kind == "group" else (2,)
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    centred = x - x.mean(axes, keepdim=True)
+    z = centred / (centred.square().mean(axes, keepdim=True) + EPS).sqrt()
+    y = z * weight[:, None, :, None, None] + bias[:, None, :, None, None]
+    y = y if residual is None else y + residual.double()
+    return y.clamp(min=0) if relu else y
+
+
+def norm(kind, x, weight, bias, residual, relu, impl):
+    options = dict(residual=residual, relu=relu, impl=impl)
+    if kind == "group":
+        return stacked_group_norm(x, 1, weight, bias, EPS, **options)
+    return stacked_channel_norm(x, weight, bias, EPS, **options)
+
+
+def check_norm(kind, shape, residual, relu, *, dtype=torch.float32, device="cpu", shift=0.5):
+    """Output and all gradients; in half precision as close as that dtype lets PyTorch be."""
+    points, _, channels, *_ = shape
+    options = dict(device=device, dtype=dtype)
+    leaves = [
+        channels_last(random(*shape, seed=1, shift=shift, **options)),
+        random(points, channels, seed=2, shift=1.0, **options),
+        random(points, channels, seed=3, **options),
+        channels_last(random(*shape, seed=4, **options)),
+    ][: 4 if residual else 3]
+    upstream = channels_last(random(*shape, seed=5, **options))
+
+    def result(leaves, function, upstream=upstream):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        y = function(*leaves[:3], leaves[3] if residual else None)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+    # ReLU's gradient jumps at 0: the oracle gets the sign that rounding gave.
+    got = result(leaves, lambda x, w, b, r: norm(kind, x, w, b, r, relu, "triton"))
+    mask = (got[0] > 0).double() if relu else 1.0
+    expected = result(leaves, lambda x, w, b, r: norm_by_definition(kind, x, w, b, r, False) * mask)
+    names = ("y", "dx", "dweight", "dbias", "dresidual")
+    tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for name, one, definition in zip(names, got, expected, strict=False):
+        assert one.dtype == dtype, name
+        assert_close(one, definition, tolerance, f"{kind} {shape} {residual} {relu} {name}")
+    if relu:
+        sharp = norm_by_definition(kind, *leaves[:3], leaves[3] if residual else None, True)
+        assert_close(got[0], sharp, tolerance, "relu")
+    again = result(leaves, lambda x, w, b, r: norm(kind, x, w, b, r, relu, "triton"))
+    for name, one, two in zip(names, got, again, strict=False):
+        assert torch.equal(one, two), f"{name} differs between two calls"
+
+
+def check_variance_is_no_difference_of_squares(kind, device="cpu"):
+    """Mean 1000 and deviation 1: E[x^2] - E[x]^2 in fp32 is off by several hundredths."""
+    x = random(2, 2, 24, 3, 3, seed=1, shift=1000.0, device=device)
+    weight, bias = torch.ones(2, 24, device=device), torch.zeros(2, 24, device=device)
+    got = norm(kind, x, weight, bias, None, False, "triton")
+    assert_close(got, norm_by_definition(kind, x, weight, bias, None, False), 1e-4)
+
+
+def check_norm_saves_its_input_and_statistics(kind, device="cpu"):
+    """No normalised copy: the input itself, numbers of [N, C] and [B, N], and y for its sign."""
+    x = channels_last(random(2, 3, 8, 2, 2, device=device))
+    weight = random(2, 8, device=device).requires_grad_()
+    for residual, relu in BEHIND:
+        y, saved = with_saved(
+            lambda r, relu: norm(kind, x, weight, weight, r, relu, "triton"),
+            *(x if residual else None, relu),
+        )
+        large = [t.data_ptr() for t in saved if t.numel() == x.numel()]
+        assert large == [x.data_ptr(), *([y.data_ptr()] if residual and relu else [])]
+        assert y.permute(1, 3, 4, 0, 2).is_contiguous()
+
+
+def check_norm_keeps_a_nan(kind, device="cpu"):
+    x = random(2, 2, 4, 2, 2, device=device)
+    x[0, 1] = torch.nan
+    weight = torch.ones(2, 4, device=device)
+    y = norm(kind, x, weight, weight, x, True, "triton")
+    assert y[0, 1].isnan().all() and y[0, 0].isfinite().all() and y[1].isfinite().all()

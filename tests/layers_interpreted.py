@@ -1,0 +1,58 @@
+"""The layers' kernels under Triton's interpreter; `test_layer_kernels.py` runs this file in a
+process with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
+
+import layer_claims as claims
+import pytest
+import torch
+from fastgeo_kernels import group_norm, launching
+
+assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+KINDS = ["group", "channel"]
+NORM_SHAPES = [(1, 1, 1, 1, 1), (2, 2, 6, 3, 3), (3, 1, 17, 2, 5)]
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Cuts every group into tiles of four pixels."""
+
+    def cut(pixels, channels, backward, bytes_each):
+        return group_norm.Tile(4, launching.power_of_two(channels), 1, False)
+
+    monkeypatch.setattr(group_norm, "group_tile", cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_norm_is_the_float64_definition(kind, shape, behind):
+    claims.check_norm(kind, shape, *behind)
+
+
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_norm_of_a_group_in_tiles_is_the_float64_definition(tiles, behind):
+    claims.check_norm("group", (2, 1, 6, 3, 3), *behind)
+    claims.check_variance_is_no_difference_of_squares("group")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_in_half_precision(kind):
+    """The interpreter truncates where a GPU rounds, so that two units are allowed."""
+    claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_has_its_digits_saves_little_and_keeps_a_nan(kind):
+    claims.check_variance_is_no_difference_of_squares(kind)
+    claims.check_norm_saves_its_input_and_statistics(kind)
+    claims.check_norm_keeps_a_nan(kind)
+
+
+def test_norm_of_many_pixels_has_several_programs(monkeypatch):
+    """Rows of LayerNorm's parameter gradients are summed over programs, the last one not full."""
+    from fastgeo_kernels import channel_norm
+
+    monkeypatch.setattr(channel_norm, "PROGRAMS", 2)
+    monkeypatch.setattr(channel_norm, "channel_tile", lambda c: group_norm.Tile(4, 8, 1, True))
+    claims.check_norm("channel", (2, 3, 6, 2, 3), True, True)

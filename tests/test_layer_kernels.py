@@ -1,0 +1,58 @@
+"""The layers' kernels without a GPU: interpreted, and what they say where they cannot run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastgeo_kernels import launching, stacked_channel_norm, stacked_group_norm
+
+ROOT = Path(__file__).parent.parent
+X = torch.zeros(2, 3, 4, 5, 5)
+
+
+def test_layer_kernels_under_the_interpreter():
+    """The variable must be set before triton is imported, for a whole process."""
+    file = ROOT / "tests" / "layers_interpreted.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+NORMS = [lambda *a, **k: stacked_group_norm(a[0], 1, *a[1:], **k), stacked_channel_norm]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_name_what_does_not_fit(norm):
+    with pytest.raises(ValueError, match=r"weight must be \[2, 4\] for x .* got \[4\]"):
+        norm(X, torch.ones(4))
+    with pytest.raises(ValueError, match=r"residual must be \[2, 3, 4, 5, 5\] .* got \[1, 3, 4"):
+        norm(X, residual=X[:1])
+    with pytest.raises(ValueError, match=r"x must be \[N, B, C, ...\], got \[2, 3\]"):
+        norm(X[..., 0, 0, 0])
+    with pytest.raises(ValueError, match="'auto', 'triton' or 'torch', got 'cuda'"):
+        norm(X, impl="cuda")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_say_why_they_cannot_run_in_triton(norm, monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    words = "cannot run: (the input is on cpu|the package triton is not installed)"
+    with pytest.raises(RuntimeError, match=words):
+        norm(X, impl="triton")
+    if launching.triton is not None:
+        monkeypatch.setattr(launching, "INTERPRETED", True)
+        with pytest.raises(RuntimeError, match="float32, bfloat16, float16, got float64"):
+            norm(X.double(), impl="triton")
+        with pytest.raises(RuntimeError, match="the residual is bfloat16, the input float32"):
+            norm(X, residual=X.bfloat16(), impl="triton")
+        with pytest.raises(RuntimeError, match="up to 4096 channels, got 5000"):
+            norm(torch.zeros(2, 1, 5000), impl="triton")

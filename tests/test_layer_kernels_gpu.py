@@ -1,0 +1,55 @@
+"""The layers' kernels on a device, at real sizes: `pytest -m gpu`."""
+
+import layer_claims as claims
+import pytest
+import torch
+from fastgeo_kernels import stacked_channel_norm, stacked_group_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned_outputs"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["group", "channel"]
+# N, B, C, H, W: the paper's layers, odd sizes, groups that are read in tiles, many channels
+NORM_SHAPES = [
+    (25, 16, 64, 32, 32),
+    (25, 16, 128, 16, 16),
+    (25, 16, 256, 8, 8),
+    (3, 7, 17, 5, 9),
+    (2, 3, 1, 1, 1),
+    (2, 2, 24, 61, 67),
+    (2, 3, 2050, 3, 3),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_norm_is_the_float64_definition(kind, shape, dtype, behind):
+    claims.check_norm(kind, shape, *behind, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_has_its_digits_saves_little_and_keeps_a_nan(kind):
+    claims.check_variance_is_no_difference_of_squares(kind, "cuda")
+    claims.check_norm_saves_its_input_and_statistics(kind, "cuda")
+    claims.check_norm_keeps_a_nan(kind, "cuda")
+
+
+def test_norm_is_one_launch_without_a_copy(monkeypatch):
+    monkeypatch.undo()  # poisoning is a launch, too
+    x = claims.channels_last(torch.randn(25, 8, 64, 32, 32, device="cuda", dtype=torch.bfloat16))
+    ones, zeros = x.new_ones(25, 64), x.new_zeros(25, 64)
+
+    def both():
+        stacked_group_norm(x, 1, ones, zeros, residual=x, relu=True)
+        stacked_channel_norm(x, ones, zeros, residual=x, relu=True)
+
+    both()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        both()
+        torch.cuda.synchronize()
+    launched = sorted(e.key for e in profile.key_averages() if e.device_type.name == "CUDA")
+    assert len(launched) == 2 and all("forward_kernel" in name for name in launched), launched
