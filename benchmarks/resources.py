@@ -25,7 +25,9 @@ from triton.compiler import ASTSource
 
 from .harness import environment, headline, table, write_result
 
-path_js_div = importlib.import_module("fastgeo_kernels.path_js_div")
+path_js_div, path_update = (
+    importlib.import_module(f"fastgeo_kernels.{name}") for name in ("path_js_div", "path_update")
+)
 
 
 class Chip(NamedTuple):
@@ -195,6 +197,22 @@ def norm_variants(chip: Chip) -> Iterator[Variant]:
         )
 
 
+def update_variants(chip: Chip) -> Iterator[Variant]:
+    """The update of a path of 25 and of 128 points."""
+    for points, dtype, momentum in itertools.product((23, 126), ("bf16", "fp32"), (0.0, 0.9)):
+        yield Variant(
+            kernel=f"path update{', momentum' if momentum else ''}, {dtype} gradient",
+            shape=f"N = {points + 2}",
+            tile=f"{path_update.BLOCK} columns",
+            function=path_update.path_update_kernel,
+            dtype="fp32",
+            pointers={"grad_ptr": dtype, "copy_ptr": "bf16"},
+            constants=path_update.constants(points, True, momentum, momentum > 0, dtype == "bf16"),
+            options=path_update.OPTIONS,
+            extra=bool(momentum) or points == 126,
+        )
+
+
 # --- Compilation ----------------------------------------------------------------------------------
 
 
@@ -254,6 +272,9 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
     }
 
 
+FAMILIES = (path_variants, norm_variants, update_variants)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a spill")
@@ -261,7 +282,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows, bad = [], []
     for target, chip in CHIPS.items():
-        for variant in itertools.chain(path_variants(chip), norm_variants(chip)):
+        for variant in itertools.chain.from_iterable(family(chip) for family in FAMILIES):
             if arguments.only not in variant.kernel or (arguments.check and variant.extra):
                 continue
             warps = variant.options["num_warps"]

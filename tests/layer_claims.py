@@ -4,7 +4,7 @@ The oracles are float64 by definition, from elementary operations; autograd give
 """
 
 import torch
-from fastgeo_kernels import stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
 
 EPS = 1e-5
 BEHIND = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu
@@ -115,3 +115,56 @@ def check_norm_keeps_a_nan(kind, device="cpu"):
     weight = torch.ones(2, 4, device=device)
     y = norm(kind, x, weight, weight, x, True, "triton")
     assert y[0, 1].isnan().all() and y[0, 0].isfinite().all() and y[1].isfinite().all()
+
+
+# --- The update of a path -------------------------------------------------------------------------
+
+
+def update_by_definition(weight, grad, lr, precondition, momentum, velocity):
+    """float64: the Laplacian itself is solved for, and SGD as in torch.optim.SGD."""
+    step, points = grad.double(), len(grad)
+    if precondition:
+        laplacian = 2 * torch.eye(points, dtype=torch.float64, device=grad.device)
+        laplacian -= torch.diag(laplacian.new_ones(points - 1), 1)
+        laplacian -= torch.diag(laplacian.new_ones(points - 1), -1)
+        step = torch.linalg.solve(laplacian, step)
+    if momentum:
+        step = momentum * velocity.double() + step
+    return weight.double() - lr * step, step
+
+
+def check_update(
+    points,
+    size,
+    *,
+    impl="triton",
+    precondition=True,
+    momentum=0.0,
+    dtype=torch.float32,
+    copy=None,
+    device="cpu",
+):
+    """Two steps, within rounding of the largest weight, step or velocity."""
+    weight = random(points, size, seed=1, device=device)
+    velocity = torch.zeros_like(weight) if momentum else None
+    rounded = None if copy is None else torch.full_like(weight, torch.nan, dtype=copy)
+    rate = torch.tensor(0.3, device=device)
+    expected, expected_velocity = weight.clone(), velocity
+    for seed in (2, 3):
+        grad = random(points, size, seed=seed, device=device, dtype=dtype)
+        expected, expected_velocity = update_by_definition(
+            expected, grad, 0.3, precondition, momentum, expected_velocity
+        )
+        path_update(
+            *(weight, grad, rate),
+            precondition=precondition,
+            momentum=momentum,
+            velocity=velocity,
+            copy=rounded,
+            impl=impl,
+        )
+    assert_close(weight, expected, 1e-6, "weight")
+    if momentum:
+        assert_close(velocity, expected_velocity, 1e-6, "velocity")
+    if copy is not None:
+        assert_close(rounded, weight, torch.finfo(copy).eps, "copy")

@@ -56,3 +56,21 @@ def test_norm_of_many_pixels_has_several_programs(monkeypatch):
     monkeypatch.setattr(channel_norm, "PROGRAMS", 2)
     monkeypatch.setattr(channel_norm, "channel_tile", lambda c: group_norm.Tile(4, 8, 1, True))
     claims.check_norm("channel", (2, 3, 6, 2, 3), True, True)
+
+
+# --- The update of a path -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points, size", [(1, 3), (2, 300), (23, 9)])
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_path_update_is_the_float64_definition(points, size, precondition, momentum):
+    claims.check_update(points, size, precondition=precondition, momentum=momentum)
+
+
+def test_path_update_of_126_points_keeps_its_digits():
+    claims.check_update(126, 4)
+
+
+def test_path_update_takes_half_precision_and_leaves_a_copy_in_it():
+    claims.check_update(5, 9, dtype=torch.bfloat16, copy=torch.bfloat16, momentum=0.5)

@@ -1,13 +1,16 @@
 """The layers' kernels without a GPU: interpreted, and what they say where they cannot run."""
 
+import doctest
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import launching, stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels import launching, path_update, stacked_channel_norm, stacked_group_norm
 
 ROOT = Path(__file__).parent.parent
 X = torch.zeros(2, 3, 4, 5, 5)
@@ -56,3 +59,44 @@ def test_norms_say_why_they_cannot_run_in_triton(norm, monkeypatch):
             norm(X, residual=X.bfloat16(), impl="triton")
         with pytest.raises(RuntimeError, match="up to 4096 channels, got 5000"):
             norm(torch.zeros(2, 1, 5000), impl="triton")
+
+
+@pytest.mark.parametrize("points, size", [(1, 3), (23, 300), (126, 9)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_path_update_in_pytorch_is_the_float64_definition(points, size, momentum):
+    claims.check_update(points, size, impl="torch", momentum=momentum)
+    claims.check_update(points, size, impl="torch", precondition=False, copy=torch.bfloat16)
+
+
+def test_path_update_is_sgd():
+    """Without the Laplacian: torch.optim.SGD, over several steps."""
+    weight, velocity = claims.random(3, 7), torch.zeros(3, 7)
+    leaf = weight.clone().requires_grad_()
+    optimizer = torch.optim.SGD([leaf], 0.1, momentum=0.9)
+    for seed in range(3):
+        leaf.grad = claims.random(3, 7, seed=seed)
+        optimizer.step()
+        options = dict(precondition=False, momentum=0.9, velocity=velocity, impl="torch")
+        path_update(weight, leaf.grad, 0.1, **options)
+    torch.testing.assert_close(weight, leaf.detach())
+
+
+def test_path_update_names_what_does_not_fit():
+    weight = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=r"grad must be \[3, 4\] and contiguous.* got \[4, 3\]"):
+        path_update(weight, torch.zeros(4, 3), 0.1)
+    with pytest.raises(ValueError, match=r"got \[3, 4\], not contiguous"):
+        path_update(weight, torch.zeros(4, 3).T, 0.1)
+    with pytest.raises(ValueError, match="momentum 0.9 needs a velocity"):
+        path_update(weight, weight, 0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="momentum 0.0 needs no velocity"):
+        path_update(weight, weight, 0.1, velocity=weight)
+    with pytest.raises(ValueError, match=r"weight must be \[M, P\] and contiguous, got \[3\]"):
+        path_update(weight[:, 0], weight, 0.1)
+
+
+def test_doc_examples_run():
+    for name in ("path_update", "stacked_norm"):
+        module = importlib.import_module(f"fastgeo_kernels.{name}")
+        results = doctest.testmod(module)
+        assert results.failed == 0 and results.attempted >= 2, name

@@ -3,7 +3,7 @@
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +53,30 @@ def test_norm_is_one_launch_without_a_copy(monkeypatch):
         torch.cuda.synchronize()
     launched = sorted(e.key for e in profile.key_averages() if e.device_type.name == "CUDA")
     assert len(launched) == 2 and all("forward_kernel" in name for name in launched), launched
+
+
+# --- The update of a path -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points, size", [(1, 3), (23, 1_000_003), (126, 50_000)])
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_path_update_is_the_float64_definition(points, size, precondition, momentum, dtype):
+    claims.check_update(
+        *(points, size),
+        precondition=precondition,
+        momentum=momentum,
+        dtype=dtype,
+        copy=torch.bfloat16,
+        device="cuda",
+    )
+
+
+def test_path_update_beyond_32_bits():
+    """Weights of 2^31 numbers and more: the last rows begin beyond a 32-bit offset."""
+    weight = torch.zeros(3, 3 << 28, device="cuda")
+    grad = torch.ones_like(weight, dtype=torch.bfloat16)
+    path_update(weight, grad, 2.0, impl="triton")
+    expected = torch.tensor([-3.0, -4.0, -3.0], device="cuda")
+    assert torch.equal(weight[:, -1], expected) and torch.equal(weight[:, 0], expected)

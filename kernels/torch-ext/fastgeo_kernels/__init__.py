@@ -6,6 +6,7 @@ Needs torch alone, and triton on GPUs; the folder can be copied into another pro
 
 from . import layers
 from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
+from .path_update import inverse_path_laplacian, path_update
 from .stacked_layers import (
     stacked_conv,
     stacked_conv_transpose,
@@ -16,11 +17,13 @@ from .stacked_layers import (
 from .stacked_norm import stacked_channel_norm, stacked_group_norm
 
 __all__ = [
+    "inverse_path_laplacian",
     "js_div",
     "layers",
     "path_fisher_rao",
     "path_js_div",
     "path_js_div_value_and_grad",
+    "path_update",
     "stacked_channel_norm",
     "stacked_conv",
     "stacked_conv_transpose",
