@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastgeo_kernels import channel_norm, group_norm
+from fastgeo_kernels import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.conv_table import TABLE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -197,6 +198,46 @@ def norm_variants(chip: Chip) -> Iterator[Variant]:
         )
 
 
+def conv_variants(chip: Chip) -> Iterator[Variant]:
+    """Every convolution of the table, its output and both gradients."""
+    ways = ("bf16", False), ("fp32", False), ("fp32", True)
+    cases = itertools.product(ways, TABLE, ("forward", "input", "weight"))
+    for (dtype, precise), shape, product in cases:
+        size, stride, channels, out, pixels = shape
+        if dtype == "fp32" and (channels, stride) != (64, 1):
+            continue
+        sides = (pixels, pixels), (pixels // stride,) * 2
+        options = (size, stride, size // 2)
+        if product == "weight":
+            blocks = conv_kernels.weight_blocks(out, channels, BYTES[dtype], precise)
+            constants = conv_kernels.constants(*sides, channels, out, *options)
+            constants["TILES"] = 512
+        else:
+            ends = (channels, out) if product == "forward" else (out, channels)
+            blocks = conv_kernels.conv_blocks(ends[1], ends[0], BYTES[dtype], precise)
+            sides = sides if product == "forward" else sides[::-1]
+            constants = conv_kernels.constants(*sides, *ends, *options)
+            constants["MIRRORED"] = product == "input"
+        name = f"conv {product}, {dtype}{' exact' if precise else ''}"
+        yield Variant(
+            kernel=name,
+            shape=f"{size} x {size}, stride {stride}, {channels} to {out}, {pixels} pixels",
+            tile=f"{blocks.rows} x {blocks.columns} x {blocks.inner}",
+            function=conv_kernels.conv_weight_kernel
+            if product == "weight"
+            else conv_kernels.conv_kernel,
+            dtype=dtype,
+            pointers={"dweight_ptr": "fp32"},
+            constants={
+                **constants,
+                "PRECISION": "ieee" if precise else "tf32",
+                **conv_kernels.tile(blocks),
+            },
+            options=conv_kernels.options(blocks),
+            extra=dtype == "fp32" or channels != 64 or (stride == 2 and size == 3),
+        )
+
+
 def update_variants(chip: Chip) -> Iterator[Variant]:
     """The update of a path of 25 and of 128 points."""
     for points, dtype, momentum in itertools.product((23, 126), ("bf16", "fp32"), (0.0, 0.9)):
@@ -272,7 +313,7 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
     }
 
 
-FAMILIES = (path_variants, norm_variants, update_variants)
+FAMILIES = (path_variants, norm_variants, conv_variants, update_variants)
 
 
 def main() -> None:

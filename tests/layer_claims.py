@@ -3,8 +3,12 @@
 The oracles are float64 by definition, from elementary operations; autograd gives their gradients.
 """
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels.stacked_conv import conv_by
 
 EPS = 1e-5
 BEHIND = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu
@@ -18,6 +22,11 @@ def random(*shape, seed=0, device="cpu", dtype=torch.float32, shift=0.0):
 def channels_last(x):
     """[N, B, C, H, W] with (B, H, W, N, C) in memory."""
     return x.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+
+
+def networks_around(x):
+    """[N, B, C, H, W] with (N, B, H, W, C) in memory."""
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def assert_close(got, expected, tolerance, what=""):
@@ -53,15 +62,24 @@ def norm(kind, x, weight, bias, residual, relu, impl):
     return stacked_channel_norm(x, weight, bias, EPS, **options)
 
 
-def check_norm(kind, shape, residual, relu, *, dtype=torch.float32, device="cpu", shift=0.5):
+def check_norm(
+    kind,
+    shape,
+    residual,
+    relu,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    lay_out=channels_last,
+):
     """Output and all gradients; in half precision as close as that dtype lets PyTorch be."""
     points, _, channels, *_ = shape
     options = dict(device=device, dtype=dtype)
     leaves = [
-        channels_last(random(*shape, seed=1, shift=shift, **options)),
+        lay_out(random(*shape, seed=1, shift=0.5, **options)),
         random(points, channels, seed=2, shift=1.0, **options),
         random(points, channels, seed=3, **options),
-        channels_last(random(*shape, seed=4, **options)),
+        lay_out(random(*shape, seed=4, **options)),
     ][: 4 if residual else 3]
     upstream = channels_last(random(*shape, seed=5, **options))
 
@@ -97,16 +115,16 @@ def check_variance_is_no_difference_of_squares(kind, device="cpu"):
 
 def check_norm_saves_its_input_and_statistics(kind, device="cpu"):
     """No normalised copy: the input itself, numbers of [N, C] and [B, N], and y for its sign."""
-    x = channels_last(random(2, 3, 8, 2, 2, device=device))
     weight = random(2, 8, device=device).requires_grad_()
-    for residual, relu in BEHIND:
+    for lay_out, (residual, relu) in itertools.product((channels_last, networks_around), BEHIND):
+        x = lay_out(random(2, 3, 8, 2, 2, device=device))
         y, saved = with_saved(
-            lambda r, relu: norm(kind, x, weight, weight, r, relu, "triton"),
-            *(x if residual else None, relu),
+            lambda x, r, relu: norm(kind, x, weight, weight, r, relu, "triton"),
+            *(x, x if residual else None, relu),
         )
         large = [t.data_ptr() for t in saved if t.numel() == x.numel()]
         assert large == [x.data_ptr(), *([y.data_ptr()] if residual and relu else [])]
-        assert y.permute(1, 3, 4, 0, 2).is_contiguous()
+        assert y.stride() == x.stride()
 
 
 def check_norm_keeps_a_nan(kind, device="cpu"):
@@ -168,3 +186,57 @@ def check_update(
         assert_close(velocity, expected_velocity, 1e-6, "velocity")
     if copy is not None:
         assert_close(rounded, weight, torch.finfo(copy).eps, "copy")
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+def conv_by_definition(x, weight, stride, padding):
+    """float64: the sum over taps of shifted images times the tap's weights."""
+    x, weight, size = x.double(), weight.double(), weight.shape[3]
+    x = F.pad(x, (padding,) * 4)
+    height, width = ((n - size) // stride + 1 for n in x.shape[3:])
+    y = 0
+    for i in range(size):
+        for j in range(size):
+            shifted = x[..., i : i + stride * height : stride, j : j + stride * width : stride]
+            shifted = shifted[..., :height, :width]
+            y = y + torch.einsum("nbchw,noc->nbohw", shifted, weight[..., i, j])
+    return y
+
+
+def check_conv(
+    ways,
+    shape,
+    out,
+    size,
+    stride,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    lay_out=channels_last,
+    shared=False,
+    tolerance=None,
+):
+    """Output and gradients of N convolutions of [N, B, C, H, W] to `out` channels."""
+    points, _, channels, *_ = shape
+    options = dict(device=device, dtype=dtype)
+    x = random(*(shape[1:] if shared else shape), seed=1, **options)
+    x = x if shared else lay_out(x)
+    weight = random(points, out, channels, size, size, seed=2, **options) / (size * channels**0.5)
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    given = leaves[0].expand(points, *x.shape) if shared else leaves[0]
+    expected = conv_by_definition(given, leaves[1], stride, size // 2)
+    upstream = random(*expected.shape, seed=3, **options)
+    expected = [expected, *torch.autograd.grad(expected, leaves, upstream.double())]
+    y = conv_by(ways, given, leaves[1], stride, size // 2)
+    upstream = lay_out(upstream)
+    got = [y, *torch.autograd.grad(y, leaves, upstream, retain_graph=True)]
+    if tolerance is None:
+        tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for name, one, definition in zip(("y", "dx", "dweight"), got, expected, strict=True):
+        assert one.dtype == dtype and one.shape == definition.shape, name
+        assert_close(one, definition, tolerance, f"{ways} {shape} -> {out}, {size} {stride} {name}")
+    again = torch.autograd.grad(y, leaves, upstream)
+    if "triton" in ways:
+        assert torch.equal(again[0], got[1]) and torch.equal(again[1], got[2])

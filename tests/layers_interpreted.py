@@ -4,7 +4,8 @@ process with TRITON_INTERPRET=1. Grids are small: a program takes the interprete
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import group_norm, launching
+from fastgeo_kernels import conv_kernels, group_norm, launching, stacked_conv
+from fastgeo_kernels.stacked_conv import OWN
 
 assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -34,6 +35,12 @@ def test_norm_is_the_float64_definition(kind, shape, behind):
 def test_norm_of_a_group_in_tiles_is_the_float64_definition(tiles, behind):
     claims.check_norm("group", (2, 1, 6, 3, 3), *behind)
     claims.check_variance_is_no_difference_of_squares("group")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lay_out", [claims.networks_around, torch.clone])
+def test_norm_in_other_layouts(kind, lay_out):
+    claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, lay_out=lay_out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,3 +81,43 @@ def test_path_update_of_126_points_keeps_its_digits():
 
 def test_path_update_takes_half_precision_and_leaves_a_copy_in_it():
     claims.check_update(5, 9, dtype=torch.bfloat16, copy=torch.bfloat16, momentum=0.5)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, out, size, stride, lay_out",
+    [
+        ((2, 2, 5, 4, 4), 7, 3, 1, claims.channels_last),
+        ((2, 1, 3, 6, 5), 4, 3, 2, claims.networks_around),
+        ((1, 1, 18, 5, 4), 3, 1, 2, claims.networks_around),
+        ((2, 1, 2, 1, 1), 2, 3, 1, claims.channels_last),
+    ],
+)
+def test_conv_is_the_float64_definition(shape, out, size, stride, lay_out):
+    claims.check_conv(OWN, shape, out, size, stride, lay_out=lay_out)
+
+
+def test_conv_of_what_all_networks_share():
+    claims.check_conv(OWN, (2, 2, 3, 4, 4), 5, 3, 1, shared=True)
+
+
+def test_conv_in_several_tiles_and_slices(monkeypatch):
+    """Channels beyond a tile, and slices of the batch that are added up."""
+    blocks = conv_kernels.Blocks(16, 16, 16, 1)
+    monkeypatch.setattr(conv_kernels, "conv_blocks", lambda *_: blocks)
+    monkeypatch.setattr(conv_kernels, "weight_blocks", lambda *_: blocks)
+    monkeypatch.setattr(conv_kernels, "PROGRAMS", 16)
+    claims.check_conv(OWN, (1, 2, 18, 4, 4), 17, 1, 1)
+
+
+def test_conv_in_half_precision():
+    """The interpreter truncates where a GPU rounds, so that two units are allowed."""
+    claims.check_conv(OWN, (2, 1, 5, 4, 4), 6, 3, 1, dtype=torch.bfloat16)
+
+
+def test_conv_with_a_bias_is_the_plain_one():
+    x, weight, bias = claims.random(2, 1, 3, 4, 4), claims.random(2, 5, 3, 3, 3), torch.ones(2, 5)
+    got = stacked_conv(x, weight, bias, padding=1, impl="triton")
+    torch.testing.assert_close(got, stacked_conv(x, weight, bias, padding=1, impl="torch"))

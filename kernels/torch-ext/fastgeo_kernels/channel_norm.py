@@ -13,8 +13,9 @@ from typing import Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .group_norm import Tile, finish, load, passed
+from .group_norm import Tile, finish, load, passed, units
 from .launching import jit, on_device_of, power_of_two, tl
+from .layout import empty_like
 
 PROGRAMS = 64  # of one network, at most, that share the pixels of a backward pass
 
@@ -33,13 +34,15 @@ def _rows(x_ptr, at, mask, C: tl.constexpr, EPS: tl.constexpr):
 
 @jit
 def channel_forward_kernel(
-    x_ptr,  # [R, N, C], as residual and y; R pixels of all images
+    x_ptr,  # [R, N, C], as residual and y; R pixels of all images, at (r pixels + n points) C
     residual_ptr,
     weight_ptr,  # [N, C], as bias
     bias_ptr,
     y_ptr,
     N,
     R,
+    points,
+    pixels,
     C: tl.constexpr,
     EPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -48,10 +51,10 @@ def channel_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Some pixels of one network."""
-    point, start = tl.program_id(0), tl.program_id(1).to(tl.int64) * PIXELS
+    point, start = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * PIXELS
     pixel, col = start + tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
     mask = (pixel < R)[:, None] & (col < C)[None, :]
-    at = (pixel[:, None] * N + point) * C + col[None, :]
+    at = (pixel[:, None] * pixels + point * points) * C + col[None, :]
     own = point * C + col
     weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
     bias = tl.load(bias_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
@@ -71,6 +74,8 @@ def channel_backward_kernel(
     dparams_ptr,  # [programs, 2, N, C]
     N,
     R,
+    points,
+    pixels,
     C: tl.constexpr,
     EPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -80,7 +85,7 @@ def channel_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """TILES tiles of pixels of one network; statistics are computed again, x being at hand."""
-    point, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    point, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     col = tl.arange(0, CHANNELS)
     own = point * C + col
     weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
@@ -90,7 +95,7 @@ def channel_backward_kernel(
     for tile in range(TILES):
         pixel = (block * TILES + tile) * PIXELS + tl.arange(0, PIXELS)
         mask = (pixel < R)[:, None] & (col < C)[None, :]
-        at = (pixel[:, None] * N + point) * C + col[None, :]
+        at = (pixel[:, None] * pixels + point * points) * C + col[None, :]
         z, rstd = _rows(x_ptr, at, mask, C, EPS)
         g = passed(dy_ptr, y_ptr, z, weight, bias, at, mask, RESIDUAL, RELU)
         if RESIDUAL and RELU:
@@ -122,10 +127,11 @@ def channel_forward(
 ) -> Tensor:
     """y as x."""
     batch, pixels, points, channels = x.shape
-    tile, rows, y = channel_tile(channels), batch * pixels, x.new_empty(x.shape)
+    tile, rows, y = channel_tile(channels), batch * pixels, empty_like(x)
     with on_device_of(x):
         channel_forward_kernel[(points, -(-rows // tile.pixels))](
-            *(x, x if residual is None else residual, weight, bias, y, points, rows),
+            *(x, x if residual is None else residual, weight, bias, y),
+            *(points, rows, *units(x)[::2]),
             **channel_constants(channels, tile, residual is not None, relu, eps),
             num_warps=tile.warps,
         )
@@ -147,12 +153,13 @@ def channel_backward(
     tiles = -(-rows // tile.pixels)
     each = -(-tiles // PROGRAMS)
     programs = -(-tiles // each)
-    dx = x.new_empty(x.shape)
-    dresidual = dy if y is None else x.new_empty(x.shape)
+    dx = empty_like(x)
+    dresidual = dy if y is None else empty_like(x)
     dparams = x.new_empty((programs, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
         channel_backward_kernel[(points, programs)](
-            *(x, x if y is None else y, dy, weight, bias, dx, dresidual, dparams, points, rows),
+            *(x, x if y is None else y, dy, weight, bias, dx, dresidual, dparams),
+            *(points, rows, *units(x)[::2]),
             **channel_constants(channels, tile, y is not None, relu, eps),
             TILES=each,
             num_warps=tile.warps,

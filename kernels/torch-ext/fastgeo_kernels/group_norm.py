@@ -1,7 +1,8 @@
 """Kernels of GroupNorm with one group for N stacked networks, a residual sum and ReLU behind it.
 
-A value is [B, S, N, C] in memory: S pixels, and the C channels of one network side by side. With
-z = (x - mean) rstd over the C channels and S pixels of a network and image (Wu and He, "Group
+A value is [B, S, N, C], S pixels, with element c at (b batch + s pixels + n points) C + c: the C
+channels of a network lie side by side, the networks within a pixel or around all (`layout.py`).
+With z = (x - mean) rstd over the C channels and S pixels of a network and image (Wu and He, "Group
 Normalization", 2018), w the weight and g the gradient that comes back (0 where ReLU cut off):
 
     y  = relu(z w + bias + residual)
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .launching import jit, on_device_of, power_of_two, tl
+from .layout import empty_like
 
 
 class Tile(NamedTuple):
@@ -85,6 +87,9 @@ def group_forward_kernel(
     mean_ptr,  # [B, N], as rstd
     rstd_ptr,
     N,
+    points,
+    batch,
+    pixels,
     S: tl.constexpr,
     C: tl.constexpr,
     EPS: tl.constexpr,
@@ -95,13 +100,13 @@ def group_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = (image * S * N + point) * C
+    point, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
     residual_ptr += start
     pixel, col = tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
-    at = pixel[:, None] * (N * C) + col[None, :]
+    at = pixel[:, None] * (pixels * C) + col[None, :]
     col_ok = (col < C)[None, :]
     own = point * C + col
     if WHOLE:
@@ -121,7 +126,7 @@ def group_forward_kernel(
         for first in range(0, S, PIXELS):
             row_ok = (first + pixel < S)[:, None]
             mask = row_ok & col_ok
-            x = load(x_ptr + tl.cast(first, tl.int64) * N * C, at, mask)
+            x = load(x_ptr + tl.cast(first, tl.int64) * pixels * C, at, mask)
             count += row_ok.to(tl.float32)
             away = tl.where(mask, x - means, 0.0)
             means += away / tl.maximum(count, 1.0)
@@ -135,7 +140,7 @@ def group_forward_kernel(
         for back in range(0, S, PIXELS):
             first = (S - 1) // PIXELS * PIXELS - back
             mask = (first + pixel < S)[:, None] & col_ok
-            here = at + tl.cast(first, tl.int64) * N * C
+            here = at + tl.cast(first, tl.int64) * pixels * C
             z = (load(x_ptr, here, mask) - mean) * rstd
             finish(z, weight, bias, residual_ptr, y_ptr, here, mask, RESIDUAL, RELU)
     tl.store(mean_ptr + image * N + point, mean)
@@ -155,6 +160,9 @@ def group_backward_kernel(
     dresidual_ptr,
     dparams_ptr,  # [B, 2, N, C]: dweight and dbias of each image
     N,
+    points,
+    batch,
+    pixels,
     S: tl.constexpr,
     C: tl.constexpr,
     RESIDUAL: tl.constexpr,  # the gradient of the residual is wanted, or y needed for its sign
@@ -164,15 +172,15 @@ def group_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = (image * S * N + point) * C
+    point, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
     dy_ptr += start
     dx_ptr += start
     dresidual_ptr += start
     pixel, col = tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
-    at = pixel[:, None] * (N * C) + col[None, :]
+    at = pixel[:, None] * (pixels * C) + col[None, :]
     col_ok = (col < C)[None, :]
     own = point * C + col
     weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)
@@ -195,7 +203,7 @@ def group_backward_kernel(
         dbiases = tl.zeros([PIXELS, CHANNELS], tl.float32)
         for first in range(0, S, PIXELS):
             mask = (first + pixel < S)[:, None] & col_ok
-            here = at + tl.cast(first, tl.int64) * N * C
+            here = at + tl.cast(first, tl.int64) * pixels * C
             z = (load(x_ptr, here, mask) - mean) * rstd
             g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, here, mask, RESIDUAL, RELU)
             dweights += g * z
@@ -205,7 +213,7 @@ def group_backward_kernel(
         for back in range(0, S, PIXELS):
             first = (S - 1) // PIXELS * PIXELS - back
             mask = (first + pixel < S)[:, None] & col_ok
-            here = at + tl.cast(first, tl.int64) * N * C
+            here = at + tl.cast(first, tl.int64) * pixels * C
             z = (load(x_ptr, here, mask) - mean) * rstd
             g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, here, mask, RESIDUAL, RELU)
             if RESIDUAL and RELU:
@@ -216,7 +224,12 @@ def group_backward_kernel(
     tl.store(dparams_ptr + N * C, dbias, mask=col < C)
 
 
-# --- Launchers: x [B, S, N, C] contiguous ---------------------------------------------------------
+# --- Launchers: x, residual, y and dy are [B, S, N, C] of one layout ------------------------------
+
+
+def units(x: Tensor) -> Tuple[int, int, int]:
+    """Strides of points, images and pixels of [B, S, N, C], in channels."""
+    return tuple(x.stride(axis) // x.shape[3] for axis in (2, 0, 1))
 
 
 def group_tile(pixels: int, channels: int, backward: bool, bytes_each: int) -> Tile:
@@ -235,11 +248,12 @@ def group_forward(
     """y as x, mean and rstd [B, N]."""
     batch, pixels, points, channels = x.shape
     tile = group_tile(pixels, channels, False, x.element_size())
-    y = x.new_empty(x.shape)
+    y = empty_like(x)
     mean, rstd = (x.new_empty((batch, points), dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
         group_forward_kernel[(points, batch)](
-            *(x, x if residual is None else residual, weight, bias, y, mean, rstd, points),
+            *(x, x if residual is None else residual, weight, bias, y, mean, rstd),
+            *(points, *units(x)),
             **group_constants(pixels, channels, tile, residual is not None, relu, eps),
             num_warps=tile.warps,
         )
@@ -263,13 +277,13 @@ def group_backward(
     """
     batch, pixels, points, channels = x.shape
     tile = group_tile(pixels, channels, True, x.element_size())
-    dx = x.new_empty(x.shape)
-    dresidual = dy if y is None else x.new_empty(x.shape)
+    dx = empty_like(x)
+    dresidual = dy if y is None else empty_like(x)
     dparams = x.new_empty((batch, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
         group_backward_kernel[(points, batch)](
             *(x, x if y is None else y, dy, weight, bias, mean, rstd, dx, dresidual, dparams),
-            points,
+            *(points, *units(x)),
             **group_constants(pixels, channels, tile, y is not None, relu),
             num_warps=tile.warps,
         )

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import channel_norm, group_norm, stacked_layers
 from .launching import use_triton
+from .layout import channels_innermost, channels_third
 
 MOST_CHANNELS = 4096
 
@@ -23,7 +24,7 @@ MOST_CHANNELS = 4096
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tensor:
-        rows = [None if t is None else _to_rows(t) for t in (x, residual)]
+        rows = _both(x, residual)
         y, mean, rstd = group_norm.group_forward(*rows, weight, bias, eps, relu)
         sign = y if relu and residual is not None else None
         ctx.save_for_backward(rows[0], sign, weight, bias, mean, rstd)
@@ -34,14 +35,14 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, y, weight, bias, mean, rstd = ctx.saved_tensors
-        given = (x, y, _to_rows(dy), weight, bias, mean, rstd, ctx.relu)
+        given = (x, y, _to_rows(dy, like=x), weight, bias, mean, rstd, ctx.relu)
         return _gradients(ctx, weight, bias, *group_norm.group_backward(*given))
 
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tensor:
-        rows = [None if t is None else _to_rows(t) for t in (x, residual)]
+        rows = _both(x, residual)
         y = channel_norm.channel_forward(*rows, weight, bias, eps, relu)
         sign = y if relu and residual is not None else None
         ctx.save_for_backward(rows[0], sign, weight, bias)
@@ -52,8 +53,13 @@ class _ChannelNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, y, weight, bias = ctx.saved_tensors
-        given = (x, y, _to_rows(dy), weight, bias, ctx.eps, ctx.relu)
+        given = (x, y, _to_rows(dy, like=x), weight, bias, ctx.eps, ctx.relu)
         return _gradients(ctx, weight, bias, *channel_norm.channel_backward(*given))
+
+
+def _both(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    rows = _to_rows(x)
+    return rows, None if residual is None else _to_rows(residual, like=rows)
 
 
 def _gradients(ctx, weight, bias, dx, dresidual, dparams) -> Tuple[Optional[Tensor], ...]:
@@ -63,15 +69,14 @@ def _gradients(ctx, weight, bias, dx, dresidual, dparams) -> Tuple[Optional[Tens
     return _from_rows(dx, ctx.shape), dweight, dbias, dresidual, None, None
 
 
-def _to_rows(x: Tensor) -> Tensor:
-    """[N, B, C, ...] -> [B, S, N, C], without a copy from (B, ..., N, C) in memory."""
-    x = x[..., None] if x.ndim == 3 else x.flatten(3)
-    return x.permute(1, 3, 0, 2).contiguous()
+def _to_rows(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
+    """[N, B, C, ...] -> [B, S, N, C], S pixels."""
+    return channels_innermost(x[..., None] if x.ndim == 3 else x.flatten(3), like)
 
 
 def _from_rows(rows: Tensor, shape: torch.Size) -> Tensor:
     """[B, S, N, C] -> [N, B, C, ...], a view."""
-    return rows.permute(2, 0, 3, 1).view(shape)
+    return channels_third(rows).view(shape)
 
 
 def stacked_group_norm(
@@ -102,7 +107,7 @@ def stacked_group_norm(
         relu: whether the sum is rectified.
         impl: "triton" (on a GPU; on a CPU under TRITON_INTERPRET=1), "torch", or "auto": Triton on
             a GPU for one group of fp32, bf16 or fp16, else PyTorch. Triton keeps statistics and
-            arithmetic in fp32 and wants (B, H, W, N, C) in memory, else it copies.
+            arithmetic in fp32 and wants (B, H, W, N, C) or (N, B, H, W, C) in memory, or copies.
 
     Returns:
         [N, B, C, ...] in x's dtype. Differentiable, in Triton once.
