@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo import layers, operators
+from fastgeo.fusion import fuse
 from fastgeo.inputs import Inputs
 from fastgeo.modes import batch_norms, refuse_batch_norm
 from fastgeo.operators import RANDOM
@@ -148,7 +149,9 @@ class StackedModule:
         """The graph for these inputs in the present modes of all layers."""
         key = (names, tuple(layer.training for layer in self.module.modules()))
         if key not in self._plans:
-            self._plans[key] = _Plan(self.module, trace(self.module, names))
+            traced = trace(self.module, names)
+            fuse(traced.graph)
+            self._plans[key] = _Plan(self.module, traced)
         return self._plans[key]
 
     def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:
