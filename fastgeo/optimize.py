@@ -108,7 +108,7 @@ def optimize(
     if batchnorm == "recalibrate":
         mode = batch_statistics(module, update=False)
     ends = EndLogits(path)
-    trained = _trained_names(module)
+    trained = trained_names(module)
     inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
 
     taken = 0
@@ -160,7 +160,7 @@ def inverse_path_laplacian(size: int) -> Tensor:
     return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
 
 
-def _trained_names(module: nn.Module) -> dict[str, str]:
+def trained_names(module: nn.Module) -> dict[str, str]:
     """Name of every parameter to train -> the first name of it (tied parameters have several)."""
     first: dict[nn.Parameter, str] = {}
     names = module.named_parameters(remove_duplicate=False)
