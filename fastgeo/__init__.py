@@ -7,8 +7,10 @@ from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.recalibrate import recalibrate
 from fastgeo.stacking import stack
+from fastgeo.static import Augmented, optimize_static
 
 __all__ = [
+    "Augmented",
     "Evaluation",
     "Matching",
     "Path",
@@ -17,6 +19,7 @@ __all__ = [
     "keep_pages",
     "match",
     "optimize",
+    "optimize_static",
     "recalibrate",
     "stack",
 ]

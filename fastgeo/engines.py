@@ -74,6 +74,7 @@ class EngineChoice:
         chunk: int | None = None,
         memory_budget: int | str | None = None,
         batchnorm: str = "refuse",
+        precision: str = "fp32",
         on_choice: Callable[[dict], None] | None = None,
     ):
         if chunk is not None and chunk < 1:
@@ -83,7 +84,10 @@ class EngineChoice:
         self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
         self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
         self.budget = None if memory_budget is None else bytes_of(memory_budget)
-        self._traced = StackedModule(module, engine=engine, batchnorm=batchnorm)
+        self.precision = precision
+        self._traced = StackedModule(
+            module, engine=engine, batchnorm=batchnorm, precision=precision
+        )
         self.chosen: Engine | None = None
         self._visits: dict[Engine, list[float]] = {}  # seconds
         self._failed: dict[str, str] = {}  # engine -> why
@@ -147,6 +151,8 @@ class EngineChoice:
         layouts = [True, False] if choice else [False]
         if self.engine != "auto":
             ways = [(traced, False, None)]
+        elif self.precision == "bf16":  # which the traced graph alone can
+            ways = [(traced, layout, k) for k in (None, few) for layout in layouts]
         else:
             ways = [(traced, False, None), (traced, layouts[0], few)]
             if on_gpu and traced == "stacked":
@@ -158,7 +164,11 @@ class EngineChoice:
             ways = [(name, layout, self.chunk) for name, layout, _ in ways]
         for name, channels_last, chunk in dict.fromkeys(ways):
             network = StackedModule(
-                self.module, engine=name, channels_last=channels_last, batchnorm=self.batchnorm
+                self.module,
+                engine=name,
+                channels_last=channels_last,
+                batchnorm=self.batchnorm,
+                precision=self.precision,
             )
             yield Engine(network, chunk)
 
@@ -176,7 +186,7 @@ class EngineChoice:
                 try:
                     got = engine.network(params, few, per_point=per_point)
                     if engine.network.engine != "loop":
-                        _check_agreement(got, expected)
+                        _check_agreement(got, expected, self.precision)
                 except Exception as error:  # noqa: BLE001 - as in `run`
                     self._failed[str(engine)] = _first_line(error)
                 else:
@@ -275,12 +285,13 @@ def bytes_of(memory: int | str) -> int:
     return size
 
 
-def _check_agreement(got: Tensor, expected: Tensor) -> None:
+def _check_agreement(got: Tensor, expected: Tensor, precision: str = "fp32") -> None:
     """ValueError unless the outputs are equal up to a generous rounding."""
     if not isinstance(expected, Tensor):
         return  # not what any caller wants, who will say so
     largest = expected.abs().max().item()
-    tolerance = max(1e-3, 16 * torch.finfo(expected.dtype).eps) * largest
+    digits = {"tf32": 2**-10, "bf16": 2**-7}.get(precision, torch.finfo(expected.dtype).eps)
+    tolerance = max(1e-3, 16 * digits) * largest
     if not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
         difference = (got - expected).abs().max().item()
         raise ValueError(

@@ -7,26 +7,24 @@ torch.func.vmap by itself; a module that cannot be traced goes through vmap as a
 through a loop.
 """
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastgeo import layers, operators
+from fastgeo.fusion import fuse
 from fastgeo.inputs import Inputs
 from fastgeo.modes import batch_norms, refuse_batch_norm
-from fastgeo.operators import RANDOM
-from fastgeo.tracing import Trace, TraceFailed, trace
-from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each, without_n
+from fastgeo.plan import Plan
+from fastgeo.precision import check_precision, matmul_precision
+from fastgeo.tracing import TraceFailed, trace
+from fastgeo.values import Stacked, by_loop, by_vmap, call, without_n
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
-SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
-FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 
 
 class StackedModule:
@@ -45,6 +43,7 @@ class StackedModule:
         engine: str = "auto",
         channels_last: bool = False,
         batchnorm: str = "refuse",
+        precision: str = "fp32",
     ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -54,7 +53,8 @@ class StackedModule:
             raise ValueError(f"batchnorm must be 'refuse' or 'recalibrate', got {batchnorm!r}")
         if batchnorm == "refuse":
             refuse_batch_norm(module)
-        self.module, self.channels_last = module, channels_last
+        check_precision(precision)
+        self.module, self.channels_last, self.precision = module, channels_last, precision
         self.engine, self.reason = engine, ""
         self._own = {
             name: (tensor, first)
@@ -63,7 +63,7 @@ class StackedModule:
         }
         self._batch_norms = batch_norms(module)
         self._unsafe_on_cpu = channels_last_is_unsafe(module)
-        self._plans: dict[tuple, _Plan] = {}
+        self._plans: dict[tuple, Plan] = {}
         if engine in ("auto", "stacked"):
             try:
                 self._plan(None)
@@ -74,7 +74,12 @@ class StackedModule:
                         f"{type(module).__name__} cannot be stacked: {error}"
                     ) from error
                 self.engine, self.reason = "vmap", str(error)
-        self._may_change = engine == "auto"
+        if precision == "bf16" and self.engine != "stacked":
+            why = f": {self.reason}" if self.reason else f", not engine {self.engine!r}"
+            raise ValueError(
+                f"precision 'bf16' keeps the head in fp32, for which it needs the traced graph{why}"
+            )
+        self._may_change = engine == "auto" and precision != "bf16"
 
     def __call__(self, params: Parameters, x: Inputs, *, per_point: bool = False) -> Tensor:
         """Evaluate N networks on inputs that they share, or on inputs of their own.
@@ -98,7 +103,8 @@ class StackedModule:
         statistics = {name: params[name].clone() for name in self._updated(params)}
         while True:
             try:
-                return without_n(self._run(state, args, kwargs, n), n)
+                with matmul_precision(self.precision):
+                    return without_n(self._run(state, args, kwargs, n), n)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
@@ -117,6 +123,11 @@ class StackedModule:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join([title, *lines])
+
+    def parameters_in_half(self) -> set[str]:
+        """Names of the parameters that precision "bf16" reads in bf16 only."""
+        casts = self._plan(None).casts
+        return set() if casts is None else casts.parameters_of_body()
 
     def _run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
         if self.engine == "stacked":
@@ -144,11 +155,13 @@ class StackedModule:
             f"{type(self.module).__name__} runs as {self.engine}; {self.reason}", stacklevel=4
         )
 
-    def _plan(self, names: tuple[str, ...] | None) -> "_Plan":
+    def _plan(self, names: tuple[str, ...] | None) -> Plan:
         """The graph for these inputs in the present modes of all layers."""
         key = (names, tuple(layer.training for layer in self.module.modules()))
         if key not in self._plans:
-            self._plans[key] = _Plan(self.module, trace(self.module, names))
+            traced = trace(self.module, names)
+            fuse(traced.graph)
+            self._plans[key] = Plan(self.module, traced, self.precision == "bf16")
         return self._plans[key]
 
     def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:
@@ -189,115 +202,6 @@ class StackedModule:
         return Stacked(x) if per_point else x
 
 
-class _Plan:
-    """A traced graph, and which way each of its operations runs."""
-
-    def __init__(self, module: nn.Module, traced: Trace):
-        self.module, self.traced = module, traced
-        self.ways: dict[fx.Node, Callable] = {}
-        self.reasons: dict[fx.Node, str] = {}
-        for node in traced.graph.nodes:
-            if node.op in ("call_function", "call_method", "call_module"):
-                self.ways[node], self.reasons[node] = self._way(node)
-
-    def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
-        names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
-        named = [kwargs[name] for name in names] if kwargs else args
-        return _Run(self, state, n).run(*named)
-
-    def rows(self) -> Iterator[tuple[str, str, str]]:
-        """(layer, operation, way) of each operation."""
-        shared = set()  # does not depend on which network it is
-        for node in self.traced.graph.nodes:
-            if node.op == "placeholder" or node.target in self.traced.constants:
-                shared.add(node)
-            if node not in self.ways:
-                continue
-            way = "stacked"
-            if reason := self.reasons[node]:
-                way = f"{self.ways[node].__name__.removeprefix('by_')}: {reason}"
-            own_draw = node.op == "call_module" or node.target in RANDOM
-            of_shape = node.target in ("size", "dim") or node.args[1:] in SHAPE_ATTRIBUTES
-            if of_shape or (not own_draw and shared.issuperset(node.all_input_nodes)):
-                shared.add(node)
-                way = "once for all networks"
-            layers = list(node.meta.get("nn_module_stack", {}))
-            yield layers[-1] if layers else "", node.name, way
-
-    def _way(self, node: fx.Node) -> tuple[Callable, str]:
-        """The function (n, node's arguments) that runs a node, and why it is not a stacked form."""
-        if node.op == "call_module":
-            layer = self.module.get_submodule(node.target)
-            handler, given = layers.MODULES.get(type(layer)), (0, layer, {})
-        else:
-            handler, given = FUNCTIONS.get(node.target), (0,)
-        if handler is None:
-            return by_vmap, "it has no stacked form"
-        try:
-            inspect.signature(handler).bind(*given, *node.args, **node.kwargs)
-        except TypeError as error:
-            return by_vmap, f"its stacked form has {error}"
-        return handler, ""
-
-
-class _Run(fx.Interpreter):
-    """One pass of the traced graph over stacked parameters."""
-
-    def __init__(self, plan: _Plan, state: dict[str, Stacked], n: int):
-        super().__init__(plan.module, graph=plan.traced.graph)
-        self.plan, self.state, self.n = plan, state, n
-        self.extra_traceback = False  # leave the exceptions of the layers as they are
-
-    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
-        for known in (self.state, self.plan.traced.constants):
-            if target in known:
-                return known[target]
-        return super().get_attr(target, args, kwargs)
-
-    def run_node(self, node: fx.Node) -> Any:
-        if node not in self.plan.ways:
-            return super().run_node(node)
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if node.op == "call_module":
-            prefix = f"{node.target}."
-            layer = self.module.get_submodule(node.target)
-            names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
-            own = {name: self.state[prefix + name] for name in names}
-            function, args, own_args = call(layer), (own, args, kwargs), (layer, own, *args)
-            own_kwargs, kwargs = kwargs, {}
-        else:
-            function = node.target if callable(node.target) else _method(node.target)
-            own_args, own_kwargs = args, kwargs
-            random = node.target in RANDOM
-            if not random and not any_stacked(args) and not any_stacked(kwargs):
-                return function(*args, **kwargs)
-            if random and self.plan.ways[node] is by_vmap:
-                args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
-        way = self.plan.ways[node]
-        if way not in (by_vmap, by_loop):
-            try:
-                return way(self.n, *own_args, **own_kwargs)
-            except NoForm as error:
-                way = self.plan.ways[node] = error.way
-                self.plan.reasons[node] = str(error)
-        try:
-            return way(function, args, kwargs, self.n)
-        except RuntimeError as error:
-            if way is by_loop:
-                raise
-            out = by_loop(function, args, kwargs, self.n)
-            self.plan.ways[node] = by_loop
-            self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
-            return out
-
-    def _own_copy(self, value: Any) -> Any:
-        return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
-
-
-def _method(name: str) -> Callable:
-    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
-
-
 def _with_first_names(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, str]]:
     """(name, tensor, first name of the same tensor): tied parameters have several names."""
     first: dict[Tensor, str] = {}
@@ -336,6 +240,7 @@ def stack(
     engine: str = "auto",
     channels_last: bool = False,
     batchnorm: str = "refuse",
+    precision: str = "fp32",
 ) -> StackedModule:
     """The module as a function of N networks' stacked parameters: `(params, x) -> [N, B, ...]`.
 
@@ -357,10 +262,15 @@ def stack(
             on a CPU where `channels_last_is_unsafe`.
         batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, whose statistics are then
             buffers of each network like any other; see `fastgeo.recalibrate`.
+        precision: "fp32" is parameters as they are, with fp32 products that no GPU rounds to TF32;
+            "tf32" lets it; "bf16" casts parameters and inputs of all layers but the last ones,
+            which are in fp32, as is the output. A backward pass outside of `fastgeo.optimize`
+            rounds as torch.backends say.
 
     Raises:
         TypeError: anything else.
-        ValueError: a module with BatchNorm, or one that cannot be traced if engine is "stacked".
+        ValueError: a module with BatchNorm, or one that cannot be traced if engine is "stacked" or
+            precision "bf16".
 
     Example:
         >>> nets = [resnet(8, 0.5) for _ in range(3)]
@@ -368,4 +278,5 @@ def stack(
         >>> stack(nets[0])(params, torch.randn(5, 3, 32, 32)).shape
         torch.Size([3, 5, 10])
     """
-    return StackedModule(module, engine=engine, channels_last=channels_last, batchnorm=batchnorm)
+    options = dict(engine=engine, channels_last=channels_last, batchnorm=batchnorm)
+    return StackedModule(module, **options, precision=precision)
