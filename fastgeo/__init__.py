@@ -1,6 +1,7 @@
 """Geodesics between trained networks: every network on the path in one pass."""
 
 from fastgeo.allocator import keep_pages
+from fastgeo.common_frame import CommonFrame, match_many
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.matching import Matching, match
 from fastgeo.optimize import optimize
@@ -11,6 +12,7 @@ from fastgeo.stacking import stack
 from fastgeo.symmetry import permutation_spec
 
 __all__ = [
+    "CommonFrame",
     "Evaluation",
     "Matching",
     "Path",
@@ -19,6 +21,7 @@ __all__ = [
     "evaluate",
     "keep_pages",
     "match",
+    "match_many",
     "optimize",
     "permutation_spec",
     "recalibrate",

@@ -9,7 +9,7 @@ from conftest import images, tiny_resnet
 from torch import nn
 from zoo import BATCH_NORM, ZOO
 
-from fastgeo import match, models, permutation_spec
+from fastgeo import match, match_many, models, permutation_spec
 from fastgeo.matching import check_same_function
 
 
@@ -216,3 +216,58 @@ def test_bad_arguments_are_named():
         match(tiny_resnet(), tiny_resnet(), method="all")
     with pytest.raises(TypeError, match="got int"):
         match(1, 2)
+
+
+# --- Several networks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet-group", "gpt", "resnext-se"])
+def test_several_planted_copies_are_brought_to_one_frame(name):
+    (member,) = [member for member in ZOO if member.name == name]
+    module, inputs = member.make(), member.inputs(4)
+    spec, state = permutation_spec(module, inputs), module.state_dict()
+    generator = torch.Generator().manual_seed(2)
+    copies = [spec.permute(state, spec.random(generator)) for _ in range(4)]
+    frame = match_many(copies, inputs, module=module)
+    for other in frame.state_dicts[1:]:
+        torch.testing.assert_close(other, frame.state_dicts[0], rtol=0, atol=0)
+    assert frame.relative_change < 1e-12 and frame.modules == [None] * 4
+
+
+def test_a_common_frame_gains_for_the_sum_of_pairs():
+    networks = [tiny_resnet(seed=seed) for seed in range(3)]
+    frame = match_many(networks, images())
+    states, before = frame.state_dicts, [network.state_dict() for network in networks]
+    for found, own in ((frame.objectives_after, states), (frame.objectives_before, before)):
+        expected = [[inner(x, y) for y in own] for x in own]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert frame.objectives_after.triu(1).sum() == pytest.approx(max(frame.objectives))
+    assert frame.objectives_after.triu(1).sum() > frame.objectives_before.triu(1).sum()
+    assert frame.barriers_before is None and frame.barriers_after is None
+    for network, module in zip(networks, frame.modules, strict=True):
+        torch.testing.assert_close(module(images()), network(images()))
+
+
+def test_barriers_between_nearly_equal_networks_vanish_in_a_common_frame():
+    module = tiny_resnet()
+    spec, generator = permutation_spec(module), torch.Generator().manual_seed(4)
+    labels = module(images()).argmax(-1)
+    copies = [
+        noisy(spec.permute(module.state_dict(), spec.random(generator)), spec, 1e-6, generator)
+        for _ in range(3)
+    ]
+    frame = match_many(copies, images(), module=module, data=(images(), labels))
+    for barriers in (frame.barriers_before, frame.barriers_after):
+        assert barriers.shape == (3, 3) and torch.equal(barriers, barriers.T)
+    assert frame.barriers_before.max() > 0.1 and frame.barriers_after.max() < 1e-4
+
+
+def test_two_networks_in_a_common_frame_are_as_near_as_if_matched():
+    a, b = tiny_resnet(seed=1), tiny_resnet(seed=2)
+    frame, matching = match_many([a, b], restarts=8), match(a, b, restarts=8)
+    assert frame.objectives_after[0, 1] == pytest.approx(matching.objective_after, rel=0.02)
+
+
+def test_fewer_than_two_networks_have_no_common_frame():
+    with pytest.raises(ValueError, match="networks must be at least two, got 1"):
+        match_many([tiny_resnet()])
