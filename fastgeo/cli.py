@@ -106,12 +106,10 @@ class MatchCommand(_Existing, MatchConfig):
         run = self.redo("match")
         pipeline.match_ends(run)
         found = run.stages["match"]
-        if "symmetries" in found:
-            print(f"next: {run.again('optimize')}")
-            return
         print(
             f"inner product with a: {found['objective_before']:.2f} before, "
-            f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; "
+            f"{found['objective_after']:.2f} after {found['sweeps']} sweeps\n"
+            f"{run.file('matching.md')}, {run.file('matched.safetensors')}; "
             f"next: {run.again('optimize')}"
         )
 

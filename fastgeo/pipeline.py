@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgeo import plot, report, user
+from fastgeo import plot, report
 from fastgeo.breakdown import breakdown
 from fastgeo.evaluate import evaluate
 from fastgeo.files import (
@@ -30,8 +31,6 @@ from fastgeo.profiling import chosen_engine, compare
 from fastgeo.recalibrate import recalibrate
 from fastgeo.run import Run
 from fastgeo.train import train_ends
-
-SAME_FUNCTION = 1e-10  # relative change of logits by a permutation, in float64
 
 
 def train(run: Run) -> None:
@@ -57,44 +56,32 @@ def match_ends(run: Run) -> None:
     """Match b to a, and check that the permuted b computes what b computes."""
     c = run.config
     with _stage(run, "match") as found:
-        if user.is_function(c.model):
-            write_tensors(run.file("permutation.safetensors"), "permutation", {"permutation": {}})
-            found.update(symmetries=f"those of {c.model} are not known; b is left as it is")
-            print(f"match: {found['symmetries']}")
-            return
         a, b = run.ends()
-        matching = match(a, b, max_sweeps=c.match_sweeps, seed=c.match_seed, progress=True)
         inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
-        change = change_of_logits(run.new_module(), b, matching.state_dict, inputs)
-        if not change <= SAME_FUNCTION:
-            raise ValueError(
-                f"the permuted network does not compute what b does: logits differ by {change:.1e} "
-                "of the largest"
-            )
-        permutations = {"permutation": matching.permutations}
-        write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
+        matching = match(
+            a,
+            b,
+            inputs,
+            module=run.new_module(),
+            method=c.match_method,
+            restarts=c.match_restarts,
+            max_sweeps=c.match_sweeps,
+            seed=c.match_seed,
+            progress=True,
+        )
         found.update(
             objective_before=matching.objective_before,
             objective_after=matching.objective_after,
+            objectives=matching.objectives,
             sweeps=matching.sweeps,
-            relative_change_of_logits=change,
+            relative_change=matching.relative_change,
         )
-
-
-def change_of_logits(
-    module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], inputs: Tensor
-) -> float:
-    """Largest difference of the logits of two states, over the largest logit; in float64."""
-    with torch.no_grad():
-        was, now = (
-            torch.func.functional_call(
-                module.double(),
-                {name: tensor.double().cpu() for name, tensor in state.items()},
-                (inputs.double().cpu(),),
-            )
-            for state in (before, after)
-        )
-    return ((now - was).abs().max() / was.abs().max()).item()
+        permutations = {"permutation": matching.permutations}
+        write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
+        state = {name: t.cpu().clone().contiguous() for name, t in matching.state_dict.items()}
+        write_bytes(run.file("matched.safetensors"), safetensors.torch.save(state))
+        text = report.matching(found, matching.spec, c)
+        write_bytes(run.file("matching.md"), text.encode())
 
 
 def optimize_path(run: Run) -> None:
