@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks.harness import device_slug, environment, headline, table, write_result
+from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models, optimize
+from fastgeo.measure import headline, table
 
 POINTS = (5, 9, 17, 33)
 ENGINES = {

@@ -21,7 +21,8 @@ import mpmath
 import torch.nn.functional as F
 from fastgeo_kernels import js_div
 
-from .harness import device_slug, environment, headline, table, version_of, write_result
+from benchmarks.harness import device_slug, environment, write_result
+from fastgeo.measure import headline, table, version_of
 
 ROWS, CLASSES = 4096, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

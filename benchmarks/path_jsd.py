@@ -18,17 +18,8 @@ import torch
 import torch.nn.functional as F
 from fastgeo_kernels import path_js_div_value_and_grad
 
-from .harness import (
-    copy_bandwidth,
-    device_slug,
-    environment,
-    headline,
-    quantiles,
-    table,
-    time_alternating,
-    version_of,
-    write_result,
-)
+from benchmarks.harness import device_slug, environment, write_result
+from fastgeo.measure import copy_bandwidth, headline, quantiles, table, time_alternating, version_of
 
 # N, B, C
 GPU_SHAPES = [(25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (25, 64, 32768), (2, 1024, 32768)]

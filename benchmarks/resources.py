@@ -1,7 +1,8 @@
 """Registers, spills, shared memory and occupancy of every kernel, compiled for GPUs without one.
 
 python -m benchmarks.resources            # the table, and benchmarks/results/resources.json
-python -m benchmarks.resources --check    # exit status 1 where one spills or does not fit
+python -m benchmarks.resources --check    # exit status 1 where one spills or does not fit; of the
+                                          # layers those of the paper in bf16
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
+from fastgeo_kernels import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.conv_table import TABLE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .harness import environment, headline, table, write_result
+from benchmarks.harness import environment, write_result
+from fastgeo.measure import headline, table
 
-kernels = importlib.import_module("fastgeo_kernels.path_js_div")
+path_js_div, path_update = (
+    importlib.import_module(f"fastgeo_kernels.{name}") for name in ("path_js_div", "path_update")
+)
 
 
 class Chip(NamedTuple):
@@ -40,6 +47,40 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10, 2048, 65536, 148, "B200"),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10, 2048, 512, 304, "MI300X"),
 }
+
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Variant(NamedTuple):
+    """A kernel as a launcher would compile it.
+
+    Attributes:
+        kernel, shape, tile: for the table.
+        function: the Triton kernel.
+        pointers: name -> dtype, those that differ from the first argument's.
+        constants: its constexpr arguments, and integers known to be 1.
+        options: num_warps and the like.
+        long: integer arguments of 64 bits; the others have 32.
+        may_spill: what has to run, but need not be fast.
+        extra: left out of a check.
+    """
+
+    kernel: str
+    shape: str
+    tile: str
+    function: Any
+    dtype: str
+    pointers: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, object]
+    long: tuple[str, ...] = ()
+    may_spill: bool = False
+    extra: bool = False
+
+
+# --- The path divergence --------------------------------------------------------------------------
+
 # N, B, C: the paper's batch, a large one, ImageNet's classes, the longest whole rows, pairs and a
 # path over a vocabulary
 SHAPES = [
@@ -55,7 +96,7 @@ MODES = {
 
 
 # What else a caller can bring, for one chip of each maker and every tiling.
-VARIANTS = [
+BROUGHT = [
     dict(dtype="bf16", temperature=2.0),
     dict(dtype="fp16"),
     dict(class_stride=25),
@@ -64,20 +105,30 @@ VARIANTS = [
 ]
 
 
-def compile_kernel(
+def path_variants(chip: Chip) -> Iterator[Variant]:
+    """What the launcher would compile for these shapes on this chip."""
+    for shape, (mode, options) in itertools.product(SHAPES, MODES.items()):
+        yield path_variant(chip, shape, mode, options)
+    if chip.example in ("H100", "MI300X"):
+        mode, options = next(iter(MODES.items()))
+        for shape, brought in itertools.product(SHAPES[1:-1], BROUGHT):
+            words = ", ".join([mode, *(f"{key}={value}" for key, value in brought.items())])
+            yield path_variant(chip, shape, words, options, **brought)
+
+
+def path_variant(
     chip: Chip,
     shape: tuple[int, int, int],
+    name: str,
     mode: dict,
     dtype: str = "fp32",
     temperature: float = 1.0,
     class_stride: int = 1,
     wide: bool = False,
-):
-    """The kernel that the launcher would compile for this shape on this chip, and its blocks."""
+) -> Variant:
     points, batch, classes = shape
-    blocks = kernels.choose_blocks(points, batch, classes, chip.processors)
-    kernel = kernels.kernel_for(blocks)
-    constants = kernels.constants(
+    blocks = path_js_div.choose_blocks(points, batch, classes, chip.processors)
+    constants = path_js_div.constants(
         points,
         classes,
         blocks,
@@ -87,25 +138,147 @@ def compile_kernel(
         mean=mode["value"] == "mean",
         **{"grad": False, "upstream": False, **mode},
     )
-    names = kernel.arg_names
-    if class_stride == 1:
-        constants["stride_c"] = 1
-    pointers = [name for name in names if name.endswith("_ptr")]
+    return Variant(
+        kernel=name,
+        shape="{}, {}, {}".format(*shape),
+        tile=f"{blocks.rows} x {blocks.block}, {blocks.segment} points",
+        function=path_js_div.kernel_for(blocks),
+        dtype=dtype,
+        pointers={"value_ptr": "fp32", "upstream_ptr": "fp32"},
+        constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
+        options=path_js_div.options(blocks, nvidia=chip.target.backend == "cuda"),
+        long=("stride_n", "stride_b") if wide else (),
+        # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
+        may_spill=wide,
+    )
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+# C, pixels: the paper's ResNet20 of width 4; of other networks
+LAYERS = [(64, 32 * 32), (128, 16 * 16), (256, 8 * 8)]
+OTHERS = [(16, 4 * 4), (24, 7 * 7), (640, 8 * 8)]
+BEHIND = {"norm": (False, False), "norm, ReLU": (False, True), "norm, sum, ReLU": (True, True)}
+
+
+def norm_variants(chip: Chip) -> Iterator[Variant]:
+    """GroupNorm with one group and LayerNorm over channels, both ways."""
+    cases = itertools.product(("bf16", "fp32"), [*LAYERS, *OTHERS], BEHIND, (False, True))
+    for dtype, (channels, pixels), behind, backward in cases:
+        residual, relu = BEHIND[behind]
+        residual = residual and (relu or not backward)
+        layer = (channels, pixels)
+        label = f"{behind}, {'backward' if backward else 'forward'}, {dtype}"
+        common = dict(
+            shape=f"C = {channels}, {pixels} pixels",
+            dtype=dtype,
+            pointers={name: "fp32" for name in ("mean_ptr", "rstd_ptr", "dparams_ptr")},
+            extra=dtype == "fp32" or layer in OTHERS or behind != "norm, sum, ReLU",
+        )
+        tile = group_norm.group_tile(pixels, channels, backward, BYTES[dtype])
+        functions = group_norm.group_forward_kernel, group_norm.group_backward_kernel
+        eps = None if backward else 1e-5
+        yield Variant(
+            kernel=f"group {label}",
+            tile=f"{tile.pixels} x {tile.channels}{'' if tile.whole else ', in tiles'}",
+            function=functions[backward],
+            constants=group_norm.group_constants(pixels, channels, tile, residual, relu, eps),
+            options={"num_warps": tile.warps},
+            **common,
+        )
+        tile = channel_norm.channel_tile(channels)
+        functions = channel_norm.channel_forward_kernel, channel_norm.channel_backward_kernel
+        constants = channel_norm.channel_constants(channels, tile, residual, relu, 1e-5)
+        yield Variant(
+            kernel=f"channel {label}",
+            tile=f"{tile.pixels} x {tile.channels}",
+            function=functions[backward],
+            constants={**constants, "TILES": 64} if backward else constants,
+            options={"num_warps": tile.warps},
+            **common,
+        )
+
+
+def conv_variants(chip: Chip) -> Iterator[Variant]:
+    """Every convolution of the table, its output and both gradients."""
+    ways = ("bf16", False), ("fp32", False), ("fp32", True)
+    cases = itertools.product(ways, TABLE, ("forward", "input", "weight"))
+    for (dtype, precise), shape, product in cases:
+        size, stride, channels, out, pixels = shape
+        if dtype == "fp32" and (channels, stride) != (64, 1):
+            continue
+        sides = (pixels, pixels), (pixels // stride,) * 2
+        options = (size, stride, size // 2)
+        if product == "weight":
+            blocks = conv_kernels.weight_blocks(out, channels, BYTES[dtype], precise)
+            constants = conv_kernels.constants(*sides, channels, out, *options)
+            constants["TILES"] = 512
+        else:
+            ends = (channels, out) if product == "forward" else (out, channels)
+            blocks = conv_kernels.conv_blocks(ends[1], ends[0], BYTES[dtype], precise)
+            sides = sides if product == "forward" else sides[::-1]
+            constants = conv_kernels.constants(*sides, *ends, *options)
+            constants["MIRRORED"] = product == "input"
+        name = f"conv {product}, {dtype}{' exact' if precise else ''}"
+        yield Variant(
+            kernel=name,
+            shape=f"{size} x {size}, stride {stride}, {channels} to {out}, {pixels} pixels",
+            tile=f"{blocks.rows} x {blocks.columns} x {blocks.inner}",
+            function=conv_kernels.conv_weight_kernel
+            if product == "weight"
+            else conv_kernels.conv_kernel,
+            dtype=dtype,
+            pointers={"dweight_ptr": "fp32"},
+            constants={
+                **constants,
+                "PRECISION": "ieee" if precise else "tf32",
+                **conv_kernels.tile(blocks),
+            },
+            options=conv_kernels.options(blocks),
+            extra=dtype == "fp32" or channels != 64 or (stride == 2 and size == 3),
+        )
+
+
+def update_variants(chip: Chip) -> Iterator[Variant]:
+    """The update of a path of 25 and of 128 points."""
+    for points, dtype, momentum in itertools.product((23, 126), ("bf16", "fp32"), (0.0, 0.9)):
+        yield Variant(
+            kernel=f"path update{', momentum' if momentum else ''}, {dtype} gradient",
+            shape=f"N = {points + 2}",
+            tile=f"{path_update.BLOCK} columns",
+            function=path_update.path_update_kernel,
+            dtype="fp32",
+            pointers={"grad_ptr": dtype, "copy_ptr": "bf16"},
+            constants=path_update.constants(points, True, momentum, momentum > 0, dtype == "bf16"),
+            options=path_update.OPTIONS,
+            extra=bool(momentum) or points == 126,
+        )
+
+
+# --- Compilation ----------------------------------------------------------------------------------
+
+
+def compile_variant(variant: Variant, chip: Chip):
+    """What Triton makes of it, with arguments that 16 divides where it would see so."""
+    names = variant.function.arg_names
     signature = {
-        name: "constexpr" if name in constants else f"*{dtype}" if name in pointers else "i32"
+        name: "constexpr"
+        if name in variant.constants
+        else f"*{variant.pointers.get(name, variant.dtype)}"
+        if name.endswith("_ptr")
+        else "i64"
+        if name in variant.long
+        else "i32"
         for name in names
     }
-    signature["value_ptr"] = signature["upstream_ptr"] = "*fp32"
-    if wide:
-        signature["stride_n"] = signature["stride_b"] = "i64"
+    pointers = [name for name in names if signature[name].startswith("*")]
     source = ASTSource(
-        fn=kernel,
+        fn=variant.function,
         signature=signature,
-        constexprs=constants,
+        constexprs=variant.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )
-    options = kernels.options(blocks, nvidia=chip.target.backend == "cuda")
-    return triton.compile(source, target=chip.target, options=options), blocks
+    return triton.compile(source, target=chip.target, options=variant.options)
 
 
 def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
@@ -141,39 +314,39 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
     }
 
 
+FAMILIES = (path_variants, norm_variants, conv_variants, update_variants)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a spill")
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
     arguments = parser.parse_args()
-    plain = [(*case, {}) for case in itertools.product(SHAPES, MODES.items(), CHIPS)]
-    value_and_grad, *_ = MODES.items()
-    variants = itertools.product(SHAPES[1:-1], [value_and_grad], ("sm_90", "gfx942"), VARIANTS)
-    rows = []
-    for shape, (mode, options), target, variant in [*plain, *variants]:
-        chip = CHIPS[target]
-        compiled, blocks = compile_kernel(chip, shape, options, **variant)
-        words = [f"{key}={value}" for key, value in variant.items()]
-        rows.append(
-            {
-                "kernel": ", ".join([mode, *words]),
-                "N, B, C": "{}, {}, {}".format(*shape),
+    rows, bad = [], []
+    for target, chip in CHIPS.items():
+        for variant in itertools.chain.from_iterable(family(chip) for family in FAMILIES):
+            if arguments.only not in variant.kernel or (arguments.check and variant.extra):
+                continue
+            warps = variant.options["num_warps"]
+            used = resources(compile_variant(variant, chip), chip, warps)
+            row = {
+                "kernel": variant.kernel,
+                "shape": variant.shape,
                 "target": target,
-                "tile": f"{blocks.rows} x {blocks.block}",
-                "points": blocks.segment,
-                "warps": blocks.warps,
-                **resources(compiled, chip, blocks.warps),
+                "tile": variant.tile,
+                "warps": warps,
+                **used,
             }
-        )
+            rows.append(row)
+            if used["shared"] > chip.shared or (used["spilled"] and not variant.may_spill):
+                bad.append(row)
     print(headline(environment()), end="\n\n")
     print(table(rows))
-    # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
-    spills = [row for row in rows if row["spilled"] and "wide" not in row["kernel"]]
-    too_large = [row for row in rows if row["shared"] > CHIPS[row["target"]].shared]
-    print(f"\n{len(rows)} kernels: {len(spills) or 'no'} spills, {len(too_large)} too large")
+    print(f"\n{len(rows)} kernels: {len(bad) or 'none'} spills or is too large")
     if not arguments.check:
         write_result("resources", {"kernels": rows})
-    if spills or too_large:
-        raise SystemExit(f"these spill or do not fit: {spills + too_large}")
+    if bad:
+        raise SystemExit(f"these spill or do not fit: {bad}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from pathlib import Path as FilePath
 
 import tyro
 
-from benchmarks.harness import environment, headline, table, write_result
+from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
 from fastgeo.config import PRESETS
 from fastgeo.files import read_json
+from fastgeo.measure import headline, table
 from fastgeo.pipeline import Run, run_all
 
 

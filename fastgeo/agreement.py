@@ -31,7 +31,9 @@ def outputs_and_gradients(
 
 
 def check_agreement(
-    got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]
+    got: tuple[Tensor, dict[str, Tensor]],
+    expected: tuple[Tensor, dict[str, Tensor]],
+    precision: str = "fp32",
 ) -> None:
     """ValueError unless outputs and gradients are equal up to a generous rounding.
 
@@ -41,7 +43,7 @@ def check_agreement(
     (outputs, gradients), (true_outputs, true_gradients) = got, expected
     if not isinstance(true_outputs, Tensor):
         return  # not what any caller wants, who will say so
-    eps = torch.finfo(true_outputs.dtype).eps
+    eps = {"tf32": 2**-10, "bf16": 2**-7}.get(precision, torch.finfo(true_outputs.dtype).eps)
     largest = true_outputs.abs().max().item()
     tolerance = max(1e-3, 16 * eps) * largest
     if not torch.allclose(outputs, true_outputs, rtol=0, atol=tolerance, equal_nan=True):

@@ -20,6 +20,7 @@ from fastgeo.config import (
     EvaluateConfig,
     MatchConfig,
     OptimizeConfig,
+    StepConfig,
     TrainConfig,
     select,
 )
@@ -29,13 +30,19 @@ BAD_INPUT, INTERRUPTED = 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class _New:
-    """A command that starts a run folder."""
+class _FromPreset:
+    """A command whose defaults are those of a preset."""
 
     settings: ClassVar[type]
 
     preset: str = "digits"
     """digits (bundled data, under a minute on a CPU), cifar10, or paper (both for a GPU)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _New(_FromPreset):
+    """A command that starts a run folder."""
+
     out: FilePath | None = None
     """run folder; runs/PRESET by default"""
     overwrite: bool = False
@@ -99,12 +106,10 @@ class MatchCommand(_Existing, MatchConfig):
         run = self.redo("match")
         pipeline.match_ends(run)
         found = run.stages["match"]
-        if "symmetries" in found:
-            print(f"next: {run.again('optimize')}")
-            return
         print(
             f"inner product with a: {found['objective_before']:.2f} before, "
-            f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; "
+            f"{found['objective_after']:.2f} after {found['sweeps']} sweeps\n"
+            f"{run.file('matching.md')}, {run.file('matched.safetensors')}; "
             f"next: {run.again('optimize')}"
         )
 
@@ -142,6 +147,27 @@ class PlotCommand(_Existing):
         print(f"\n{pipeline.plot_report(run)}\nReport and figures: {run.folder}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileCommand(StepConfig, _FromPreset):
+    """Measure the optimisation step beside what people set up instead; needs no run folder."""
+
+    settings = StepConfig
+
+    repeats: int = 5
+    """measurements of each implementation, which take turns"""
+    compiled: bool = True
+    """also the loop over compiled modules, which takes a while to compile"""
+    trace: FilePath | None = None
+    """write a trace of some steps here, for chrome://tracing or ui.perfetto.dev"""
+    json: FilePath | None = None
+    """write the rows here, for python -m benchmarks.compare"""
+
+    def __call__(self) -> None:
+        config = replace(PRESETS[self.preset], **select(self, self.settings))
+        how = dict(repeats=self.repeats, compiled=self.compiled, trace=self.trace)
+        pipeline.profile(Run(FilePath(), config), rows_file=self.json, **how)
+
+
 COMMANDS = {
     "run": RunCommand,
     "train": TrainCommand,
@@ -149,6 +175,7 @@ COMMANDS = {
     "optimize": OptimizeCommand,
     "evaluate": EvaluateCommand,
     "plot": PlotCommand,
+    "profile": ProfileCommand,
 }
 
 
@@ -169,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _command(argv: list[str]) -> _New | _Existing:
+def _command(argv: list[str]) -> _FromPreset | _Existing:
     """The command, its defaults those of the preset or of the run folder that it names."""
     preset = _preset(argv)
     command = _parse(argv, preset, PRESETS[preset])
@@ -178,10 +205,10 @@ def _command(argv: list[str]) -> _New | _Existing:
     return command
 
 
-def _parse(argv: list[str], preset: str, defaults: Config) -> _New | _Existing:
+def _parse(argv: list[str], preset: str, defaults: Config) -> _FromPreset | _Existing:
     choices = []
     for name, command in COMMANDS.items():
-        own = {"preset": preset} if issubclass(command, _New) else {"folder": tyro.MISSING}
+        own = {"preset": preset} if issubclass(command, _FromPreset) else {"folder": tyro.MISSING}
         values = select(defaults, command.settings) if command.settings else {}
         choices.append(Annotated[command, subcommand(name, default=command(**own, **values))])
     return tyro.cli(reduce(or_, choices), args=argv, prog="fastgeo", description=__doc__)

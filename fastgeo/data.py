@@ -96,14 +96,29 @@ class Dataset:
                 f"batch_size must be within 1..{len(self.train.labels)}, the training images, got "
                 f"{batch_size}"
             )
+        for index, *window in self.draws(batch_size, generator, epochs=epochs):
+            index, *window = (drawn.to(self.device) for drawn in (index, *window))
+            yield self.batch(index, *window), self.train.labels[index]
+
+    def draws(
+        self, batch_size: int, generator: torch.Generator, *, epochs: int | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """What `shuffled` draws for every batch: which images [B], and the windows of augmented
+        ones, rows [B, H] and columns [B, W]; on the CPU."""
         epoch = 0
         while epochs is None or epoch < epochs:
             order = torch.randperm(len(self.train.labels), generator=generator)
-            order = order.to(self.train.labels.device)
             for index in order.split(batch_size):
-                if len(index) == batch_size:
-                    yield self.inputs(index, generator), self.train.labels[index]
+                if len(index) == batch_size and self.augmented:
+                    yield index, *windows(batch_size, *self.image_shape[1:], generator)
+                elif len(index) == batch_size:
+                    yield (index,)
             epoch += 1
+
+    def batch(self, index: Tensor, *window: Tensor) -> Tensor:
+        """Normalised training images [B, C, H, W]; of windows if rows and columns are given."""
+        images = self.train.images[index]
+        return self.normalize(crop(images, *window) if window else images)
 
     def in_order(
         self, split: str, batch_size: int, *, augment_seed: int | None = None
@@ -151,13 +166,24 @@ class Batches:
 def flip_and_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     """[B, C, H, W]: each image mirrored or not, and shifted by up to 4 pixels with reflection."""
     batch, _, height, width = images.shape
+    rows, columns = windows(batch, height, width, generator)
+    return crop(images, rows.to(images.device), columns.to(images.device))
+
+
+def windows(
+    batch: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random windows of `flip_and_crop`: rows [B, H] and columns [B, W] of each image."""
     shift = torch.randint(2 * CROP_PADDING + 1, (2, batch, 1), generator=generator) - CROP_PADDING
     mirror = torch.randint(2, (batch, 1), generator=generator).bool()
-    rows = _reflect(torch.arange(height) + shift[0], height)  # [B, H]
-    columns = _reflect(torch.arange(width) + shift[1], width)  # [B, W]
-    columns = torch.where(mirror, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    image = torch.arange(batch, device=images.device)[:, None, None]
+    rows = _reflect(torch.arange(height) + shift[0], height)
+    columns = _reflect(torch.arange(width) + shift[1], width)
+    return rows, torch.where(mirror, columns.flip(1), columns)
+
+
+def crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, C, H, W] at rows [B, H] and columns [B, W] of each image."""
+    image = torch.arange(len(images), device=images.device)[:, None, None]
     cropped = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]
     # A clone: `contiguous` leaves the strides of one channel those of channels-last.
     return cropped.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastgeo.engines import Engine
 from fastgeo.inputs import Inputs, tensors_of
 from fastgeo.path import Path
+from fastgeo.phases import phase
 from fastgeo.stacking import part_of
 
 MOST_CACHED = 2**28  # bytes of logits and inputs that EndLogits keeps
@@ -37,7 +38,8 @@ def energy_and_gradient(
             following = _Chunk(path, engine, inputs, trained, chunks[i + 1])
         right = ends[1:] if following is None else following.logits[:1].detach()
         known = torch.cat([left, current.logits.detach(), right])
-        divergences, gradient = path_js_div_value_and_grad(known)
+        with phase("divergence"):
+            divergences, gradient = path_js_div_value_and_grad(known)
         energies.append(divergences if following is None else divergences[:-1])
         left = known[-2:-1]
         gradients = current.backward(gradient[1:-1])
@@ -58,17 +60,18 @@ class _Chunk:
         }
         params = part_of(path.stacked_interior(), part)
         tied = {name: self.leaves[first] for name, first in trained.items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), phase("forward"):
             self.logits = logits_of(engine.network(params | tied, inputs))  # [K, R, C]
 
     def backward(self, gradient: Tensor) -> dict[str, Tensor]:
         """The gradient of every trained parameter [K, ...], given that of the logits."""
-        gradients = torch.autograd.grad(
-            self.logits,
-            list(self.leaves.values()),
-            gradient.to(self.logits),
-            materialize_grads=True,
-        )
+        with phase("backward"):
+            gradients = torch.autograd.grad(
+                self.logits,
+                list(self.leaves.values()),
+                gradient.to(self.logits),
+                materialize_grads=True,
+            )
         return dict(zip(self.leaves, gradients, strict=True))
 
 
@@ -98,7 +101,8 @@ class EndLogits:
         known = self.known.get(tensors[0])
         if known is not None and known.same(tensors):
             return known.logits
-        logits = logits_of(engine.forward(self.params, inputs))
+        with phase("forward"):
+            logits = logits_of(engine.forward(self.params, inputs))
         if not any(tensor.is_inference() for tensor in tensors):  # those have no version
             known = _Known(tensors, logits)
             if known.bytes + sum(other.bytes for other in self.known.values()) <= MOST_CACHED:

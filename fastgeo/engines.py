@@ -77,6 +77,7 @@ class EngineChoice:
         chunk: int | None = None,
         memory_budget: int | str | None = None,
         batchnorm: str = "refuse",
+        precision: str = "fp32",
         on_choice: Callable[[dict], None] | None = None,
     ):
         if chunk is not None and chunk < 1:
@@ -86,7 +87,10 @@ class EngineChoice:
         self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
         self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
         self.budget = None if memory_budget is None else bytes_of(memory_budget)
-        self._traced = StackedModule(module, engine=engine, batchnorm=batchnorm)
+        self.precision = precision
+        self._traced = StackedModule(
+            module, engine=engine, batchnorm=batchnorm, precision=precision
+        )
         self.chosen: Engine | None = None
         self._visits: dict[Engine, list[float]] = {}  # seconds
         self._failed: dict[str, str] = {}  # engine -> why
@@ -150,6 +154,8 @@ class EngineChoice:
         layouts = [True, False] if choice else [False]
         if self.engine != "auto":
             ways = [(traced, False, None)]
+        elif self.precision == "bf16":  # which the traced graph alone can
+            ways = [(traced, layout, k) for k in (None, few) for layout in layouts]
         else:
             ways = [(traced, False, None), (traced, layouts[0], few)]
             if on_gpu and traced == "stacked":
@@ -161,7 +167,11 @@ class EngineChoice:
             ways = [(name, layout, self.chunk) for name, layout, _ in ways]
         for name, channels_last, chunk in dict.fromkeys(ways):
             network = StackedModule(
-                self.module, engine=name, channels_last=channels_last, batchnorm=self.batchnorm
+                self.module,
+                engine=name,
+                channels_last=channels_last,
+                batchnorm=self.batchnorm,
+                precision=self.precision,
             )
             yield Engine(network, chunk)
 
@@ -187,7 +197,7 @@ class EngineChoice:
                 try:
                     got = outputs_and_gradients(engine.network, params, few, per_point)
                     if engine.network.engine != "loop":
-                        check_agreement(got, expected)
+                        check_agreement(got, expected, self.precision)
                 except Exception as error:  # noqa: BLE001 - as in `run`
                     if self.engine != "auto":
                         raise

@@ -76,6 +76,7 @@ def evaluate(
     channels_last: bool | None = None,
     chunk: int | None = None,
     batchnorm: str = "refuse",
+    precision: str = "fp32",
     on_choice: Callable[[dict], None] | None = None,
     progress: bool = False,
     description: str = "evaluate",
@@ -90,7 +91,7 @@ def evaluate(
             integers within 0 .. C - 1, [n], or [n, ...] for logits [n, ..., C]. The lengths are
             taken on the first split.
         batch_size: inputs in one pass, for splits given as tensors.
-        engine, channels_last, on_choice: as in `fastgeo.optimize`.
+        engine, channels_last, precision, on_choice: as in `fastgeo.optimize`.
         chunk: networks in one pass; None for all of them.
         batchnorm: "refuse", or "recalibrate": the running statistics of every network are computed
             anew on the first split (`fastgeo.recalibrate`), on the path that is evaluated only.
@@ -112,7 +113,7 @@ def evaluate(
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
     options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    choice = EngineChoice(module, **options, on_choice=on_choice)
+    choice = EngineChoice(module, **options, precision=precision, on_choice=on_choice)
     if batchnorm == "recalibrate":
         name, data = next(iter(splits.items()))
         inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))

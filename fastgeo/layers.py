@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import (
+    stacked_channel_norm,
     stacked_conv,
     stacked_conv_transpose,
     stacked_group_norm,
@@ -22,6 +23,7 @@ from fastgeo_kernels import (
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fastgeo.fusion import channel_norm_run, group_norm_run
 from fastgeo.values import NoForm, Stacked, aligned, any_stacked, by_loop, each, rank_of
 
 State = Mapping[str, Any]  # name -> Stacked, or a tensor that all networks share
@@ -67,6 +69,26 @@ def _pad(n, input, pad, mode="constant", value=None):
 def _group_norm(n, input, num_groups, weight=None, bias=None, eps=1e-5):
     weight, bias = (None if t is None else each(t, n) for t in (weight, bias))
     return Stacked(stacked_group_norm(each(input, n), num_groups, weight, bias, eps))
+
+
+def _run(norm: Callable) -> Callable:
+    """A normalisation of images with a residual sum and ReLU behind it (`fastgeo.fusion`)."""
+
+    def stacked(n, input, weight, bias, eps, residual, relu):
+        x = each(input, n)
+        weight, bias = (None if t is None else each(t, n) for t in (weight, bias))
+        if residual is None or (isinstance(residual, Stacked) and residual.tensor.shape == x.shape):
+            residual = None if residual is None else residual.tensor
+            return Stacked(norm(x, weight, bias, eps, residual=residual, relu=relu))
+        y = norm(x, weight, bias, eps)  # and a sum that broadcasts
+        y = y + aligned(residual, max(rank_of(input), rank_of(residual)))
+        return Stacked(F.relu(y) if relu else y)
+
+    return stacked
+
+
+def _one_group(x, *args, **kwargs):
+    return stacked_group_norm(x, 1, *args, **kwargs)
 
 
 def _layer_norm(n, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -275,6 +297,8 @@ FUNCTIONS: dict[Callable | str, Callable] = {
     torch.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
+    group_norm_run: _run(_one_group),
+    channel_norm_run: _run(stacked_channel_norm),
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
 } | {

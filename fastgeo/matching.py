@@ -1,28 +1,33 @@
-"""Weight matching: permute one network towards another (Ainsworth et al., "Git Re-Basin", 2022).
+"""Matching: permute the channels of one network towards another.
 
-Coordinate descent on the inner product of the parameters of a and of the permuted b, over all
-parameters, biases and norm weights included: with every other permutation held fixed, the best one
-of an axis is a linear assignment problem. No step lowers the objective.
+By weights, coordinate descent on the inner product of the parameters of a and of the permuted b
+(Ainsworth et al., "Git Re-Basin", 2022), biases, norm weights and all other parameters included:
+with every other family of permutations held fixed, the best one is found by linear assignment
+(`fastgeo.assignment`). No step lowers the objective. By activations, the assignment that correlates
+the features on a batch the most (`fastgeo.activations`).
 """
 
+import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fastgeo.models import MLP, ResNet
+from fastgeo.activations import correlations
+from fastgeo.assignment import Assignment
+from fastgeo.inputs import Inputs, each_tensor
 from fastgeo.path import StateDict, check_same_form, state_dict
-from fastgeo.permutation import (
-    Axes,
-    Permutations,
-    permutation_axes,
-    permute,
-    sizes,
-)
+from fastgeo.permutation import Permutations, PermutationSpec
+from fastgeo.symmetry import Symmetries, example
+from fastgeo.values import no_fast_path
+
+SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
+METHODS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -31,104 +36,235 @@ class Matching:
 
     Attributes:
         state_dict: b with its channels permuted; it computes what b computes.
-        permutations: name -> [size] int64, new position -> old index.
-        objective_before, objective_after: inner product of a and b, and of a and the permuted b.
-        sweeps: passes over all permutations, the last of which changed nothing (or the limit).
+        module: a copy of b with this state, if b was given as a module; else None.
+        permutations: name -> int64 [..., size], new position -> old position (`PermutationSpec`).
+        spec: the symmetries of the network; `print(spec)` says what is permuted, what stays and
+            why.
+        objective_before, objective_after: inner product of the parameters of a and b, and of a and
+            the permuted b.
+        objectives: the latter at the end of each restart; the largest was kept.
+        sweeps: passes over all permutations of the restart that was kept, the last of which
+            improved nothing (or the limit); 0 for activations.
+        relative_change: largest difference of the outputs of b and of the permuted b on the example
+            input, over the largest output, in float64.
         seconds: wall time.
     """
 
     state_dict: dict[str, Tensor]
+    module: nn.Module | None
     permutations: Permutations
+    spec: PermutationSpec
     objective_before: float
     objective_after: float
+    objectives: list[float]
     sweeps: int
+    relative_change: float
     seconds: float
 
 
 def match(
     a: StateDict | nn.Module,
     b: StateDict | nn.Module,
+    example_input: Inputs | None = None,
     *,
+    module: nn.Module | None = None,
+    method: str = "weights",
+    restarts: int = 3,
     max_sweeps: int = 30,
     seed: int = 0,
     progress: bool = False,
 ) -> Matching:
-    """Permute the channels of b to bring its parameters as near to a's as weight matching can.
+    """Permute the channels of b to bring its parameters, or its features, near to a's.
+
+    The permutations are those that `permutation_spec` finds. The objective is the inner product of
+    the parameters of a and the permuted b; what it gains, their squared distance loses twice.
 
     Args:
-        a, b: two modules, or two state dicts, of `fastgeo.models.resnet` or `mlp`; not changed. A
-            state dict is known by its names and shapes; that its network computes what these
-            models compute is taken on trust.
-        max_sweeps: limit on the sweeps over all permutations; stops earlier at a sweep that
-            improves nothing.
-        seed: of the order of the permutations within each sweep.
-        progress: show a progress bar.
+        a, b: two modules, or two state dicts of one module; not changed.
+        example_input: a batch, as in `permutation_spec`. On it b and the permuted b are compared,
+            and features correlated: the more and the more real the inputs, the better.
+        module: the network of both, needed if both are given as state dicts.
+        method: "weights", or "activations": the features' correlations alone.
+        restarts: starts of the coordinate descent, the best of which is kept. The first is the
+            usual one, from b as it is; the second assigns every permutation once, from the fixed
+            axes inwards, by what is assigned already; the third starts from the activations;
+            further ones from random permutations.
+        max_sweeps: limit on the sweeps over all permutations in each; one that improves nothing is
+            the last.
+        seed: of the order of the permutations within each sweep, and of random starts.
+        progress: show a progress bar, if it takes more than a second.
 
     Raises:
         TypeError: an argument that is neither a module nor a state dict.
-        ValueError: ends that do not fit each other, or an architecture without known symmetries.
+        ValueError: ends that do not fit each other or the module, an input that the module cannot
+            be evaluated on, none where one is needed, or a permuted b that does not compute what b
+            does.
 
     Example:
-        >>> a, b = resnet(8, 0.5), resnet(8, 0.5)
-        >>> b.load_state_dict(match(a, b).state_dict)
-        <All keys matched successfully>
+        >>> matching = match(a, b, images)
+        >>> matching.objective_before, matching.objective_after
+        (182.3, 228.5)
+        >>> path = Path.linear(a, matching.module, 25)
     """
     started = time.perf_counter()
-    for network in (a, b):
-        if isinstance(network, nn.Module) and not isinstance(network, ResNet | MLP):
-            raise ValueError(
-                "weight matching knows the symmetries of fastgeo.models.resnet and mlp only, got "
-                f"{type(network).__name__}"
-            )
-    a, b = state_dict(a), state_dict(b)
-    check_same_form(a, b)
-    if max_sweeps < 1:
-        raise ValueError(f"sweeps must be at least 1, got {max_sweeps}")
-    axes = permutation_axes(a)
-    fixed = {name: tensor.double() for name, tensor in a.items()}
-    moving = {name: tensor.double() for name, tensor in b.items()}
-    permutations = {name: torch.arange(size) for name, size in sizes(axes, a).items()}
-    order = np.random.default_rng(seed)
-
-    objective_before = _objective(fixed, moving)
-    sweeps, improved = 0, True
-    with tqdm(total=max_sweeps, desc="match", unit="sweep", disable=not progress) as bar:
-        while improved and sweeps < max_sweeps:
-            improved = False
-            for name in order.permutation(sorted(permutations)):
-                improved |= _improve(name, axes, permutations, fixed, moving)
-            sweeps += 1
-            bar.update()
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    for name, number in (("sweeps", max_sweeps), ("restarts", restarts)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    module, (first, second) = same_network([a, b], module)
+    inputs = example(module, example_input)
+    symmetries = Symmetries(module, inputs)
+    objective = Objective(symmetries.spec, first, second)
+    ways = ["activations"] if method == "activations" else STARTS[:restarts]
+    ways += ["random"] * (restarts - len(ways)) if method == "weights" else []
+    found = []
+    with tqdm(
+        total=len(ways) * max_sweeps, desc="match", unit="sweep", disable=not progress, delay=1
+    ) as bar:
+        for restart, way in enumerate(ways):
+            assignment = objective.assignment()
+            start_from(way, assignment, symmetries, first, second, inputs, seed + restart)
+            sweeps = 0
+            if method == "weights":
+                sweeps = descend(assignment, max_sweeps, seed + restart, bar)
+            bar.update((restart + 1) * max_sweeps - bar.n)
+            found.append((objective(assignment.permutations), sweeps, assignment.permutations))
+    after, sweeps, permutations = max(found, key=lambda one: one[0])
+    matched = symmetries.spec.permute(second, permutations)
     return Matching(
-        state_dict=permute(axes, permutations, b),
+        state_dict=matched,
+        module=loaded(b, matched) if isinstance(b, nn.Module) else None,
         permutations=permutations,
-        objective_before=objective_before,
-        objective_after=_objective(fixed, permute(axes, permutations, moving)),
+        spec=symmetries.spec,
+        objective_before=objective({}),
+        objective_after=after,
+        objectives=[one[0] for one in found],
         sweeps=sweeps,
+        relative_change=check_same_function(module, second, matched, inputs),
         seconds=time.perf_counter() - started,
     )
 
 
-def _improve(
-    name: str, axes: Axes, permutations: Permutations, fixed: StateDict, moving: StateDict
-) -> bool:
-    """Replace one permutation by the best one given all others; whether that gained anything."""
-    gain = 0  # [new position, old index]: the inner product won by putting old there
-    others = permutations | {name: torch.arange(len(permutations[name]))}
-    for parameter, permuted in axes.items():
-        if name in permuted:
-            axis = permuted.index(name)
-            b = permute({parameter: permuted}, others, {parameter: moving[parameter]})[parameter]
-            rows = [t.movedim(axis, 0).reshape(t.shape[axis], -1) for t in (fixed[parameter], b)]
-            gain = gain + rows[0] @ rows[1].T
-    gain = gain.cpu().numpy()
-    rows, best = linear_sum_assignment(gain, maximize=True)
-    now = gain[rows, permutations[name].numpy()].sum()
-    if gain[rows, best].sum() <= now + 1e-12 * np.abs(gain).max():
-        return False
-    permutations[name] = torch.from_numpy(best)
-    return True
+STARTS = ["as it is", "inwards", "activations"]
 
 
-def _objective(a: StateDict, b: StateDict) -> float:
-    return sum((a[name] * b[name]).sum().item() for name in a)
+class Objective:
+    """The inner product of the parameters of a and the permuted b, in float64."""
+
+    def __init__(self, spec: PermutationSpec, a: StateDict, b: StateDict):
+        self.spec, names = spec, spec.counted(a)
+        self.a, self.b = ({name: state[name].double() for name in names} for state in (a, b))
+
+    def __call__(self, permutations: Permutations) -> float:
+        moved = self.spec.permute(self.b, permutations)
+        return sum((self.a[name] * moved[name]).sum().item() for name in self.a)
+
+    def assignment(self) -> Assignment:
+        return Assignment(self.spec, self.spec.pairs(self.a, self.b))
+
+
+def start_from(
+    way: str,
+    assignment: Assignment,
+    symmetries: Symmetries,
+    a: StateDict,
+    b: StateDict,
+    inputs: Inputs,
+    seed: int,
+) -> None:
+    """Permute b for a start of the descent."""
+    if way == "inwards":
+        assignment.assign_inwards()
+    elif way == "activations":
+        assignment.assign(correlations(symmetries, a, b, inputs))
+    elif way == "random":
+        assignment.apply(symmetries.spec.random(torch.Generator().manual_seed(seed)))
+
+
+def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> int:
+    """Improve one family after the other, in a random order; returns how many sweeps it took."""
+    order = np.random.default_rng(seed)
+    waiting = set(assignment.families)  # the others cannot improve
+    for sweep in range(1, max_sweeps + 1):
+        improved = False
+        for family in order.permutation(assignment.families):
+            if family in waiting:
+                waiting.discard(family)
+                if assignment.improve(family):
+                    improved = True
+                    waiting |= assignment.neighbours(family)
+        bar.update()
+        if not improved:
+            return sweep
+    return max_sweeps
+
+
+def same_network(
+    networks: list[StateDict | nn.Module], module: nn.Module | None
+) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The module of several networks, and copies of their states.
+
+    Raises:
+        TypeError, ValueError: as in `match`.
+    """
+    states = [state_dict(network) for network in networks]
+    for state in states[1:]:
+        check_same_form(states[0], state, batchnorm="recalibrate")
+    module = next((m for m in (module, *networks) if isinstance(m, nn.Module)), None)
+    if module is None:
+        raise ValueError("state dicts do not say what network they are of; give it as module")
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in own.items():
+        if name not in states[0]:
+            raise ValueError(f"{name} is a parameter of the module and not in the state dicts")
+        if states[0][name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} has shape {list(states[0][name].shape)} in the state dicts and "
+                f"{list(tensor.shape)} in the module"
+            )
+    own |= dict(module.named_buffers(remove_duplicate=False))
+    for name in states[0]:
+        if name not in own:
+            raise ValueError(f"{name} is in the state dicts and not in the module")
+    kind = next(t for t in states[0].values() if t.is_floating_point())
+    if any(t.device != kind.device or t.dtype != kind.dtype for t in module.parameters()):
+        module = copy.deepcopy(module).to(kind.device, kind.dtype)
+    return module, states
+
+
+def check_same_function(
+    module: nn.Module, before: StateDict, after: StateDict, inputs: Inputs
+) -> float:
+    """Largest difference of the outputs of two states of a module, over the largest output.
+
+    Computed in float64, where a permutation changes no more than the order of sums.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    was, now = (_outputs(module, state, inputs) for state in (before, after))
+    scale = max(float(out.abs().max()) for out in was)
+    change = max(float((y - x).abs().max()) for x, y in zip(was, now, strict=True)) / (scale or 1)
+    if not change <= SAME_FUNCTION:
+        raise ValueError(
+            "the permuted network does not compute what b does: its outputs differ by "
+            f"{change:.1e} of the largest"
+        )
+    return change
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, state: StateDict, inputs: Inputs) -> list[Tensor]:
+    module = loaded(module, state).double().eval()
+    inputs = each_tensor(lambda t: t.double() if t.is_floating_point() else t, inputs)
+    with no_fast_path():
+        out = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+    return [leaf.double() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def loaded(module: nn.Module, state: StateDict) -> nn.Module:
+    """A copy of the module with another state."""
+    module = copy.deepcopy(module)
+    module.load_state_dict(dict(state), strict=False)
+    return module

@@ -4,6 +4,7 @@ No BatchNorm anywhere: its running statistics do not interpolate along a path. T
 of `resnet` are those of the published checkpoints, which load unchanged at depth 20, width 4.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,6 +75,12 @@ class ResNet(nn.Module):
         )
         self.linear = nn.Linear(channels[2], classes)
 
+    @property
+    def example_input_array(self) -> Tensor:
+        """Two inputs [2, in_channels, 32, 32] for `fastgeo.match`."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, self.conv1.in_channels, 32, 32, generator=generator)
+
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x)))
         x = self.block_groups(x)
@@ -120,6 +127,12 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(i, o) for i, o in zip(features[:-1], features[1:], strict=True)
         )
+
+    @property
+    def example_input_array(self) -> Tensor:
+        """Two inputs [2, in_features] for `fastgeo.match`."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, self.layers[0].in_features, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)

@@ -248,19 +248,19 @@ def _along(function: Callable) -> Callable:
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-_ELEMENTWISE = """
+ELEMENTWISE = """
     abs add addcdiv addcmul bfloat16 ceil celu clamp clone cos detach div double elu eq erf
     exp expm1 float floor ge gelu gt half hardsigmoid hardswish hardtanh isinf isnan le
     leaky_relu log log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill
     maximum minimum mish mul ne neg pow reciprocal relu relu6 round rsqrt selu sigmoid sign
     silu sin softplus softsign sqrt square sub tanh tanhshrink threshold true_divide where
 """.split()
-_PYTHON = "abs add and_ eq ge gt invert le lt mul ne neg or_ pow sub truediv".split()
+PYTHON = "abs add and_ eq ge gt invert le lt mul ne neg or_ pow sub truediv".split()
 
 
 FUNCTIONS: dict[Callable | str, Callable] = (
-    {function: _elementwise(function) for function in (getattr(operator, n) for n in _PYTHON)}
-    | forms(_ELEMENTWISE, _elementwise)
+    {function: _elementwise(function) for function in (getattr(operator, n) for n in PYTHON)}
+    | forms(ELEMENTWISE, _elementwise)
     | forms(["sum", "mean", "amax", "amin"], _reduction)
     | forms(["max"], same(_extreme(torch.max, torch.maximum, torch.amax)))
     | forms(["min"], same(_extreme(torch.min, torch.minimum, torch.amin)))

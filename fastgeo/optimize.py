@@ -18,6 +18,8 @@ from fastgeo.engines import EngineChoice
 from fastgeo.inputs import inputs_of, on_device
 from fastgeo.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
+from fastgeo.phases import drawn, phase
+from fastgeo.precision import matmul_precision
 
 
 def optimize(
@@ -33,6 +35,7 @@ def optimize(
     chunk: int | None = None,
     memory_budget: int | str | None = None,
     batchnorm: str = "refuse",
+    precision: str = "fp32",
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, Path], None] | None = None,
     progress: bool = False,
@@ -67,6 +70,8 @@ def optimize(
             most so many bytes; a number, or a string as in "8GiB".
         batchnorm: "refuse", or "recalibrate": BatchNorm takes the statistics of each batch, and the
             running ones are left for `fastgeo.recalibrate` to compute.
+        precision: "fp32", "tf32" or "bf16" as in `fastgeo.stack`, of the backward pass, too. The
+            weights of the path stay in their own dtype, and the divergence in fp32.
         on_choice: called once with {"engine", "channels_last", "chunk", "seconds": measured a step
             of each candidate, "failed": why others were left out} when the engine is known.
         on_step: called before every update with {"step", "energy": nats, "sqrt_jsd",
@@ -97,21 +102,25 @@ def optimize(
         chunk=chunk,
         memory_budget=memory_budget,
         batchnorm=batchnorm,
+        precision=precision,
         on_choice=on_choice,
     )
     mode = evaluation_mode(module)
     if batchnorm == "recalibrate":
         mode = batch_statistics(module, update=False)
     ends = EndLogits(path)
-    trained = _trained_names(module)
+    trained = trained_names(module)
     inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
 
     taken = 0
     with (
         mode,
+        matmul_precision(precision),
         tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar,
     ):
-        for step, given in enumerate(islice(inputs_of(batches, repeat=steps is not None), steps)):
+        for step, given in enumerate(
+            islice(drawn(inputs_of(batches, repeat=steps is not None)), steps)
+        ):
             inputs = on_device(given, path.device)
             one = {name: tensor[None] for name, tensor in path.start.items()}
             choice.prepare(one, inputs, points=len(path) - 2)
@@ -129,7 +138,8 @@ def optimize(
                 )
             if on_step is not None:
                 on_step(_metrics(step, energies, path), path)
-            path = _updated(path, gradient, trained, lr, inverse)
+            with phase("update"):
+                path = _updated(path, gradient, trained, lr, inverse)
             taken += 1
             bar.update()
             bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)
@@ -154,7 +164,7 @@ def inverse_path_laplacian(size: int) -> Tensor:
     return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
 
 
-def _trained_names(module: nn.Module) -> dict[str, str]:
+def trained_names(module: nn.Module) -> dict[str, str]:
     """Name of every parameter to train -> the first name of it (tied parameters have several)."""
     first: dict[nn.Parameter, str] = {}
     names = module.named_parameters(remove_duplicate=False)

@@ -2,111 +2,179 @@
 
 Relabelling the channels of a layer, and the inputs of every layer that reads them, leaves the
 function of a network unchanged (Entezari et al., 2022; Ainsworth et al., "Git Re-Basin", 2022).
+`fastgeo.permutation_spec` derives these symmetries from a network's graph.
 """
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Axes = dict[str, tuple[str | None, ...]]  # parameter -> the permutation of each leading axis
-Permutations = dict[str, Tensor]  # permutation -> [size] int64: new position -> old index
+# Name -> int64 [size], or [sizes of what it is within ..., size]: new position -> old position.
+Permutations = dict[str, Tensor]
 
 
-def permutation_axes(state: Mapping[str, Tensor]) -> Axes:
-    """The symmetries of `fastgeo.models.resnet` and `fastgeo.models.mlp`, by parameter names.
+class Channels(NamedTuple):
+    """Positions that are permuted together wherever they occur.
 
-    Returns:
-        A permutation, or None for an axis that stays, for every leading axis of each parameter.
-        Axes of one permutation are permuted together.
-
-    Raises:
-        ValueError: names or shapes of another network.
+    Attributes:
+        size: how many.
+        within: names of others, outermost first, at each of whose positions the permutation is one
+            of its own: the heads for the channels within a head.
     """
-    axes = _resnet_axes(list(state)) if "conv1.weight" in state else _mlp_axes(list(state))
-    lengths: dict[str, int] = {}
-    for name in [*state, *axes]:
-        known = name in state and name in axes and state[name].ndim >= len(axes[name])
-        for axis, permutation in enumerate(axes[name] if known else ()):
-            if permutation is not None:
-                length = state[name].shape[axis]
-                known = known and lengths.setdefault(permutation, length) == length
-        if not known:
-            raise ValueError(
-                "weight matching knows the symmetries of fastgeo.models.resnet and mlp only, and "
-                f"{name} is not as it is in either"
-            )
-    return axes
+
+    size: int
+    within: tuple[str, ...] = ()
 
 
-def _resnet_axes(names: list[str]) -> Axes:
-    """One permutation for the residual stream of each group, one inside each block."""
-    stream = "conv1"
-    axes: Axes = {"conv1.weight": (stream, None)} | _norm("norm1", stream)
-    blocks = {m[0] for name in names if (m := re.match(r"block_groups\.\d+\.blocks\.\d+", name))}
-    for block in sorted(blocks, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
-        inner, before = f"{block}.conv1", stream
-        if f"{block}.shortcut.0.weight" in names:
-            stream = f"{block}.shortcut"
-            axes[f"{block}.shortcut.0.weight"] = (stream, before)
-            axes |= _norm(f"{block}.shortcut.1", stream)
-        axes[f"{block}.conv1.weight"] = (inner, before)
-        axes |= _norm(f"{block}.norm1", inner)
-        axes[f"{block}.conv2.weight"] = (stream, inner)
-        axes |= _norm(f"{block}.norm2", stream)
-    return axes | {"linear.weight": (None, stream), "linear.bias": (None,)}
+class Block(NamedTuple):
+    """A part of a parameter or buffer, with an axis for each of its permutations.
+
+    Attributes:
+        tensor: its name.
+        offset, sizes, strides: `t.contiguous().as_strided(sizes, strides, offset)` is the part.
+        axes: the name of the permutation of each axis, None where it stays.
+        within: for each axis the axes of the same block that its permutation is within.
+    """
+
+    tensor: str
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    within: tuple[tuple[int, ...], ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A view of a contiguous tensor."""
+        offset = tensor.storage_offset() + self.offset
+        return tensor.as_strided(self.sizes, self.strides, offset)
+
+    def permuted(self, part: Tensor, permutations: Mapping[str, Tensor]) -> Tensor:
+        """The part with each axis permuted; those that are not given stay."""
+        order = sorted(range(len(self.axes)), key=lambda axis: len(self.within[axis]))
+        for axis in order:
+            if self.axes[axis] in permutations:
+                index = permutations[self.axes[axis]].to(part.device)
+                part = _permuted(part, axis, self.within[axis], index)
+        return part
 
 
-def _mlp_axes(names: list[str]) -> Axes:
-    layers = sorted({int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))})
-    axes: Axes = {}
-    before = None
-    for i in layers:
-        after = f"layers.{i}" if i != layers[-1] else None
-        axes |= {f"layers.{i}.weight": (after, before), f"layers.{i}.bias": (after,)}
-        before = after
-    return axes
+def _permuted(part: Tensor, axis: int, within: tuple[int, ...], index: Tensor) -> Tensor:
+    if not within:
+        return part.index_select(axis, index)
+    places = (*within, axis)
+    index = index.permute(sorted(range(len(places)), key=places.__getitem__))
+    shape = [part.shape[i] if i in places else 1 for i in range(part.ndim)]
+    return torch.take_along_dim(part, index.reshape(shape), axis)
 
 
-def _norm(name: str, permutation: str) -> Axes:
-    return {f"{name}.weight": (permutation,), f"{name}.bias": (permutation,)}
+@dataclass(frozen=True)
+class PermutationSpec:
+    """The permutations that leave the function of a network as it is.
 
+    Attributes:
+        channels: name of each permutation -> how many positions it has, and what it is within. A
+            name is that of the first parameter with them and the axis, `conv1.weight[0]`, with a
+            number behind it where several permutations act on parts of the axis.
+        blocks: the parts of all parameters and buffers that are permuted.
+        axes: name of each parameter -> for each axis the permutations that act on it.
+        fixed: name of each parameter -> axis -> why it stays, or a part of it.
+        tied: further names of parameters -> the first one, which the others use.
+        buffers: names of tensors that are permuted and do not count as parameters.
+        module: class of the network.
+    """
 
-def sizes(axes: Axes, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The length of every permutation."""
-    return {
-        permutation: state[name].shape[axis]
-        for name, permutations in axes.items()
-        for axis, permutation in enumerate(permutations)
-        if permutation is not None
-    }
+    channels: dict[str, Channels]
+    blocks: tuple[Block, ...]
+    axes: dict[str, tuple[tuple[str, ...], ...]]
+    fixed: dict[str, dict[int, str]]
+    tied: dict[str, str]
+    buffers: frozenset[str]
+    module: str
 
+    def identity(self) -> Permutations:
+        """Every position where it is."""
+        return {name: self._shaped(name, torch.arange(own.size)) for name, own in self._items()}
 
-def random_permutations(
-    axes: Axes, state: Mapping[str, Tensor], generator: torch.Generator
-) -> Permutations:
-    """A uniform draw from the group."""
-    return {
-        name: torch.randperm(size, generator=generator) for name, size in sizes(axes, state).items()
-    }
+    def random(self, generator: torch.Generator | None = None) -> Permutations:
+        """A uniform draw from the group."""
+        return {
+            name: torch.rand(self._shape(name), generator=generator).argsort(-1)
+            for name in self.channels
+        }
 
+    def permute(
+        self, state: Mapping[str, Tensor], permutations: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same network with relabelled channels, copied.
 
-def permute(
-    axes: Axes,
-    permutations: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The same network with relabelled channels: entry i of an axis is old entry permutation[i]."""
-    return {
-        name: _permute_tensor(tensor, axes[name], permutations) for name, tensor in state.items()
-    }
+        Args:
+            state: parameters and buffers as in `state_dict()`; others are copied as they are.
+            permutations: some of `channels` or all, as `identity` and `random` give them: entry i
+                is the old position of what goes to position i. One that is within others has an
+                entry for each of their new positions.
 
+        Raises:
+            ValueError: a permutation that is not one of the network's.
+        """
+        self.check(permutations)
+        permuted = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+        for block in self.blocks:
+            if block.tensor in state and not permutations.keys().isdisjoint(block.axes):
+                old = block.of(state[block.tensor].contiguous())
+                block.of(permuted[block.tensor]).copy_(block.permuted(old, permutations))
+        for name, first in self.tied.items():
+            if name in state and first in state:
+                permuted[name] = permuted[first].clone()
+        return permuted
 
-def _permute_tensor(
-    tensor: Tensor, axes: tuple[str | None, ...], permutations: Mapping[str, Tensor]
-) -> Tensor:
-    for axis, name in enumerate(axes):
-        if name is not None:
-            tensor = tensor.index_select(axis, permutations[name].to(tensor.device))
-    return tensor
+    def counted(self, state: Mapping[str, Tensor]) -> list[str]:
+        """The names in a state that count in the distance of two networks: every parameter once,
+        under the first of its names."""
+        return [name for name in state if name not in self.buffers and name not in self.tied]
+
+    def pairs(
+        self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+    ) -> list[tuple[Block, Tensor, Tensor]]:
+        """The blocks of all parameters, and those parts of two states."""
+        return [
+            (block, block.of(a[block.tensor].contiguous()), block.of(b[block.tensor].contiguous()))
+            for block in self.blocks
+            if block.tensor not in self.buffers
+        ]
+
+    def check(self, permutations: Mapping[str, Tensor]) -> None:
+        """ValueError, naming it, unless every one is a permutation of the network's."""
+        for name, index in permutations.items():
+            if name not in self.channels:
+                raise ValueError(f"{name} is not one of the permutations of {self.module}")
+            shape = self._shape(name)
+            whole = torch.arange(shape[-1], device=index.device).expand(shape)
+            if index.shape != shape or not torch.equal(index.sort(-1).values, whole):
+                raise ValueError(f"{name} must hold permutations of {shape[-1]}, {list(shape)}")
+
+    def __str__(self) -> str:
+        """What is permuted, what stays and why."""
+        lines = [f"{self.module}: {len(self.channels)} permutations"]
+        for name, own in self.channels.items():
+            inside = f", within {' and '.join(own.within)}" if own.within else ""
+            lines.append(f"  {name}: {own.size} positions{inside}")
+        reasons: dict[str, list[str]] = {}
+        for name, axes in self.fixed.items():
+            for axis, why in axes.items():
+                reasons.setdefault(why, []).append(f"{name}[{axis}]")
+        lines += ["fixed:"] if reasons else []
+        lines += [f"  {', '.join(names)}: {why}" for why, names in reasons.items()]
+        return "\n".join(lines)
+
+    def _items(self):
+        return self.channels.items()
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        own = self.channels[name]
+        return (*(self.channels[outer].size for outer in own.within), own.size)
+
+    def _shaped(self, name: str, index: Tensor) -> Tensor:
+        return index.expand(self._shape(name)).clone()

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgeo import plot, report, user
+from fastgeo import plot, report
+from fastgeo.breakdown import breakdown
 from fastgeo.evaluate import evaluate
 from fastgeo.files import (
     read_json,
@@ -22,13 +24,13 @@ from fastgeo.files import (
     write_tensors,
 )
 from fastgeo.matching import match
+from fastgeo.measure import headline, machine, table
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.profiling import chosen_engine, compare
 from fastgeo.recalibrate import recalibrate
 from fastgeo.run import Run
 from fastgeo.train import train_ends
-
-SAME_FUNCTION = 1e-10  # relative change of logits by a permutation, in float64
 
 
 def train(run: Run) -> None:
@@ -54,44 +56,32 @@ def match_ends(run: Run) -> None:
     """Match b to a, and check that the permuted b computes what b computes."""
     c = run.config
     with _stage(run, "match") as found:
-        if user.is_function(c.model):
-            write_tensors(run.file("permutation.safetensors"), "permutation", {"permutation": {}})
-            found.update(symmetries=f"those of {c.model} are not known; b is left as it is")
-            print(f"match: {found['symmetries']}")
-            return
         a, b = run.ends()
-        matching = match(a, b, max_sweeps=c.match_sweeps, seed=c.match_seed, progress=True)
         inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
-        change = change_of_logits(run.new_module(), b, matching.state_dict, inputs)
-        if not change <= SAME_FUNCTION:
-            raise ValueError(
-                f"the permuted network does not compute what b does: logits differ by {change:.1e} "
-                "of the largest"
-            )
-        permutations = {"permutation": matching.permutations}
-        write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
+        matching = match(
+            a,
+            b,
+            inputs,
+            module=run.new_module(),
+            method=c.match_method,
+            restarts=c.match_restarts,
+            max_sweeps=c.match_sweeps,
+            seed=c.match_seed,
+            progress=True,
+        )
         found.update(
             objective_before=matching.objective_before,
             objective_after=matching.objective_after,
+            objectives=matching.objectives,
             sweeps=matching.sweeps,
-            relative_change_of_logits=change,
+            relative_change=matching.relative_change,
         )
-
-
-def change_of_logits(
-    module: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], inputs: Tensor
-) -> float:
-    """Largest difference of the logits of two states, over the largest logit; in float64."""
-    with torch.no_grad():
-        was, now = (
-            torch.func.functional_call(
-                module.double(),
-                {name: tensor.double().cpu() for name, tensor in state.items()},
-                (inputs.double().cpu(),),
-            )
-            for state in (before, after)
-        )
-    return ((now - was).abs().max() / was.abs().max()).item()
+        permutations = {"permutation": matching.permutations}
+        write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
+        state = {name: t.cpu().clone().contiguous() for name, t in matching.state_dict.items()}
+        write_bytes(run.file("matched.safetensors"), safetensors.torch.save(state))
+        text = report.matching(found, matching.spec, c)
+        write_bytes(run.file("matching.md"), text.encode())
 
 
 def optimize_path(run: Run) -> None:
@@ -172,6 +162,37 @@ def run_all(run: Run) -> str:
     optimize_path(run)
     evaluate_paths(run)
     return plot_report(run)
+
+
+def profile(
+    run: Run, *, repeats: int, compiled: bool, trace: FilePath | None, rows_file: FilePath | None
+) -> None:
+    """Print how fast a step is and where its time goes; writes nothing into the run's folder.
+
+    The ends are the weights that were given, or freshly initialised networks.
+    """
+    c = run.config
+    if c.batchnorm != "refuse":
+        raise ValueError("profile measures networks without BatchNorm only")
+    run.check()
+    print(headline(machine()), flush=True)
+    if c.a is not None:
+        a, b = run.given_ends()
+    else:
+        a, b = (run.new_module().to(run.device).state_dict() for _ in range(2))
+    path, module = _line(run, a, b), run.new_module().eval()
+    batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
+    inputs, _ = next(batches)
+    names = ("engine", "channels_last", "chunk", "memory_budget")
+    engine = chosen_engine(module, path, inputs, **{name: getattr(c, name) for name in names})
+    rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, engine=engine)
+    setting = f"{c.model}, {c.data}, N = {c.points}, B = {c.batch_size}"
+    print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
+    options = dict(lr=c.lr, precondition=c.precondition, trace=trace)
+    print(breakdown(module, path, batches, engine=engine, **options))
+    if rows_file is not None:
+        rows = [{"setting": setting, **row} for row in rows]
+        write_json(rows_file, {"environment": machine(), "rows": rows})
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from fastgeo import layers, operators
 from fastgeo.attributes import unchanged
 from fastgeo.operators import RANDOM
+from fastgeo.precision import Casts
 from fastgeo.tracing import Trace
 from fastgeo.values import (
     NoForm,
@@ -34,8 +35,9 @@ FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 class Plan:
     """A traced graph, and which way each of its operations runs."""
 
-    def __init__(self, module: nn.Module, traced: Trace):
+    def __init__(self, module: nn.Module, traced: Trace, half: bool):
         self.module, self.traced = module, traced
+        self.casts = Casts(traced.graph, traced.constants) if half else None
         self.ways: dict[fx.Node, Callable] = {}
         self.reasons: dict[fx.Node, str] = {}
         self.own_inputs: set[str] = set()  # those that differ between the networks, in the last run
@@ -120,7 +122,7 @@ class _Run(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if node not in self.plan.ways:
             return super().run_node(node)
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        args, kwargs = self._cast(node, self.fetch_args_kwargs_from_env(node))
         if node.op == "call_module":
             return self._module(node, args, kwargs)
         function = node.target if callable(node.target) else _method(node.target)
@@ -134,11 +136,16 @@ class _Run(fx.Interpreter):
             args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
         return self._one_by_one(node, function, args, kwargs)
 
+    def _cast(self, node: fx.Node, value: Any) -> Any:
+        """In the dtype that the node runs in."""
+        return value if self.plan.casts is None else self.plan.casts(node, value)
+
     def _module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         """A submodule that is one operation."""
         layer, prefix = self.module.get_submodule(node.target), f"{node.target}."
         names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
         own = own_buffers(layer, self.n) | {name: self.state[prefix + name] for name in names}
+        own = self._cast(node, own)
         out, done = self._stacked(node, (layer, own, *args), kwargs)
         if done:
             return out

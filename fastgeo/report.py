@@ -9,6 +9,7 @@ import torch
 
 from fastgeo.config import Config
 from fastgeo.evaluate import Evaluation
+from fastgeo.permutation import PermutationSpec
 
 TITLES = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
 SPLITS = {"train": "train", "augmented_train": "augmented train", "test": "test"}
@@ -105,6 +106,18 @@ def markdown(report: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
+    """matching.md."""
+    parts = [
+        "# Matching of b to a",
+        f"{_networks(asdict(config))}; by {config.match_method}.",
+        _matching(found),
+        "## Permutations",
+        f"```\n{spec}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _networks(config: Mapping) -> str:
     c = config
     if c["a"] is not None:
@@ -114,12 +127,12 @@ def _networks(config: Mapping) -> str:
 
 
 def _matching(found: Mapping) -> str:
-    if "symmetries" in found:
-        return f"The symmetries: {found['symmetries']}."
+    spread = ", ".join(f"{objective:.2f}" for objective in found["objectives"])
     return (
         f"Inner product of the two ends' parameters: {found['objective_before']:.2f} before, "
-        f"{found['objective_after']:.2f} after {found['sweeps']} sweeps. The permuted network's "
-        f"logits are those of b within {found['relative_change_of_logits']:.1e} of the largest."
+        f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; at the end of each of "
+        f"{len(found['objectives'])} starts: {spread}. The permuted network's outputs are those of "
+        f"b within {found['relative_change']:.1e} of the largest."
     )
 
 

@@ -4,6 +4,8 @@
     ends.safetensors           a/NAME and b/NAME (and c/NAME, ... of further networks)
     training.jsonl             a line a training step
     permutation.safetensors    permutation/NAME, which bring b to a
+    matched.safetensors        the permuted b, a plain state dict
+    matching.md                what was matched, how well, and which axes stay and why
     path.safetensors           the geodesic
     metrics.jsonl              a line an optimisation step
     report.json                the evaluation of the three paths
@@ -31,12 +33,12 @@ from fastgeo.files import read_json, read_tensors, write_json
 from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
 from fastgeo.modes import refuse_batch_norm
-from fastgeo.permutation import permutation_axes, permute
+from fastgeo.symmetry import permutation_spec
 from fastgeo.train import training_steps
 
 WRITES = {
     "train": ("ends.safetensors", "ends.partial.safetensors", "training.jsonl"),
-    "match": ("permutation.safetensors",),
+    "match": ("permutation.safetensors", "matched.safetensors", "matching.md"),
     "optimize": ("path.safetensors", "path.partial.safetensors", "metrics.jsonl"),
     "evaluate": ("report.json",),
     "plot": ("report.md", "path_loss.png", "path_length.png"),
@@ -277,9 +279,9 @@ class Run:
     def matched(self, b: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state of b with its channels permuted towards a."""
         groups = read_tensors(self.file("permutation.safetensors"), "permutation", self.device)
-        if not groups["permutation"]:
-            return b
-        return permute(permutation_axes(b), groups["permutation"], b)
+        inputs, _ = next(iter(self.dataset.in_order("train", 2)))
+        spec = permutation_spec(self.new_module(), inputs)
+        return spec.permute(b, groups["permutation"])
 
 
 def _with_absolute_files(config: Config) -> Config:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo.attributes import unchanged
+from fastgeo.fusion import fuse
 from fastgeo.inputs import Inputs
 from fastgeo.modes import refuse_batch_norm
 from fastgeo.plan import Plan
+from fastgeo.precision import check_precision, matmul_precision
 from fastgeo.tracing import TraceFailed, trace
 from fastgeo.values import (
     ChangedInput,
@@ -54,6 +56,7 @@ class StackedModule:
         engine: str = "auto",
         channels_last: bool = False,
         batchnorm: str = "refuse",
+        precision: str = "fp32",
     ):
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -63,7 +66,8 @@ class StackedModule:
             raise ValueError(f"batchnorm must be 'refuse' or 'recalibrate', got {batchnorm!r}")
         if batchnorm == "refuse":
             refuse_batch_norm(module)
-        self.module, self.channels_last = module, channels_last
+        check_precision(precision)
+        self.module, self.channels_last, self.precision = module, channels_last, precision
         self.engine, self.reason = engine, ""
         self._own = {
             name: (tensor, first)
@@ -81,7 +85,12 @@ class StackedModule:
                 if engine == "stacked":
                     raise self._not_stacked(error) from error
                 self.engine, self.reason = error.engine, str(error)
-        self._may_change = engine == "auto"
+        if precision == "bf16" and self.engine != "stacked":
+            why = f": {self.reason}" if self.reason else f", not engine {self.engine!r}"
+            raise ValueError(
+                f"precision 'bf16' keeps the head in fp32, for which it needs the traced graph{why}"
+            )
+        self._may_change = engine == "auto" and precision != "bf16"
 
     def __call__(self, params: Parameters, x: Inputs, *, per_point: bool = False) -> Tensor:
         """Evaluate N networks on inputs that they share, or on inputs of their own.
@@ -105,7 +114,7 @@ class StackedModule:
         engine, reason = self.engine, self.reason
         while True:
             try:
-                with undone_on_failure(self._updated(params)):
+                with undone_on_failure(self._updated(params)), matmul_precision(self.precision):
                     outputs = without_n(self._run(engine, state, args, kwargs, n), n)
                 break
             except torch.OutOfMemoryError:
@@ -139,6 +148,11 @@ class StackedModule:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join([title, *lines])
+
+    def parameters_in_half(self) -> set[str]:
+        """Names of the parameters that precision "bf16" reads in bf16 only."""
+        casts = self._plan({}).casts
+        return set() if casts is None else casts.parameters_of_body()
 
     def _run(
         self, engine: str, state: dict[str, Stacked | Tensor], args: tuple, kwargs: dict, n: int
@@ -186,7 +200,8 @@ class StackedModule:
         key = (frozenset(names), repr(sorted(fixed.items())), modes)
         if key not in self._plans:
             traced = trace(self.module, names if inputs else None, fixed)
-            self._plans[key] = Plan(self.module, traced)
+            fuse(traced.graph)
+            self._plans[key] = Plan(self.module, traced, self.precision == "bf16")
         return self._plans[key]
 
     def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked | Tensor]]:
@@ -268,6 +283,7 @@ def stack(
     engine: str = "auto",
     channels_last: bool = False,
     batchnorm: str = "refuse",
+    precision: str = "fp32",
 ) -> StackedModule:
     """The module as a function of N networks' stacked parameters: `(params, x) -> [N, B, ...]`.
 
@@ -290,10 +306,15 @@ def stack(
             on a CPU where `channels_last_is_unsafe`.
         batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, whose statistics are then
             buffers of each network like any other; see `fastgeo.recalibrate`.
+        precision: "fp32" is parameters as they are, with fp32 products that no GPU rounds to TF32;
+            "tf32" lets it; "bf16" casts parameters and inputs of all layers but the last ones,
+            which are in fp32, as is the output. A backward pass outside of `fastgeo.optimize`
+            rounds as torch.backends say.
 
     Raises:
         TypeError: anything else.
-        ValueError: a module with BatchNorm, or one that cannot be traced if engine is "stacked".
+        ValueError: a module with BatchNorm, or one that cannot be traced if engine is "stacked" or
+            precision "bf16".
 
     Example:
         >>> nets = [resnet(8, 0.5) for _ in range(3)]
@@ -301,4 +322,5 @@ def stack(
         >>> stack(nets[0])(params, torch.randn(5, 3, 32, 32)).shape
         torch.Size([3, 5, 10])
     """
-    return StackedModule(module, engine=engine, channels_last=channels_last, batchnorm=batchnorm)
+    options = dict(engine=engine, channels_last=channels_last, batchnorm=batchnorm)
+    return StackedModule(module, **options, precision=precision)

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch.func import functional_call
 
@@ -28,6 +29,7 @@ FILES = {
     *WEIGHTS,
     *("config.json", "training.jsonl", "metrics.jsonl", "report.json", "report.md"),
     *("path_loss.png", "path_length.png"),
+    *("matched.safetensors", "matching.md"),
 }
 
 
@@ -149,7 +151,10 @@ def test_the_settings_reach_the_stages(run):
     base = {name: (run / name).read_bytes() for name in WEIGHTS}
     changes = {
         "ends.safetensors": [["--seed-a", "7"], ["--weight-decay", "0.1"], ["--norm", "channel"]],
-        "permutation.safetensors": [["--match-sweeps", "1"], ["--match-seed", "6"]],
+        "permutation.safetensors": [
+            *(["--match-sweeps", "1"], ["--match-seed", "6"], ["--match-restarts", "3"]),
+            ["--match-method", "activations"],
+        ],
         "path.safetensors": [
             *(["--spacing", "release"], ["--path-seed", "3"], ["--lr", "0.2"]),
             ["--no-precondition"],
@@ -196,15 +201,16 @@ def test_npz_data_runs():
 
 
 def test_the_match_stage_refuses_a_permutation_that_changes_the_function(capsys, monkeypatch):
-    from fastgeo import pipeline
+    from fastgeo import PermutationSpec
 
-    def wrong(a, b, **options):
-        matching = real(a, b, **options)
-        matching.state_dict["norm1.weight"][:2] += torch.tensor([0.1, -0.1])
-        return matching
+    def wrong(spec, state, permutations):
+        new = real(spec, state, permutations)
+        if permutations:
+            new["norm1.weight"][:2] += torch.tensor([0.1, -0.1])
+        return new
 
-    real = pipeline.match
-    monkeypatch.setattr(pipeline, "match", wrong)
+    real = PermutationSpec.permute
+    monkeypatch.setattr(PermutationSpec, "permute", wrong)
     assert "does not compute what b does" in refused(capsys, "run", "--out", "r", *SMALL)
     assert not os.path.exists("r/permutation.safetensors")
 
@@ -387,6 +393,9 @@ def test_matched_end_computes_what_b_computes(run):
     path, module = Path.load(run / "path.safetensors"), opened.new_module()
     x = torch.randn(9, 1, 8, 8)
     assert not torch.equal(path.end["conv1.weight"], b["conv1.weight"])
+    plain = safetensors.torch.load_file(run / "matched.safetensors")
+    module.load_state_dict(plain)
+    torch.testing.assert_close(plain, path.end, rtol=0, atol=0)
     torch.testing.assert_close(
         functional_call(module, path.end, (x,)), functional_call(module, b, (x,))
     )

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import images, tiny_resnet
 
-from fastgeo import Path, evaluate, optimize
+from fastgeo import Augmented, Path, evaluate, models, optimize, optimize_static
 from fastgeo.cli import main
 from fastgeo.data import load
+from fastgeo.static import StaticStep
 
 pytestmark = pytest.mark.gpu
 
@@ -50,3 +51,62 @@ def test_a_run_on_the_device(tmp_path, monkeypatch):
     energy = {name: path["energy"] for name, path in report["paths"].items()}
     assert energy["geodesic"] < energy["matched"] < energy["linear"]
     assert os.path.getsize("r/path_loss.png") > 1000
+
+
+def digits_path():
+    digits = load("digits", augment="flip-crop").to("cuda")
+    module, a, b = (models.resnet(8, 0.5, in_channels=1).cuda() for _ in range(3))
+    return digits, module, Path.linear(a, b, 9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_captured_step_is_the_step_that_was_captured(precision, chunk):
+    """Steps replayed from a CUDA graph and run one operation after the other, on the same draws."""
+    digits, module, path = digits_path()
+    paths = []
+    for capture in (False, True):
+        batches = Augmented(digits, 64, torch.Generator().manual_seed(0))
+        options = dict(steps=7, read_every=3, precision=precision, chunk=chunk, capture=capture)
+        with torch.backends.cudnn.flags(deterministic=True):
+            paths.append(optimize_static(path, module, batches, **options))
+    torch.testing.assert_close(paths[1].interior, paths[0].interior, rtol=1e-6, atol=1e-6)
+
+
+def test_captured_steps_are_those_of_optimize():
+    digits, module, path = digits_path()
+    batches = digits.shuffled(64, torch.Generator().manual_seed(0))
+    expected = optimize(path, module, batches, steps=5, engine="stacked", channels_last=True)
+    batches = Augmented(digits, 64, torch.Generator().manual_seed(0))
+    got = optimize_static(path, module, batches, steps=5)
+    torch.testing.assert_close(got.interior, expected.interior, rtol=1e-4, atol=1e-5)
+
+
+def test_a_replayed_step_never_waits_for_the_device_and_moves_nothing_before_it_is_asked_to():
+    digits, module, path = digits_path()
+    static = StaticStep(
+        path, module, Augmented(digits, 64, torch.Generator().manual_seed(0)), momentum=0.9
+    )
+    static.capture()
+    assert torch.equal(static.path().interior["linear.weight"], path.interior["linear.weight"])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            static.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (static.energies[:10] > 0).all() and (static.energies[10:] == 0).all()
+
+
+def test_a_step_in_bf16_transposes_and_copies_no_activations():
+    """Names of the kernels of one step: what cuDNN calls its conversions of layout is not there."""
+    digits, module, path = digits_path()
+    batches = Augmented(digits, 64, torch.Generator().manual_seed(0))
+    static = StaticStep(path, module, batches, precision="bf16")
+    static.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        static.run()
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages() if event.device_type.name == "CUDA"]
+    hidden = [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]
+    assert not hidden, hidden

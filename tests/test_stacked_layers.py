@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import (
+    stacked_channel_norm,
     stacked_conv,
     stacked_conv_transpose,
     stacked_group_norm,
@@ -92,6 +93,25 @@ def test_stacked_group_norm_is_the_loop(points, groups):
         lambda x, w, b: F.group_norm(x, groups, w, b),
         *(random(points, 4, 6, 3, 3), random(points, 6), random(points, 6)),
     )
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("kind", ["group", "channel"])
+def test_norms_with_a_sum_and_a_relu_behind_are_the_loop(kind, relu):
+    def stacked(x, w, b, residual):
+        if kind == "group":
+            return stacked_group_norm(x, 1, w, b, residual=residual, relu=relu)
+        return stacked_channel_norm(x, w, b, residual=residual, relu=relu)
+
+    def one(x, w, b, residual):
+        if kind == "group":
+            y = F.group_norm(x, 1, w, b)
+        else:
+            y = F.layer_norm(x.movedim(1, -1), w.shape, w, b).movedim(-1, 1)
+        return F.relu(y + residual) if relu else y + residual
+
+    x, residual = random(3, 4, 6, 5, 5), random(3, 4, 6, 5, 5, seed=2)
+    assert_is_the_loop(stacked, one, x, random(3, 6), random(3, 6, seed=3), residual)
 
 
 @pytest.mark.parametrize("points", [1, 3, 25])

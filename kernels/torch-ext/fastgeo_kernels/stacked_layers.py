@@ -1,5 +1,8 @@
 """Layers of N stacked networks in plain PyTorch: every network's weights in one operation.
 
+Convolutions, GroupNorm and LayerNorm over channels have kernels as well: `stacked_conv.py` and
+`stacked_norm.py` call what is here where those do not run.
+
 An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
 in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
 writes is a free view of either. A value that all N networks share has stride 0 along N
@@ -15,36 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def stacked_conv(
+def conv(
     x: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
-    stride: Union[int, Sequence[int]] = 1,
-    padding: Union[int, Sequence[int], str] = 0,
-    dilation: Union[int, Sequence[int]] = 1,
-    groups: int = 1,
+    bias: Optional[Tensor],
+    stride: Union[int, Sequence[int]],
+    padding: Union[int, Sequence[int], str],
+    dilation: Union[int, Sequence[int]],
+    groups: int,
 ) -> Tensor:
-    """N convolutions, one a network, as one convolution with N groups.
-
-    Equivalent to, in two dimensions::
-
-        torch.stack([F.conv2d(x[i], weight[i], bias[i], ...) for i in range(N)])
-
-    Args:
-        x: [N, B, C, ...] with one, two or three spatial axes, or [B, C, ...] inputs shared by all
-            networks as `x.expand(N, ...)`, which is one dense convolution with N * O output
-            channels.
-        weight: [N, O, C / groups, ...].
-        bias: [N, O].
-        stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
-
-    Returns:
-        [N, B, O, ...].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_convolution("stacked_conv", x, weight)
+    """`stacked_conv` in plain PyTorch; what all networks share is convolved once, densely."""
+    points = len(weight)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
     shared = x.stride(0) == 0 and groups == 1
     images, weight, bias = _folded(x, weight, bias, shared)
@@ -81,14 +65,14 @@ def stacked_conv_transpose(
     Raises:
         ValueError: x or weight with another number of dimensions or networks.
     """
-    points = _check_convolution("stacked_conv_transpose", x, weight)
+    points = check_convolution("stacked_conv_transpose", x, weight)
     convolution = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 4]
     images, weight, bias = _folded(x, weight, bias, False)
     options = (stride, padding, output_padding, points * groups, dilation)
     return _unfold(convolution(images, weight, bias, *options), points)
 
 
-def _check_convolution(name: str, x: Tensor, weight: Tensor) -> int:
+def check_convolution(name: str, x: Tensor, weight: Tensor) -> int:
     if weight.ndim not in (4, 5, 6):
         raise ValueError(
             f"{name}: weight must be [N, O, C, ...] with one to three spatial axes, got "
@@ -136,34 +120,38 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> 
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
-def stacked_group_norm(
+def group_norm(
     x: Tensor,
     num_groups: int,
-    weight: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    eps: float = 1e-5,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
 ) -> Tensor:
-    """GroupNorm of N networks, each with its own affine map, as one with N times the groups.
-
-    Equivalent to::
-
-        torch.stack([F.group_norm(x[i], num_groups, weight[i], bias[i], eps) for i in range(N)])
-
-    Args:
-        x: [N, B, C, ...].
-        num_groups: groups of channels in one network; 1 takes statistics over C, H and W.
-        weight, bias: [N, C].
-        eps: added to the variance.
-
-    Returns:
-        [N, B, C, ...].
-
-    Raises:
-        ValueError: x or weight with another number of dimensions or networks.
-    """
-    points = _check_stacked("stacked_group_norm", x, None, weight, 2)
+    """`stacked_group_norm` in plain PyTorch: one GroupNorm with N times the groups."""
+    points = len(x)
     weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
-    return _unfold(F.group_norm(_fold(x), points * num_groups, weight, bias, eps), points)
+    y = F.group_norm(_fold(x), points * num_groups, weight, bias, eps)
+    return _unfold(_sum_and_relu(y, None if residual is None else _fold(residual), relu), points)
+
+
+def channel_norm(
+    x: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
+) -> Tensor:
+    """`stacked_channel_norm` in plain PyTorch."""
+    y = stacked_layer_norm(x.movedim(2, -1), x.shape[2:3], weight, bias, eps)
+    return _sum_and_relu(y.movedim(-1, 2), residual, relu)
+
+
+def _sum_and_relu(y: Tensor, residual: Optional[Tensor], relu: bool) -> Tensor:
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
 
 
 def stacked_layer_norm(

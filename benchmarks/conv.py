@@ -1,0 +1,124 @@
+"""All ways of every convolution in the table: `python -m benchmarks.conv`.
+
+The output, the input's gradient and the weights' are timed apart, on tensors that lie as each way
+likes them, after a comparison with the grouped convolution. What the table should hold is printed
+as Python, ready for fastgeo_kernels/conv_table.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from fastgeo_kernels.conv_table import TABLE, Shape, Ways
+from fastgeo_kernels.stacked_conv import forward, input_gradient, weight_gradient
+from torch import Tensor
+
+from .harness import (
+    device_slug,
+    environment,
+    headline,
+    quantiles,
+    table,
+    time_alternating,
+    write_result,
+)
+
+WAYS = ("grouped", "dense", "triton")
+CLEARLY = 0.95  # of the grouped convolution's time, for another way to be preferred
+
+
+def products(
+    shape: Shape, points: int, batch: int, dtype: torch.dtype, device: str
+) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """product -> way -> a function without arguments, each on tensors that lie as it likes."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype, generator=generator)
+
+    size, stride, channels, out, pixels = shape
+    after = (pixels + 2 * (size // 2) - size) // stride + 1
+    x = random(batch, pixels, pixels, points, channels).permute(3, 0, 4, 1, 2)
+    dy = random(batch, after, after, points, out).permute(3, 0, 4, 1, 2)
+    weight = random(points, out, size, size, channels).movedim(-1, 2) / (size * channels**0.5)
+    around = [t.movedim(2, -1).contiguous().movedim(-1, 2) for t in (x, dy)]
+    functions: dict[str, dict[str, Callable[[], Tensor]]] = {p: {} for p in Ways._fields}
+    for way in WAYS:
+        images, grads = around if way == "dense" else (x, dy)
+        given, options = (images, weight), (stride, size // 2)
+        functions["forward"][way] = partial(forward, way, *given, *options)
+        functions["input"][way] = partial(input_gradient, way, grads, *given, *options)
+        functions["weight"][way] = partial(weight_gradient, way, grads, *given, *options)
+    return functions
+
+
+def measure(
+    shape: Shape, points: int, batch: int, dtype: torch.dtype, device: str, repeats: int
+) -> tuple[list[dict], Ways]:
+    """A row for each product and way, and the ways that are fastest."""
+    size, stride, channels, out, pixels = shape
+    after = (pixels + 2 * (size // 2) - size) // stride + 1
+    flop = 2 * points * batch * after**2 * channels * out * size**2
+    gpu = device == "cuda"
+    rows, best = [], []
+    for product, functions in products(shape, points, batch, dtype, device).items():
+        expected = functions["grouped"]().double()
+        errors, sound = {}, {}
+        for way, function in functions.items():
+            if way == "triton" and not gpu:
+                continue
+            got = function().double()
+            errors[way] = ((got - expected).abs().max() / expected.abs().max()).item()
+            if errors[way] < (3e-2 if dtype == torch.bfloat16 else 5e-3):
+                sound[way] = function
+            del got
+        seconds = time_alternating(sound, repeats, "device" if gpu else "wall")
+        times = {way: quantiles(each) for way, each in seconds.items()}
+        fastest = min(times, key=lambda way: times[way]["p50"])
+        clearly = times[fastest]["p50"] < CLEARLY * times["grouped"]["p50"]
+        best.append(fastest if clearly else "grouped")
+        for way, error in errors.items():
+            row = {
+                "size, stride, C, O, pixels": ", ".join(map(str, shape)),
+                "product": product,
+                "way": way,
+                "ms (p20/p50/p80)": "wrong",
+                "TFLOP/s": "-",
+                "error": f"{error:.0e}",
+            }
+            if way in times:
+                row["ms (p20/p50/p80)"] = "/".join(f"{1e3 * t:.3g}" for t in times[way].values())
+                row["TFLOP/s"] = f"{flop / times[way]['p50'] / 1e12:.3g}"
+            rows.append(row)
+    return rows, Ways(*best)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--save", action="store_true", help="write results/conv-DEVICE.json")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(headline(environment()), end="\n\n")
+    rows, lines = [], []
+    for shape in TABLE:
+        found, ways = measure(
+            *(shape, arguments.points, arguments.batch, getattr(torch, arguments.dtype), device),
+            arguments.repeats,
+        )
+        rows += found
+        lines.append(f"    {shape!r}: {ways!r},")
+    print(table(rows), "\nFor conv_table.py:\n", *lines, sep="\n")
+    if arguments.save:
+        payload = {"table": lines, "rows": rows}
+        print(f"\nwrote {write_result(f'conv-{device_slug()}', payload)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The README's tables of numbers, made from the result files: `python -m benchmarks.readme`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is replaced.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from fastgeo.measure import table
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def source(result: dict[str, Any]) -> str:
+    """Where and how the numbers of a result were taken."""
+    e = result["environment"]
+    machine = f"{e['threads']} threads of {e['cpu']}" if e["device"] == "cpu" else e["device"]
+    return f"{machine}, {e['date']}, torch {e['torch'].split('+')[0]}: `{e['command']}`"
+
+
+def digits() -> str:
+    """The default run, and the same with plain SGD."""
+    preconditioned, plain = read("digits/report"), read("digits/report-plain-sgd")
+    steps = preconditioned["config"]["steps"]
+    paths = {
+        "line": preconditioned["paths"]["linear"],
+        "matched line": preconditioned["paths"]["matched"],
+        f"geodesic, {steps} steps of plain SGD (`--no-precondition`)": plain["paths"]["geodesic"],
+        f"geodesic, {steps} preconditioned steps": preconditioned["paths"]["geodesic"],
+    }
+    return table(
+        [
+            {
+                f"path, N = {preconditioned['config']['points']}": name,
+                "highest train loss": f"{max(path['train']['loss']):.3f}",
+                "test": f"{max(path['test']['loss']):.3f}",
+                "lowest test accuracy": f"{100 * min(path['test']['accuracy']):.1f} %",
+                "Σ√JSD": f"{path['sqrt_jsd']:.3f}",
+                "Fisher-Rao length, rad": f"{path['fisher_rao']:.3f}",
+            }
+            for name, path in paths.items()
+        ]
+    )
+
+
+def seeds() -> str:
+    """Highest training losses over pairs of seeds."""
+    names = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
+    rows: list[dict[str, str]] = [{"seeds": title} for title in names.values()]
+    for pair in read("seeds")["rows"]:
+        for row, key in zip(rows, names, strict=True):
+            row[pair["seeds"]] = f"{float(pair[f'{key}: highest train loss, nats']):.3f}"
+    return table(rows)
+
+
+def step() -> str:
+    """Times the loop's speed, in the median; a row for each setting."""
+    result = read("step-cpu")
+    settings: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        settings.setdefault(row["setting"], {})[row["implementation"]] = row
+    rows = []
+    for setting, own in settings.items():
+        ours = [name for name in own if name.startswith("fastgeo")]
+        chosen = ours[-1]
+        others = {name: _ratio(own.get(name)) for name in ("loop, channels-last", "loop, compiled")}
+        rows.append(
+            {
+                "network": setting,
+                "loop, images·points/s": f"{own['loop over modules']['images·points/s']:,}",
+                **others,
+                "torch.func.vmap": _ratio(own.get("torch.func.vmap")),
+                "fastgeo, stacked": _ratio(own.get("fastgeo, stacked")),
+                "fastgeo, auto": f"{_ratio(own[chosen])} ({chosen.removeprefix('fastgeo, ')})",
+                "images·points/s": f"{own[chosen]['images·points/s']:,}",
+            }
+        )
+    return f"{table(rows)}\n\n{source(result)}"
+
+
+def grid() -> str:
+    """fastgeo's choice against the loop over width, N and B, in a sentence."""
+    result = read("step-grid-cpu")
+    ours = [row for row in result["rows"] if row["implementation"].startswith("fastgeo")]
+    ours.sort(key=lambda row: row["times the loop"]["p50"])
+    slowest, fastest = ours[0], ours[-1]
+    return (
+        f"Over {len(ours)} settings of width, N and B the engine that `auto` chooses is "
+        f"{_ratio(slowest)} ({slowest['setting']}) to {_ratio(fastest)} ({fastest['setting']}) "
+        f"times as fast as the loop.\n{source(result)}"
+    )
+
+
+def memory() -> str:
+    """Peak memory of a step against N."""
+    result = read("memory-cpu")
+    return f"{table(result['rows'])}\n\n{source(result)}"
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    ratio = row["times the loop"]
+    return ratio if isinstance(ratio, str) else f"{ratio['p50']:.2f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits": digits,
+    "seeds": seeds,
+    "step": step,
+    "grid": grid,
+    "memory": memory,
+}
+
+
+def with_tables(text: str) -> str:
+    """A README with its tables made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[4]}", text)
+
+
+def main() -> None:
+    before = README.read_text()
+    after = with_tables(before)
+    if "--check" in sys.argv[1:]:
+        sys.exit(before != after and "README.md is not what its result files say")
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

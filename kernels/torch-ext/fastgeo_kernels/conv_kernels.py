@@ -1,0 +1,293 @@
+"""Convolutions of N stacked networks as implicit matrix products, one network and tile a program.
+
+For every tap of the kernel a tile of pixels, shifted by the tap, times that tap's weights: nothing
+is unfolded in memory. The gradient of the input is the same sum with the taps mirrored and the
+weights transposed; that of the weights multiplies the transposed tile of output gradients with the
+shifted tile of inputs, for each tap, over slices of the batch which are added up in a fixed order.
+
+A value is [B, H, W, N, C] by its address (b batch + pixel pixels + n points) C + c, which covers
+(B, H, W, N, C) and (N, B, H, W, C) in memory and, with points = 0, an input that all networks
+share. Weights are (N, O, taps, C) in memory, channels-last. Taps are unrolled and programs have
+four warps: one loop over taps and channels has been miscompiled with eight (pytorch/pytorch#177823,
+triton-lang/triton#1254), and so have, on Blackwell, several products into one accumulator inside a
+loop (triton-lang/triton#10821), hence one product a loop here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Dict, NamedTuple, Tuple
+
+import torch
+from torch import Tensor
+
+from .launching import jit, on_device_of, power_of_two, tl
+
+if tl is not None:
+    # The interpreter takes bf16 for its bit pattern in a product.
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+WARPS = 4
+PROGRAMS = 1024  # of the weights' gradient, above which the batch is not cut
+
+
+class Blocks(NamedTuple):
+    """Tiles of a product: rows, columns, and what is summed at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    stages: int
+
+
+@jit
+def _product(a, b, total, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@jit
+def conv_kernel(
+    x_ptr,  # the source: [B, H, W, N, C]
+    weight_ptr,  # [N, O, taps, C]; MIRRORED: [N, C, taps, O]
+    y_ptr,  # the target: [B, OH, OW, N, O]
+    rows,  # B * OH * OW
+    x_points,
+    x_batch,
+    x_pixels,
+    y_points,
+    y_batch,
+    y_pixels,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    MIRRORED: tl.constexpr,  # the gradient of the input: the source is that of the output
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """ROWS pixels by COLUMNS channels of one network."""
+    tiles: tl.constexpr = (O + COLUMNS - 1) // COLUMNS
+    start = (tl.program_id(0) // tiles) * ROWS
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    point = tl.program_id(1).to(tl.int64)
+    inner = tl.arange(0, INNER)
+    row = start + tl.arange(0, ROWS)
+    first = start // (OH * OW)  # image; offsets from it have 32 bits
+    image = row // (OH * OW) - first
+    pixel = row % (OH * OW)
+    x_ptr += (first.to(tl.int64) * x_batch + point * x_points) * C
+    y_ptr += (first.to(tl.int64) * y_batch + point * y_points) * O
+    weight_ptr += point * (O * SIZE * SIZE * C)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tap in tl.static_range(SIZE * SIZE):
+        if MIRRORED:
+            down = pixel // OW + PADDING - tap // SIZE
+            across = pixel % OW + PADDING - tap % SIZE
+            inside = (down % STRIDE == 0) & (across % STRIDE == 0) & (down >= 0) & (across >= 0)
+            down //= STRIDE
+            across //= STRIDE
+            inside &= (down < H) & (across < W)
+        else:
+            down = pixel // OW * STRIDE - PADDING + tap // SIZE
+            across = pixel % OW * STRIDE - PADDING + tap % SIZE
+            inside = (down >= 0) & (down < H) & (across >= 0) & (across < W)
+        inside &= row < rows
+        at = (image * x_batch + (down * W + across) * x_pixels) * C
+        for k in range(0, C, INNER):
+            a = tl.load(
+                x_ptr + at[:, None] + (k + inner)[None, :],
+                mask=inside[:, None] & (k + inner < C)[None, :],
+                other=0.0,
+            )
+            if MIRRORED:
+                weights = ((k + inner)[:, None] * (SIZE * SIZE) + tap) * O + column[None, :]
+            else:
+                weights = (column[None, :] * (SIZE * SIZE) + tap) * C + (k + inner)[:, None]
+            b = tl.load(
+                weight_ptr + weights,
+                mask=(k + inner < C)[:, None] & (column < O)[None, :],
+                other=0.0,
+            )
+            total = _product(a, b, total, PRECISION)
+    at = (image * y_batch + pixel * y_pixels) * O
+    mask = (row < rows)[:, None] & (column < O)[None, :]
+    tl.store(y_ptr + at[:, None] + column[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def conv_weight_kernel(
+    x_ptr,  # [B, H, W, N, C]
+    dy_ptr,  # [B, OH, OW, N, O]
+    dweight_ptr,  # [slices, N, O, taps, C]
+    rows,  # B * OH * OW
+    x_points,
+    x_batch,
+    x_pixels,
+    y_points,
+    y_batch,
+    y_pixels,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    C: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILES: tl.constexpr,  # of INNER pixels, a slice
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """ROWS output by COLUMNS input channels of one network's tap, over a slice of the pixels."""
+    across_tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // (SIZE * SIZE)
+    tap = tl.program_id(0) % (SIZE * SIZE)
+    out = (tile // across_tiles) * ROWS + tl.arange(0, ROWS)
+    column = (tile % across_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    point, part = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    x_ptr += point * x_points * C
+    dy_ptr += point * y_points * O
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(TILES):
+        row = (part * TILES + i) * INNER + tl.arange(0, INNER)
+        image = (row // (OH * OW)).to(tl.int64)
+        pixel = row % (OH * OW)
+        down = pixel // OW * STRIDE - PADDING + tap // SIZE
+        across = pixel % OW * STRIDE - PADDING + tap % SIZE
+        inside = (row < rows) & (down >= 0) & (down < H) & (across >= 0) & (across < W)
+        at = (image * y_batch + pixel * y_pixels) * O
+        dy = tl.load(
+            dy_ptr + at[:, None] + out[None, :],
+            mask=(row < rows)[:, None] & (out < O)[None, :],
+            other=0.0,
+        )
+        at = (image * x_batch + (down * W + across) * x_pixels) * C
+        x = tl.load(
+            x_ptr + at[:, None] + column[None, :],
+            mask=inside[:, None] & (column < C)[None, :],
+            other=0.0,
+        )
+        total = _product(tl.trans(dy), x, total, PRECISION)
+    dweight_ptr += ((part * tl.num_programs(1) + point) * O * SIZE * SIZE) * C
+    at = (out[:, None] * (SIZE * SIZE) + tap) * C + column[None, :]
+    tl.store(dweight_ptr + at, total, mask=(out < O)[:, None] & (column < C)[None, :])
+
+
+# --- Launchers: x [B, H, W, N, C], weight [N, O, KH, KW, C], dy [B, OH, OW, N, O] -----------------
+
+
+def units(x: Tensor) -> Tuple[int, int, int]:
+    """Strides of points, images and pixels of [B, H, W, N, C], in channels."""
+    batch, _, _, points, channels = x.shape
+    return tuple(
+        0 if size == 1 or stride == 0 else stride // channels
+        for size, stride in (
+            (points, x.stride(3)),
+            (batch, x.stride(0)),
+            (x.shape[1] * x.shape[2], x.stride(2) if x.shape[2] > 1 else x.stride(1)),
+        )
+    )
+
+
+def conv_blocks(columns: int, inner: int, bytes_each: int, precise: bool) -> Blocks:
+    """Tiles that spill on no chip (`python -m benchmarks.resources`)."""
+    columns = min(32 if precise else 64, max(16, power_of_two(columns)))
+    return Blocks(64, columns, min(_inner(bytes_each, precise), max(16, power_of_two(inner))), 2)
+
+
+def weight_blocks(out: int, columns: int, bytes_each: int, precise: bool) -> Blocks:
+    most = 32 if precise else 64
+    rows, columns = (min(most, max(16, power_of_two(n))) for n in (out, columns))
+    return Blocks(rows, columns, _inner(bytes_each, precise), 2)
+
+
+def _inner(bytes_each: int, precise: bool) -> int:
+    return 16 if precise else 128 // bytes_each
+
+
+def conv(
+    x: Tensor, weight: Tensor, y: Tensor, stride: int, padding: int, tf32: bool, mirrored: bool
+) -> None:
+    """Writes y; mirrored: x is the gradient of the output, and y that of the input."""
+    batch, height, width, points, channels = x.shape
+    out, size = y.shape[-1], weight.shape[2]
+    precise = x.dtype == torch.float32 and not tf32
+    blocks = conv_blocks(out, channels, x.element_size(), precise)
+    rows = batch * y.shape[1] * y.shape[2]
+    grid = -(-rows // blocks.rows) * -(-out // blocks.columns), points
+    with on_device_of(x):
+        conv_kernel[grid](
+            *(x, weight, y, rows, *units(x), *units(y)),
+            **constants((height, width), y.shape[1:3], channels, out, size, stride, padding),
+            MIRRORED=mirrored,
+            PRECISION="ieee" if precise else "tf32",
+            **tile(blocks),
+            **options(blocks),
+        )
+
+
+def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf32: bool) -> Tensor:
+    """The gradient of the weights, [N, O, KH, KW, C] fp32."""
+    batch, height, width, _, channels = x.shape
+    out_height, out_width, points, out = dy.shape[1:]
+    precise = x.dtype == torch.float32 and not tf32
+    blocks = weight_blocks(out, channels, x.element_size(), precise)
+    rows, taps = batch * out_height * out_width, size * size
+    tiles = -(-out // blocks.rows) * -(-channels // blocks.columns) * taps
+    steps = -(-rows // blocks.inner)
+    each = -(-steps // max(1, min(steps, PROGRAMS // (tiles * points))))
+    slices = -(-steps // each)
+    dweight = x.new_empty((slices, points, out, size, size, channels), dtype=torch.float32)
+    with on_device_of(x):
+        conv_weight_kernel[(tiles, points, slices)](
+            *(x, dy, dweight, rows, *units(x), *units(dy)),
+            **constants((height, width), dy.shape[1:3], channels, out, size, stride, padding),
+            PRECISION="ieee" if precise else "tf32",
+            TILES=each,
+            **tile(blocks),
+            **options(blocks),
+        )
+    return dweight[0] if slices == 1 else dweight.sum(0)
+
+
+def constants(
+    source: Tuple[int, int],
+    target: Tuple[int, int],
+    channels: int,
+    out: int,
+    size: int,
+    stride: int,
+    padding: int,
+) -> Dict[str, object]:
+    """The constexpr arguments that both kernels take."""
+    return dict(
+        H=source[0],
+        W=source[1],
+        OH=target[0],
+        OW=target[1],
+        C=channels,
+        O=out,
+        SIZE=size,
+        STRIDE=stride,
+        PADDING=padding,
+    )
+
+
+def tile(blocks: Blocks) -> Dict[str, int]:
+    return dict(ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner)
+
+
+def options(blocks: Blocks) -> Dict[str, int]:
+    return dict(num_warps=WARPS, num_stages=blocks.stages)

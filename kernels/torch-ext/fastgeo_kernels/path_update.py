@@ -1,0 +1,194 @@
+"""One optimisation step of all interior points of a path, in one pass over gradients and weights.
+
+The gradient [M, P] of the M = N - 2 interior points is multiplied by the inverse of the path
+Laplacian L = tridiag(-1, 2, -1), which makes it the gradient under the H1 inner product of paths,
+and goes through SGD. That inverse is Green's function of the discrete Laplacian,
+
+    inv(L)[i, j] = min(i, j) (M + 1 - max(i, j)) / (M + 1),    i, j = 1 ... M
+
+so a row of the product is two running sums along the path, of j g_j up to i and of (M + 1 - j) g_j
+beyond it: no matrix, and O(M) operations a column. The second sum is what is left of the sum over
+all rows; its rounding errors are added up beside it, so that little can be left of much. A program
+takes some columns, reads the gradient once for the sum over all rows and again, from the cache, for
+the running ones, and rewrites the weights. All parameters lie side by side in one [M, P] tensor, so
+that a step is one launch.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .launching import jit, on_device_of, tl, use_triton
+
+BLOCK = 256  # columns of a program: its gradients, some 25 KB, stay in the caches
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a fused product would spoil two-sum
+
+
+@jit
+def _add(total, lost, term):
+    """total + term, and what rounding lost so far (Knuth's two-sum)."""
+    new = total + term
+    seen = new - total
+    return new, lost + ((total - (new - seen)) + (term - seen))
+
+
+@jit
+def path_update_kernel(
+    grad_ptr,  # [M, P], as all others but the rate
+    weight_ptr,
+    velocity_ptr,
+    copy_ptr,
+    rate_ptr,  # []
+    P,
+    M: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    PRECONDITION: tl.constexpr,
+    VELOCITY: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK columns of every point."""
+    col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < P
+    rate = tl.load(rate_ptr)
+    before = tl.zeros([BLOCK], tl.float32)
+    beyond = tl.zeros([BLOCK], tl.float32)
+    lost = tl.zeros([BLOCK], tl.float32)
+    row = tl.cast(P, tl.int64) * 0
+    if PRECONDITION:
+        for i in range(M):
+            grad = tl.load(grad_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+            beyond, lost = _add(beyond, lost, grad * (M - i))
+            row += P
+        row -= row
+    for i in range(M):
+        at = row + col
+        step = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if PRECONDITION:
+            before += step * (i + 1)
+            beyond, lost = _add(beyond, lost, step * (i - M))
+            step = (before * (M - i) + (beyond + lost) * (i + 1)) * (1.0 / (M + 1))
+        if VELOCITY:
+            step += MOMENTUM * tl.load(velocity_ptr + at, mask=mask, other=0.0)
+            tl.store(velocity_ptr + at, step, mask=mask)
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0) - rate * step
+        tl.store(weight_ptr + at, weight, mask=mask)
+        if COPY:
+            tl.store(copy_ptr + at, weight.to(copy_ptr.dtype.element_ty), mask=mask)
+        row += P
+
+
+def constants(
+    points: int, precondition: bool, momentum: float, velocity: bool, copy: bool
+) -> Dict[str, object]:
+    """The constexpr arguments of a launch."""
+    return dict(
+        M=points,
+        MOMENTUM=momentum,
+        PRECONDITION=precondition,
+        VELOCITY=velocity,
+        COPY=copy,
+        BLOCK=BLOCK,
+    )
+
+
+@torch.no_grad()
+def path_update(
+    weight: Tensor,
+    grad: Tensor,
+    lr: Union[float, Tensor],
+    *,
+    precondition: bool = True,
+    momentum: float = 0.0,
+    velocity: Optional[Tensor] = None,
+    copy: Optional[Tensor] = None,
+    impl: str = "auto",
+) -> None:
+    """Takes an SGD step along the gradient, or along its product with the inverse path Laplacian.
+
+    Equivalent to::
+
+        step = inverse_path_laplacian(M) @ grad if precondition else grad
+        if momentum:
+            step = velocity.mul_(momentum).add_(step)
+        weight -= lr * step
+        copy.copy_(weight)  # if one is given
+
+    Args:
+        weight: [M, P], the M interior points; changed.
+        grad: [M, P], of the energy; fp32, bf16 or fp16.
+        lr: learning rate, a number or a tensor of one fp32 number, which a captured graph reads
+            anew at every replay.
+        precondition: multiply by the inverse of tridiag(-1, 2, -1) along the path.
+        momentum: of SGD, 0 for none.
+        velocity: [M, P] as weight, the state of the momentum, zeros at first; changed.
+        copy: [M, P] in another dtype, receives the new weights.
+        impl: "triton" (fp32 weights; on a CPU under TRITON_INTERPRET=1), "torch", or "auto".
+
+    Raises:
+        ValueError: tensors of another shape or layout than weight, a velocity without momentum or
+            the other way round, an unknown impl.
+        RuntimeError: impl="triton" where it cannot run; the message says what is missing.
+
+    Example:
+        >>> weight = torch.zeros(3, 5)
+        >>> path_update(weight, torch.ones(3, 5), lr=2.0)
+        >>> weight[:, 0]
+        tensor([-3., -4., -3.])
+    """
+    if weight.ndim != 2 or not weight.is_contiguous():
+        raise ValueError(f"weight must be [M, P] and contiguous, got {_described(weight)}")
+    for name, tensor in (("grad", grad), ("velocity", velocity), ("copy", copy)):
+        if tensor is not None and (tensor.shape != weight.shape or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} must be {list(weight.shape)} and contiguous, as weight, got "
+                f"{_described(tensor)}"
+            )
+    if (momentum != 0) != (velocity is not None):
+        raise ValueError(f"momentum {momentum} needs {'a' if momentum else 'no'} velocity")
+    if not use_triton("path_update", impl, weight, dtypes=(torch.float32,)):
+        return _plain(weight, grad, lr, precondition, momentum, velocity, copy)
+    points, size = weight.shape
+    rate = torch.as_tensor(lr, dtype=torch.float32, device=weight.device)
+    with on_device_of(weight):
+        path_update_kernel[(-(-size // BLOCK),)](
+            grad,
+            weight,
+            weight if velocity is None else velocity,
+            weight if copy is None else copy,
+            rate,
+            size,
+            **constants(points, precondition, momentum, velocity is not None, copy is not None),
+            **OPTIONS,
+        )
+
+
+def _plain(weight, grad, lr, precondition, momentum, velocity, copy) -> None:
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    step = grad.to(precision)
+    if precondition:
+        step = inverse_path_laplacian(len(grad)).to(step) @ step
+    if velocity is not None:
+        step = velocity.mul_(momentum).add_(step)
+    weight.sub_(step.mul(lr))
+    if copy is not None:
+        copy.copy_(weight)
+
+
+def inverse_path_laplacian(size: int) -> Tensor:
+    """[n, n] fp32, the inverse of tridiag(-1, 2, -1): min(i, j) (n + 1 - max(i, j)) / (n + 1).
+
+    Example:
+        >>> inverse_path_laplacian(2) * 3
+        tensor([[2., 1.],
+                [1., 2.]])
+    """
+    i = torch.arange(1, size + 1, dtype=torch.float32)
+    return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}"

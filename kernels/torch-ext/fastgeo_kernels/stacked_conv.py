@@ -1,0 +1,226 @@
+"""Convolutions of N stacked networks, each of its three products run in the way that is fastest.
+
+The output, the gradient of the input and that of the weights can each be one grouped convolution,
+one convolution a network, or an own kernel (`conv_kernels.py`); `conv_table.py` says which for
+which shape. All take (B, H, W, N, C) and (N, B, H, W, C) in memory; the grouped way copies from the
+latter, the dense one from the former. There is no normalisation in the epilogue: a program has a
+part of an image, so GroupNorm's statistics would need a pass over partial sums and still the read
+of its output that `group_norm.py` makes.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import conv_kernels, stacked_layers
+from .conv_table import DEFAULT, TABLE, Shape, Ways
+from .launching import HALF_AND_SINGLE, triton, use_triton
+from .layout import channels_innermost, channels_third, empty_like
+
+OWN = Ways("triton", "triton", "triton")
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[N, B, C, H, W] -> [B, N*C, H, W] in channels-last."""
+    return x.permute(1, 3, 4, 0, 2).contiguous().flatten(3).permute(0, 3, 1, 2)
+
+
+def _unflat(x: Tensor, points: int) -> Tensor:
+    return x.unflatten(1, (points, -1)).transpose(0, 1)
+
+
+def _each(x: Tensor) -> Tensor:
+    """[N, B, C, H, W] with every network's images in channels-last."""
+    return x.movedim(2, -1).contiguous().movedim(-1, 2)
+
+
+def _by_network(function, *tensors: Tensor) -> Tensor:
+    """[N, B, O, H, W] from one call a network, with (N, B, H, W, O) in memory."""
+    outs = [function(*own).movedim(1, -1) for own in zip(*(t.unbind(0) for t in tensors))]
+    return torch.stack(outs).movedim(-1, 2)
+
+
+def _tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _tapped(weight: Tensor) -> Tensor:
+    """[N, O, C, KH, KW] -> [N, O, KH, KW, C]."""
+    return weight.movedim(2, -1).contiguous()
+
+
+def _backward(dy, x, weight, stride: int, padding: int, groups: int, which: int) -> Tensor:
+    """The gradient of the input (0) or of the weights (1) by PyTorch."""
+    return torch.ops.aten.convolution_backward(
+        *(dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups),
+        [which == 0, which == 1, False],
+    )[which]
+
+
+# --- The output, [N, B, C, H, W] and [N, O, C, K, K] -> [N, B, O, H', W'] -------------------------
+
+
+def forward(way: str, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    points, out, _, size, _ = weight.shape
+    if way == "grouped":
+        y = F.conv2d(_flat(x), weight.flatten(0, 1), None, stride, padding, 1, points)
+        return _unflat(y, points)
+    if way == "dense":
+        return _by_network(lambda x, w: F.conv2d(x, w, None, stride, padding), _each(x), weight)
+    x = _innermost(x)
+    height, width = ((n + 2 * padding - size) // stride + 1 for n in x.shape[1:3])
+    y = empty_like(x, x.shape[0], height, width, points, out)
+    conv_kernels.conv(x, _tapped(weight), y, stride, padding, _tf32(), False)
+    return channels_third(y)
+
+
+def _innermost(x: Tensor) -> Tensor:
+    """[B, H, W, N, C]; what all networks share is not repeated."""
+    if x.stride(0) == 0:
+        return channels_innermost(x[:1]).expand(-1, -1, -1, len(x), -1)
+    return channels_innermost(x)
+
+
+# --- Its gradients --------------------------------------------------------------------------------
+
+
+def input_gradient(
+    way: str, dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
+) -> Tensor:
+    """[N, B, C, H, W]."""
+    points = len(weight)
+    if way == "grouped":
+        given = _flat(dy), _flat(x), weight.flatten(0, 1)
+        return _unflat(_backward(*given, stride, padding, points, 0), points)
+    if way == "dense":
+        return _by_network(
+            lambda dy, x, w: _backward(dy, x, w, stride, padding, 1, 0), _each(dy), x, weight
+        )
+    dy = channels_innermost(dy)
+    dx = empty_like(dy, x.shape[1], *x.shape[3:], points, x.shape[2])
+    conv_kernels.conv(dy, _tapped(weight), dx, stride, padding, _tf32(), True)
+    return channels_third(dx)
+
+
+def weight_gradient(
+    way: str, dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
+) -> Tensor:
+    """[N, O, C, K, K]."""
+    points = len(weight)
+    if way == "grouped":
+        given = _flat(dy), _flat(x), weight.flatten(0, 1)
+        return _backward(*given, stride, padding, points, 1).unflatten(0, (points, -1))
+    if way == "dense":
+        return _by_network(
+            lambda dy, x, w: _backward(dy, x, w, stride, padding, 1, 1), _each(dy), _each(x), weight
+        )
+    given = _innermost(x), channels_innermost(dy)
+    dweight = conv_kernels.conv_weight(*given, weight.shape[3], stride, padding, _tf32())
+    return dweight.movedim(-1, 2).to(weight.dtype)
+
+
+class _StackedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, stride: int, padding: int, ways: Ways) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = ways, stride, padding
+        return forward(ways.forward, x, weight, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, weight), (ways, *options) = ctx.saved_tensors, ctx.options
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(ways.input, dy, x, weight, *options)
+        if ctx.needs_input_grad[1]:
+            dweight = weight_gradient(ways.weight, dy, x, weight, *options)
+        return dx, dweight, None, None, None
+
+
+def conv_by(ways: Ways, x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """A convolution without bias whose three products run in the given ways."""
+    return _StackedConv.apply(x, weight, stride, padding, ways)
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def stacked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: Union[int, Sequence[int]] = 1,
+    padding: Union[int, Sequence[int], str] = 0,
+    dilation: Union[int, Sequence[int]] = 1,
+    groups: int = 1,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """N convolutions, one a network, in one operation.
+
+    Equivalent to, in two dimensions::
+
+        torch.stack([F.conv2d(x[i], weight[i], bias[i], ...) for i in range(N)])
+
+    Args:
+        x: [N, B, C, ...] with one, two or three spatial axes, or [B, C, ...] inputs shared by all
+            networks as `x.expand(N, ...)`, which is one dense convolution with N * O output
+            channels.
+        weight: [N, O, C / groups, ...].
+        bias: [N, O].
+        stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
+        impl: "torch" is one convolution with N groups; "triton" an own kernel, for square kernels
+            of images, one stride and padding, no dilation or groups; "auto" on a GPU what
+            `conv_table.py` has for the shape, else "torch".
+
+    Returns:
+        [N, B, O, ...]. Differentiable, in Triton once.
+
+    Raises:
+        ValueError: x or weight with another number of dimensions or networks, an unknown impl.
+        RuntimeError: impl="triton" where it cannot run; the message says what is missing.
+
+    Example:
+        >>> x, weight = torch.randn(3, 8, 4, 9, 9), torch.randn(3, 6, 4, 3, 3)
+        >>> stacked_conv(x, weight, padding=1).shape
+        torch.Size([3, 8, 6, 9, 9])
+    """
+    stacked_layers.check_convolution("stacked_conv", x, weight)
+    square = _square(weight, stride, padding, dilation, groups)
+    if impl == "auto":
+        ways = _measured(x, weight, square)
+    else:
+        unfit = "" if square else "it takes square kernels, one stride and padding, no dilation"
+        ways = OWN if use_triton("stacked_conv", impl, x, unfit) else DEFAULT
+    if ways == DEFAULT:
+        return stacked_layers.conv(x, weight, bias, stride, padding, dilation, groups)
+    y = conv_by(ways, x, weight, *square)
+    return y if bias is None else y + bias[:, None, :, None, None]
+
+
+def _measured(x: Tensor, weight: Tensor, square: Optional[Tuple[int, int]]) -> Ways:
+    """What the table has for a shape; what all networks share is one dense convolution."""
+    _, out, channels, size, *_ = weight.shape
+    fits = square is not None and square[1] == size // 2 and x.shape[3] == x.shape[4]
+    if not (x.is_cuda and fits) or x.stride(0) == 0 or x.dtype not in HALF_AND_SINGLE:
+        return DEFAULT
+    ways = TABLE.get(Shape(size, square[0], channels, out, x.shape[3]), DEFAULT)
+    return DEFAULT if triton is None and "triton" in ways else ways
+
+
+def _square(weight: Tensor, stride, padding, dilation, groups: int) -> Optional[Tuple[int, int]]:
+    """Stride and padding of a convolution that the own kernel takes; None if it does not."""
+    if weight.ndim != 5 or weight.shape[3] != weight.shape[4] or groups != 1:
+        return None
+    if isinstance(padding, str):
+        return None
+    pairs = [{n} if isinstance(n, int) else set(n) for n in (stride, padding, dilation)]
+    if any(len(pair) != 1 for pair in pairs) or pairs[2] != {1}:
+        return None
+    return pairs[0].pop(), pairs[1].pop()

@@ -1,0 +1,123 @@
+"""The layers' kernels under Triton's interpreter; `test_layer_kernels.py` runs this file in a
+process with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
+
+import layer_claims as claims
+import pytest
+import torch
+from fastgeo_kernels import conv_kernels, group_norm, launching, stacked_conv
+from fastgeo_kernels.stacked_conv import OWN
+
+assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
+KINDS = ["group", "channel"]
+NORM_SHAPES = [(1, 1, 1, 1, 1), (2, 2, 6, 3, 3), (3, 1, 17, 2, 5)]
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Cuts every group into tiles of four pixels."""
+
+    def cut(pixels, channels, backward, bytes_each):
+        return group_norm.Tile(4, launching.power_of_two(channels), 1, False)
+
+    monkeypatch.setattr(group_norm, "group_tile", cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_norm_is_the_float64_definition(kind, shape, behind):
+    claims.check_norm(kind, shape, *behind)
+
+
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_norm_of_a_group_in_tiles_is_the_float64_definition(tiles, behind):
+    claims.check_norm("group", (2, 1, 6, 3, 3), *behind)
+    claims.check_variance_is_no_difference_of_squares("group")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lay_out", [claims.networks_around, torch.clone])
+def test_norm_in_other_layouts(kind, lay_out):
+    claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, lay_out=lay_out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_in_half_precision(kind):
+    """The interpreter truncates where a GPU rounds, so that two units are allowed."""
+    claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_has_its_digits_saves_little_and_keeps_a_nan(kind):
+    claims.check_variance_is_no_difference_of_squares(kind)
+    claims.check_norm_saves_its_input_and_statistics(kind)
+    claims.check_norm_keeps_a_nan(kind)
+
+
+def test_norm_of_many_pixels_has_several_programs(monkeypatch):
+    """Rows of LayerNorm's parameter gradients are summed over programs, the last one not full."""
+    from fastgeo_kernels import channel_norm
+
+    monkeypatch.setattr(channel_norm, "PROGRAMS", 2)
+    monkeypatch.setattr(channel_norm, "channel_tile", lambda c: group_norm.Tile(4, 8, 1, True))
+    claims.check_norm("channel", (2, 3, 6, 2, 3), True, True)
+
+
+# --- The update of a path -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points, size", [(1, 3), (2, 300), (23, 9)])
+@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_path_update_is_the_float64_definition(points, size, precondition, momentum):
+    claims.check_update(points, size, precondition=precondition, momentum=momentum)
+
+
+def test_path_update_of_126_points_keeps_its_digits():
+    claims.check_update(126, 4)
+
+
+def test_path_update_takes_half_precision_and_leaves_a_copy_in_it():
+    claims.check_update(5, 9, dtype=torch.bfloat16, copy=torch.bfloat16, momentum=0.5)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, out, size, stride, lay_out",
+    [
+        ((2, 2, 5, 4, 4), 7, 3, 1, claims.channels_last),
+        ((2, 1, 3, 6, 5), 4, 3, 2, claims.networks_around),
+        ((1, 1, 18, 5, 4), 3, 1, 2, claims.networks_around),
+        ((2, 1, 2, 1, 1), 2, 3, 1, claims.channels_last),
+    ],
+)
+def test_conv_is_the_float64_definition(shape, out, size, stride, lay_out):
+    claims.check_conv(OWN, shape, out, size, stride, lay_out=lay_out)
+
+
+def test_conv_of_what_all_networks_share():
+    claims.check_conv(OWN, (2, 2, 3, 4, 4), 5, 3, 1, shared=True)
+
+
+def test_conv_in_several_tiles_and_slices(monkeypatch):
+    """Channels beyond a tile, and slices of the batch that are added up."""
+    blocks = conv_kernels.Blocks(16, 16, 16, 1)
+    monkeypatch.setattr(conv_kernels, "conv_blocks", lambda *_: blocks)
+    monkeypatch.setattr(conv_kernels, "weight_blocks", lambda *_: blocks)
+    monkeypatch.setattr(conv_kernels, "PROGRAMS", 16)
+    claims.check_conv(OWN, (1, 2, 18, 4, 4), 17, 1, 1)
+
+
+def test_conv_in_half_precision():
+    """The interpreter truncates where a GPU rounds, so that two units are allowed."""
+    claims.check_conv(OWN, (2, 1, 5, 4, 4), 6, 3, 1, dtype=torch.bfloat16)
+
+
+def test_conv_with_a_bias_is_the_plain_one():
+    x, weight, bias = claims.random(2, 1, 3, 4, 4), claims.random(2, 5, 3, 3, 3), torch.ones(2, 5)
+    got = stacked_conv(x, weight, bias, padding=1, impl="triton")
+    torch.testing.assert_close(got, stacked_conv(x, weight, bias, padding=1, impl="torch"))

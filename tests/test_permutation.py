@@ -1,0 +1,410 @@
+"""Symmetries read off the graph: they are those known, they hold, and what is fixed says why."""
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import BATCH_NORM, ZOO
+
+from fastgeo import models, permutation_spec
+
+# Free permutations of each member of the zoo: sizes, as SIZE in OUTER x SIZE where every position
+# of an outer permutation has an inner one of its own; two of them where queries and keys have one
+# and values another.
+ENCODER = ["2", "4 in 2", "4 in 2"]
+FREE = {
+    "resnet-group": ["4", "4", "8", "8", "16", "16"],
+    "resnet-channel": ["4", "4", "8", "8", "16", "16"],
+    "mlp": ["8", "6", "8"],
+    "lenet": ["4", "6", "12"],
+    "vgg": ["4", "6", "6", "10"],
+    "torchvision-resnet18": [
+        *["2", "2 in 2"] * 3,
+        *["2", "4 in 2"] * 3,
+        *["2", "8 in 2"] * 3,
+        *["2", "16 in 2"] * 3,
+    ],
+    "torchvision-mobilenet": [
+        *("2", "4 in 2"),
+        *("2", "24 in 2", "2", "4 in 2"),
+        *("2", "24 in 2"),
+        *("2", "24 in 2", "2", "4 in 2"),
+        "1280",
+    ],
+    "densenet": ["4", "4", "4", "4", "8"],
+    "convnext": ["6", "24", "24"],
+    "vit": ["8", *ENCODER, "16", *ENCODER, "16"],
+    "torchvision-vit": ["8", *ENCODER, "16", *ENCODER, "16"],
+    "transformer": ["8", *ENCODER, "16", *ENCODER, "16"],
+    "gpt": ["8", *ENCODER, "32", *ENCODER, "32"],
+    "llama": ["8", "2", "4", "12"],  # rotary positions fix the channels of queries and keys
+    "mixer": ["6", "8", "8"],
+    "unet": ["4", "4", "6", "6", "8", "8", "6", "6", "6", "4", "4"],
+    "plain-parameters": ["8"],
+    "resnext-se": ["8", *["3", "4 in 3", "4 in 3", "2"] * 2],
+    "text-cnn": ["6", "4", "4"],
+    "wavenet": ["4"],
+    "last-word": ["2", "4 in 2", "4 in 2"],
+    "padded-encoder": ["8", *ENCODER, "12", *ENCODER, "12"],
+    "factors": ["6", "6"],
+    "shared-layers": ["8"],
+    "recurrent": ["6", "7"],
+}
+FREE_WITH_BATCH_NORM = {
+    "torchvision-resnet18": [*["4"] * 3, *["8"] * 3, *["16"] * 3, *["32"] * 3],
+    "convolutions": ["4", "6"],
+    "mlp": ["8", "6"],
+}
+
+
+def sizes(spec):
+    def described(own):
+        outer = (str(spec.channels[name].size) for name in own.within)
+        return " in ".join([str(own.size), *outer])
+
+    return [described(own) for own in spec.channels.values()]
+
+
+def outputs(module, inputs):
+    return module(**inputs) if isinstance(inputs, dict) else module(inputs)
+
+
+@torch.no_grad()
+def assert_holds(module, inputs, spec, other_inputs, draws=3):
+    """Permuted at random the module computes the same, also on inputs that the spec never saw."""
+    state, moved = module.state_dict(), 0
+    for seed in range(draws):
+        new = spec.permute(state, spec.random(torch.Generator().manual_seed(seed)))
+        moved += any(not torch.equal(new[name], tensor) for name, tensor in state.items())
+        permuted = copy.deepcopy(module)
+        permuted.load_state_dict(new)
+        for x in (inputs, other_inputs):
+            torch.testing.assert_close(
+                outputs(permuted, x), outputs(module, x), rtol=1e-12, atol=1e-12
+            )
+    assert moved or not spec.channels
+
+
+@pytest.mark.parametrize("member", ZOO, ids=lambda member: member.name)
+def test_permuted_at_random_every_network_of_the_zoo_computes_the_same(member):
+    module, inputs = member.make(), member.inputs(4)
+    spec = permutation_spec(module, inputs)
+    assert sizes(spec) == FREE[member.name]
+    assert_holds(module, inputs, spec, member.inputs(7))
+
+
+@pytest.mark.parametrize("member", BATCH_NORM, ids=lambda member: member.name)
+def test_running_statistics_are_permuted_with_their_channels(member):
+    module, inputs = member.make(), member.inputs(4)
+    for name, buffer in module.named_buffers():
+        if "running" in name:
+            buffer += torch.rand_like(buffer)
+    spec = permutation_spec(module, inputs)
+    assert sizes(spec) == FREE_WITH_BATCH_NORM[member.name]
+    assert_holds(module, inputs, spec, member.inputs(7))
+
+
+def resnet_by_hand(names):
+    """Git Re-Basin's table for the paper's ResNets: one permutation for the residual stream of each
+    group, one inside each block."""
+
+    def norm(name, permutation):
+        return {f"{name}.weight": (permutation,), f"{name}.bias": (permutation,)}
+
+    stream = "conv1"
+    axes = {"conv1.weight": (stream, None, None, None)} | norm("norm1", stream)
+    blocks = {m[0] for name in names if (m := re.match(r"block_groups\.\d+\.blocks\.\d+", name))}
+    for block in sorted(blocks):
+        inner, before = f"{block}.conv1", stream
+        if f"{block}.shortcut.0.weight" in names:
+            stream = f"{block}.shortcut"
+            axes[f"{block}.shortcut.0.weight"] = (stream, before, None, None)
+            axes |= norm(f"{block}.shortcut.1", stream)
+        axes[f"{block}.conv1.weight"] = (inner, before, None, None)
+        axes |= norm(f"{block}.norm1", inner)
+        axes[f"{block}.conv2.weight"] = (stream, inner, None, None)
+        axes |= norm(f"{block}.norm2", stream)
+    return axes | {"linear.weight": (None, stream), "linear.bias": (None,)}
+
+
+@pytest.mark.parametrize("norm", ["group", "channel"])
+def test_the_spec_of_the_papers_resnet20_is_the_one_written_by_hand(norm):
+    module = models.resnet(20, 1, norm=norm)
+    expected = resnet_by_hand(list(module.state_dict()))
+    spec = permutation_spec(module)
+    derived = {name: tuple(own[0] if own else None for own in a) for name, a in spec.axes.items()}
+    assert all(len(own) <= 1 for axes in spec.axes.values() for own in axes)
+    assert derived.keys() == expected.keys()
+    renamed = {}
+    for name, axes in expected.items():
+        for by_hand, own in zip(axes, derived[name], strict=True):
+            assert renamed.setdefault(by_hand, own) == own, name
+    assert renamed.pop(None) is None
+    assert len(set(renamed.values())) == len(renamed) == len(spec.channels) == 12
+
+
+# --- What networks do to axes ---------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """Layers by name, and a forward."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.of = nn.ModuleDict(layers)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(x, **self.of)
+
+
+def timm(x, embed, qkv, out, head):
+    x = embed(x)
+    B, T, C = x.shape
+    q, k, v = qkv(x).reshape(B, T, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    y = ((q * 0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    return head((x + out(y.transpose(1, 2).reshape(B, T, C))).mean(1))
+
+
+def neox(x, embed, qkv, out, head):
+    x = embed(x)
+    B, T, C = x.shape
+    q, k, v = qkv(x).view(B, T, 2, 12).transpose(1, 2).chunk(3, -1)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return head((x + out(y.transpose(1, 2).flatten(2))).mean(1))
+
+
+def repeated_keys(x, embed, q, kv, out, head):
+    x = embed(x)
+    B, T, C = x.shape
+    q = q(x).view(B, T, 4, 4).transpose(1, 2)
+    k, v = kv(x).split(8, dim=-1)
+    k, v = (t.view(B, T, 2, 4).transpose(1, 2) for t in (k, v))
+    k = k.repeat_interleave(2, dim=1)
+    v = v[:, :, None].expand(B, 2, 2, T, 4).reshape(B, 4, T, 4)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return head((x + out(y)).mean(1))
+
+
+def option_a(x, first, down, last, head):
+    """He et al.'s shortcut without parameters: a subsampled image, channels of zeros."""
+    x = first(x).relu()
+    shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 3))
+    return head((last(down(x).relu()) + shortcut).relu().mean((2, 3)))
+
+
+def shuffled(x, first, second, head):
+    """A channel shuffle between grouped convolutions."""
+    x = first(x).relu()
+    B, C, H, W = x.shape
+    x = x.view(B, 2, C // 2, H, W).transpose(1, 2).reshape(B, C, H, W)
+    return head(second(x).relu().mean((2, 3)))
+
+
+def states(x, embed, lstm, head, other):
+    y, (h, c) = lstm(embed(x))
+    return head(y.mean(1)) + other(h[-1]) + other(c[0])
+
+
+def one_of_two_heads(x, embed, head):
+    y = embed(x).view(-1, 2, 4)
+    return head(torch.cat([y[:, 0], y.mean(1)], -1))
+
+
+def gated(x, embed, head):
+    return head(F.glu(embed(x), -1))
+
+
+linear, conv = nn.Linear, nn.Conv2d
+ATTENTION = dict(embed=linear(3, 8), qkv=linear(8, 24), out=linear(8, 8), head=linear(8, 5))
+FORMS = {
+    "timm": (timm, ATTENTION, (4, 6, 3), ["8", "2", "4 in 2", "4 in 2"]),
+    "neox": (neox, ATTENTION, (4, 6, 3), ["8", "2", "4 in 2", "4 in 2"]),
+    "repeated keys": (
+        repeated_keys,
+        dict(
+            embed=linear(3, 8),
+            q=linear(8, 16),
+            kv=linear(8, 16),
+            out=linear(16, 8),
+            head=linear(8, 5),
+        ),
+        (4, 6, 3),
+        ["8", "2", "2 in 2", "4 in 2", "4 in 2"],
+    ),
+    "padded shortcut": (
+        option_a,
+        dict(
+            first=conv(3, 4, 3, 1, 1),
+            down=conv(4, 8, 3, 2, 1),
+            last=conv(8, 8, 1),
+            head=linear(8, 5),
+        ),
+        (4, 3, 8, 8),
+        ["4", "8", "3"],
+    ),
+    "channel shuffle": (
+        shuffled,
+        dict(first=conv(3, 8, 3), second=conv(8, 8, 3, groups=4), head=linear(8, 5)),
+        (4, 3, 8, 8),
+        ["2", "4", "2 in 4"],
+    ),
+    "depthwise": (
+        lambda x, a, b, c, head: head(c(b(a(x)).relu()).mean((2, 3))),
+        dict(
+            a=conv(3, 6, 1),
+            b=conv(6, 12, 3, groups=6),
+            c=nn.ConvTranspose2d(12, 6, 2, groups=6),
+            head=linear(6, 5),
+        ),
+        (4, 3, 8, 8),
+        ["6", "2 in 6"],
+    ),
+    "groups of groups": (
+        lambda x, a, norm, b, head: head(b(norm(a(x))).mean((2, 3))),
+        dict(
+            a=conv(3, 12, 1),
+            norm=nn.GroupNorm(2, 12),
+            b=conv(12, 8, 3, groups=4),
+            head=linear(8, 5),
+        ),
+        (4, 3, 8, 8),
+        ["2", "2 in 2", "3 in 2 in 2", "2 in 2 in 2"],
+    ),
+    "lstm": (
+        states,
+        dict(
+            embed=linear(3, 4),
+            lstm=nn.LSTM(4, 6, 2, bidirectional=True, batch_first=True),
+            head=linear(12, 5),
+            other=linear(6, 5),
+        ),
+        (4, 7, 3),
+        ["4", "6", "6", "6"],  # the layer above backwards, and the one below forwards
+    ),
+    "one head": (one_of_two_heads, dict(embed=linear(3, 8), head=linear(8, 5)), (4, 3), ["4"]),
+    "gated": (gated, dict(embed=linear(3, 8), head=linear(4, 5)), (4, 3), ["4"]),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_axes_are_followed_through(name):
+    forward, layers, shape, expected = FORMS[name]
+    module = Layers(forward, **copy.deepcopy(layers)).double().eval()
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, other = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    spec = permutation_spec(module, x)
+    assert sizes(spec) == expected, str(spec)
+    assert_holds(module, x, spec, other)
+
+
+def test_heads_are_permuted_whole_with_a_permutation_in_each():
+    """Queries and keys share theirs, values have another, within the same heads."""
+    (member,) = [member for member in ZOO if member.name == "gpt"]
+    module = member.make()
+    spec = permutation_spec(module, member.inputs(2))
+    heads, keys, values = [f"blocks.0.qkv.weight[0].{i}" for i in range(3)]
+    assert spec.channels[keys].within == spec.channels[values].within == (heads,)
+    state, out = module.state_dict(), "blocks.0.out.weight"
+    swapped = spec.permute(state, {heads: torch.tensor([1, 0])})
+    torch.testing.assert_close(swapped[out], state[out][:, [4, 5, 6, 7, 0, 1, 2, 3]])
+    within = torch.tensor([[1, 0, 2, 3], [0, 1, 3, 2]])
+    moved = spec.permute(state, {values: within})
+    torch.testing.assert_close(moved[out], state[out][:, [1, 0, 2, 3, 4, 5, 7, 6]])
+    name = "blocks.0.qkv.bias"
+    torch.testing.assert_close(moved[name][:16], state[name][:16])
+    torch.testing.assert_close(moved[name][16:], state[name][16:][[1, 0, 2, 3, 4, 5, 7, 6]])
+
+
+# --- What breaks a symmetry -----------------------------------------------------------------------
+
+
+def layers(forward):
+    parts = dict(a=linear(3, 6), b=linear(6, 6), c=linear(6, 5))
+    return Layers(forward, **parts).double().eval()
+
+
+@pytest.mark.parametrize(
+    "forward, free, parameter, axis, words",
+    [
+        (lambda x, a, b, c: c(b(a(x).cumsum(-1))), ["6"], "of.a.weight", 0, "cumsum"),
+        (
+            lambda x, a, b, c: c(b(a(x).roll(1, -1))),
+            ["6"],
+            "of.b.weight",
+            1,
+            "roll: it has no rule",
+        ),
+        (lambda x, a, b, c: c(b(a(x)[:, [0, 2, 1, 3, 4, 5]])), ["6"], "of.a.bias", 0, "getitem"),
+        (lambda x, a, b, c: c(b(a(x)) * a(x).argmax(-1, True)), ["6"], "of.a.weight", 0, "argmax"),
+        (lambda x, a, b, c: c(b(a(x).sort(-1)[0])), ["6"], "of.a.weight", 0, "their order counts"),
+        (lambda x, a, b, c: c(b(a(x).view(-1, 2, 3).mT.flatten(1))), ["2", "3", "6"], None, 0, ""),
+        (lambda x, a, b, c: c(b(a(x)) + torch.arange(6)), ["6"], "of.b.bias", 0, "always the same"),
+        (lambda x, a, b, c: c(a(x)[:, :4] @ b.weight[:4]), None, "of.b.bias", 0, "does not use it"),
+        (
+            lambda x, a, b, c: c(b(a(x)) if x.sum() > 0 else a(x)),
+            [],
+            "of.b.weight",
+            1,
+            "cannot be traced",
+        ),
+    ],
+)
+def test_what_breaks_a_symmetry_is_fixed_and_said(forward, free, parameter, axis, words):
+    module, x = layers(forward), torch.randn(4, 3, dtype=torch.float64)
+    spec = permutation_spec(module, x)
+    if free is not None:
+        assert sorted(own.split(" in ")[0] for own in sizes(spec)) == free, str(spec)
+    if parameter is not None:
+        assert words in spec.fixed[parameter][axis]
+        assert words in str(spec)
+    assert_holds(module, x, spec, torch.randn(4, 3, dtype=torch.float64))
+
+
+def test_inputs_outputs_and_buffers_stay():
+    spec = permutation_spec(models.mlp(12, (8,), 5))
+    assert spec.fixed["layers.0.weight"] == {1: "it is the network's input"}
+    assert spec.fixed["layers.1.weight"] == {0: "it is the network's output"}
+    (member,) = [member for member in ZOO if member.name == "llama"]
+    spec = permutation_spec(member.make(), member.inputs(2))
+    assert "cos is a buffer" in spec.fixed["q.weight"][0]
+
+
+def test_tied_parameters_satisfy_both_of_their_uses():
+    module = layers(lambda x, a, b, c: c(F.linear(a(x), b.weight)) + a(x)[:, :5])
+    module.of["b"].weight = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    assert permutation_spec(module, torch.zeros(2, 3)).tied == {}
+    (member,) = [member for member in ZOO if member.name == "gpt"]
+    gpt = member.make()
+    spec = permutation_spec(gpt, member.inputs(2))
+    assert spec.tied == {"head.weight": "embed.weight"}
+    permuted = spec.permute(gpt.state_dict(), spec.random())
+    assert torch.equal(permuted["head.weight"], permuted["embed.weight"])
+
+
+def test_a_permutation_that_is_none_is_named():
+    module = models.mlp(12, (8,), 5)
+    spec, state = permutation_spec(module), module.state_dict()
+    with pytest.raises(ValueError, match="layers.7 is not one of the permutations of MLP"):
+        spec.permute(state, {"layers.7": torch.arange(8)})
+    for wrong in (torch.arange(7), torch.zeros(8, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"layers.0.weight\[0\] must hold permutations of 8"):
+            spec.permute(state, {"layers.0.weight[0]": wrong})
+
+
+def test_an_input_is_asked_for_where_it_is_not_known():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="what Sequential takes is not known; give example_input"):
+        permutation_spec(module)
+    with pytest.raises(ValueError, match="Sequential cannot be evaluated on example_input"):
+        permutation_spec(module, torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="example_input must be a tensor"):
+        permutation_spec(module, [torch.zeros(2, 3)])
+    with pytest.raises(TypeError, match="module must be an nn.Module, got dict"):
+        permutation_spec({}, torch.zeros(2, 3))
+    module.example_input_array = torch.zeros(2, 3)
+    assert sizes(permutation_spec(module)) == ["4"]
