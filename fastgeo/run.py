@@ -136,12 +136,16 @@ class Run:
         file = folder / "config.json"
         if not file.exists():
             raise ValueError(f"{folder} holds no run (no config.json); start one with: fastgeo run")
-        content = read_json(file)
         try:
+            content = read_json(file)
             config, stages = Config(**content["config"]), dict(content["stages"])
             return cls(folder, config, stages, dict(content["engines"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
+            what = str(error) if str(file) in str(error) else f"cannot read {file}: {error}"
+            raise ValueError(
+                f"{what}; bring back a copy of it, or begin anew in another folder: the settings "
+                f"are lost, not the weights in {folder}"
+            ) from error
 
     def redo(
         self, stage: str, *, overwrite: bool, resume: bool = False, **changes: object
@@ -157,32 +161,32 @@ class Run:
         try:
             run.stages = Run.open(self.folder).stages  # as they are now that no other is at work
             run.engines = self.engines if run.config == self.config else {}
-            run._prepare(stage, overwrite, resume, self.config)
+            if resume:
+                self.refuse_changes(run.config)
+            run._prepare(stage, overwrite, resume)
         except BaseException:
             run._lock.release()
             raise
         return run
 
-    def _prepare(self, stage: str, overwrite: bool, resume: bool, config: Config) -> None:
+    def _prepare(self, stage: str, overwrite: bool, resume: bool) -> None:
         for before in STAGES[: STAGES.index(stage)]:
             result = WRITES[before][0]
             if before not in self.stages or not self.file(result).exists():
                 raise ValueError(
                     f"{self.folder} has no {result} yet; make it with: {self.again(before)}"
                 )
-        if resume:
-            self.refuse_changes(config)
-            self.tidy()
-        elif self.file(WRITES[stage][0]).exists() and not overwrite:
+        if self.file(WRITES[stage][0]).exists() and not (overwrite or resume):
             raise ValueError(
                 f"{self.file(WRITES[stage][0])} exists; --overwrite replaces it and what later "
                 "stages made of it"
             )
-        elif (begun := self.begun(stage)) and not overwrite:
+        if (begun := self.begun(stage)) and not (overwrite or resume):
             raise ValueError(
                 f"{begun} is where an unfinished {stage} goes on from; give --resume to do so, or "
                 "--overwrite to begin anew"
             )
+        self.verify(READS[stage])
         if stage != "plot":
             self.check()
         if not resume:
