@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.memory import ROOM, StepMemory, free_bytes
 from fastgeo.modes import evaluation_mode
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
 
@@ -116,6 +117,8 @@ class EngineChoice:
             if self.budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
                 engine = Engine(engine.network, chunk)
+            elif self.engine == "auto" and self.chunk is None:
+                engine = self._fitting(engine, params, inputs, per_point, points)
             self._visits[engine] = []
         if len(self._visits) == 1:
             self._choose()
@@ -208,11 +211,22 @@ class EngineChoice:
             return None
         if 2 * each > self.budget:
             raise ValueError(
-                f"memory_budget {_size(self.budget)} is too small: the activations of one network "
-                f"are {_size(each)} on these inputs, and a step keeps those of two; give "
-                f"{_size(2 * each)} or smaller batches"
+                f"memory_budget {size_of(self.budget)} is too small: the activations of one "
+                f"network are {size_of(each)} on these inputs, and a step keeps those of two; give "
+                f"{size_of(2 * each)} or smaller batches"
             )
         return self.budget // (2 * each)
+
+    def _fitting(
+        self, engine: Engine, params: Parameters, inputs: Inputs, per_point: bool, points: int
+    ) -> Engine:
+        """The candidate, with fewer networks at a time if the memory is not there for it."""
+        free = free_bytes(next(iter(params.values())).device)
+        with evaluation_mode(self.module):
+            need = step_memory(engine.network, params, inputs, per_point=per_point, networks=points)
+        if free is None or need.peak(points, engine.chunk, streamed=not per_point) <= free:
+            return engine
+        return Engine(engine.network, need.fitting(points, free, streamed=not per_point) or 1)
 
     def finish(self) -> None:
         """The work is done: choose by what is known of the candidates, if they all had no turns."""
@@ -265,8 +279,40 @@ def activation_bytes(
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(leaves, inputs, per_point=per_point)
-        keep(outputs)
+        if isinstance(outputs, Tensor):
+            keep(outputs)
     return sum(kept.values())
+
+
+def step_memory(
+    network: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    *,
+    networks: int,
+    copies: int = 5,
+    per_point: bool = False,
+    batch: int | None = None,
+) -> StepMemory:
+    """The memory of a step, from a forward pass of one network on a few inputs.
+
+    Args:
+        network: what `stack` returned, of a module in the mode that it is to be evaluated in.
+        params: name -> [1, ...] of one network.
+        inputs: [B, ...], or [1, B, ...] if per_point.
+        networks: how many there are in a step.
+        copies: of all weights that are alive at once: on a path they are those of this step, the
+            step before and the next one, the gradient, and the preconditioned gradient.
+        batch: inputs in a step, if they are not as many as there are here.
+    """
+    axis = int(per_point)
+    size = tensors_of(inputs)[0].shape[axis]
+    few = each_tensor(lambda tensor: tensor.narrow(axis, 0, min(8, size)), inputs)
+    kept = activation_bytes(network, params, few, per_point=per_point)
+    weights = networks * copies * sum(tensor.nbytes for tensor in params.values())
+    room = ROOM[next(iter(params.values())).device.type]
+    scale = (batch or size) / min(8, size)
+    return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
 
 
 def bytes_of(memory: int | str) -> int:
@@ -303,7 +349,7 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _size(number: int) -> str:
+def size_of(number: int) -> str:
     """A number of bytes, as `bytes_of` reads it."""
     for unit in ("GiB", "MiB", "KiB"):
         if number >= UNITS[unit[:2].lower()]:

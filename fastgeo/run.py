@@ -29,11 +29,14 @@ from fastgeo.checkpoint import Checkpoints
 from fastgeo.config import Config, flag
 from fastgeo.data import Dataset, load
 from fastgeo.energy import logits_of
+from fastgeo.engines import size_of, step_memory
 from fastgeo.evaluate import label_rows
 from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
 from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
+from fastgeo.memory import ROOM, free_bytes
 from fastgeo.modes import refuse_batch_norm
+from fastgeo.stacking import StackedModule
 from fastgeo.symmetry import permutation_spec
 from fastgeo.train import training_steps
 
@@ -287,6 +290,44 @@ class Run:
         else:
             self.given_ends()
         self._check_forward(module)
+        self._check_memory(module)
+
+    def _check_memory(self, module: nn.Module) -> None:
+        """ValueError, naming the chunk that would fit, if a step will find too little memory."""
+        c, free = self.config, free_bytes(self.device)
+        if free is None or c.memory_budget is not None:
+            return
+        inputs, labels = next(iter(self.dataset.in_order("train", 8)))
+        inputs = on_device(inputs, torch.device("cpu"))
+        network = StackedModule(module.eval(), engine=c.engine, batchnorm="recalibrate")
+        params = {name: tensor[None] for name, tensor in module.state_dict().items()}
+        own = isinstance(self.dataset, LoaderData)
+        steps = {
+            "training": (c.train_batch_size, c.count, 6, False, True),
+            "optimisation": (c.batch_size, c.points - 2, 5, True, True),
+            "evaluation": (c.eval_batch_size, c.points, 2, False, False),
+        }
+        if c.a is not None:
+            del steps["training"]
+        for what, (batch, networks, copies, streamed, kept) in steps.items():
+            need = step_memory(
+                network,
+                params,
+                inputs,
+                networks=networks,
+                copies=copies,
+                batch=len(labels) if own else batch,
+            )
+            need = replace(need, room=ROOM[self.device.type], kept=kept)
+            chunk = 1 if c.chunk is None and c.engine == "auto" else c.chunk  # auto finds one
+            peak = need.peak(networks, chunk, streamed=streamed)
+            if peak > free:
+                fits = need.fitting(networks, free, streamed=streamed)
+                advice = "smaller batches" if fits is None else f"--chunk {fits}"
+                raise ValueError(
+                    f"a step of the {what} would take about {size_of(peak)}, and {size_of(free)} "
+                    f"are free on {self.device}; give {advice}"
+                )
 
     @torch.no_grad()
     def _check_forward(self, module: nn.Module) -> None:
