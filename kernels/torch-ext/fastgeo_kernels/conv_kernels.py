@@ -202,19 +202,17 @@ def units(x: Tensor) -> Tuple[int, int, int]:
 
 
 def conv_blocks(columns: int, inner: int, bytes_each: int, precise: bool) -> Blocks:
-    """Tiles that spill on no chip (`python -m benchmarks.resources`)."""
+    """Tiles that spill on no chip (`python -m benchmarks.resources`): up to 64 channels in half
+    precision are one product a tap, more are several of 32."""
     columns = min(32 if precise else 64, max(16, power_of_two(columns)))
-    return Blocks(64, columns, min(_inner(bytes_each, precise), max(16, power_of_two(inner))), 2)
+    most = 16 if precise else 64 if bytes_each == 2 and inner <= 64 else 32
+    return Blocks(64, columns, min(most, max(16, power_of_two(inner))), 2)
 
 
 def weight_blocks(out: int, columns: int, bytes_each: int, precise: bool) -> Blocks:
     most = 32 if precise else 64
     rows, columns = (min(most, max(16, power_of_two(n))) for n in (out, columns))
-    return Blocks(rows, columns, _inner(bytes_each, precise), 2)
-
-
-def _inner(bytes_each: int, precise: bool) -> int:
-    return 16 if precise else 128 // bytes_each
+    return Blocks(rows, columns, 16 if precise else 128 // bytes_each, 2)
 
 
 def conv(
