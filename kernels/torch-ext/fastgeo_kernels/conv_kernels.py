@@ -232,7 +232,7 @@ def conv(
             MIRRORED=mirrored,
             PRECISION="ieee" if precise else "tf32",
             **tile(blocks),
-            **options(blocks),
+            **options(blocks, nvidia=torch.version.hip is None),
         )
 
 
@@ -255,7 +255,7 @@ def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf3
             PRECISION="ieee" if precise else "tf32",
             TILES=each,
             **tile(blocks),
-            **options(blocks),
+            **options(blocks, nvidia=torch.version.hip is None),
         )
     return dweight[0] if slices == 1 else dweight.sum(0)
 
@@ -287,5 +287,7 @@ def tile(blocks: Blocks) -> Dict[str, int]:
     return dict(ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner)
 
 
-def options(blocks: Blocks) -> Dict[str, int]:
-    return dict(num_warps=WARPS, num_stages=blocks.stages)
+def options(blocks: Blocks, nvidia: bool) -> Dict[str, int]:
+    chosen = dict(num_warps=WARPS, num_stages=blocks.stages)
+    # Or the assembler spills a few registers to fit one more program.
+    return {**chosen, "maxnreg": 255} if nvidia else chosen
