@@ -200,7 +200,7 @@ def matching(device: torch.device, networks: list[tuple[int, float]]) -> Iterato
         a, b = (models.resnet(depth, width).to(device) for _ in range(2))
 
         def run(a: nn.Module = a, b: nn.Module = b) -> Tensors:
-            return tuple(match(a, b).state_dict.values())
+            return tuple(match(a, b, restarts=1).state_dict.values())
 
         yield Case("matching", f"ResNet{depth} width {width:g}", "fastgeo", run, 1, "matchings")
 

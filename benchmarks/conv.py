@@ -16,15 +16,8 @@ from fastgeo_kernels.conv_table import TABLE, Shape, Ways
 from fastgeo_kernels.stacked_conv import forward, input_gradient, weight_gradient
 from torch import Tensor
 
-from .harness import (
-    device_slug,
-    environment,
-    headline,
-    quantiles,
-    table,
-    time_alternating,
-    write_result,
-)
+from benchmarks.harness import device_slug, environment, write_result
+from fastgeo.measure import headline, quantiles, table, time_alternating
 
 WAYS = ("grouped", "dense", "triton")
 CLEARLY = 0.95  # of the grouped convolution's time, for another way to be preferred

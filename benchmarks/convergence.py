@@ -42,7 +42,8 @@ def measure(preset: str, steps: int) -> list[dict[str, Any]]:
     c = run.config
     a, b = train_ends(run.new_module, run.dataset, c.seeds, c, engine="stacked", progress=True)
     module = run.new_module()
-    line = Path.linear(a, match(a, b).state_dict, c.points)
+    matched = match(a, b, module=module, restarts=c.match_restarts).state_dict
+    line = Path.linear(a, matched, c.points)
     splits = {name: run.dataset.in_order(name, c.eval_batch_size) for name in ("train", "test")}
     rows = []
     for precondition, rates in RATES.items():

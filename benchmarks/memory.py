@@ -7,13 +7,15 @@ its first step: activations, gradients, and whatever the allocator keeps.
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import tyro
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo import Path, keep_pages, models, optimize
+from fastgeo import Path, keep_pages, models, optimize, stack
+from fastgeo.engines import step_memory
 from fastgeo.measure import headline, table
 
 POINTS = (5, 9, 17, 33)
@@ -33,6 +35,9 @@ class Options:
 
     batch: int = 128
     """images"""
+    estimate: bool = False
+    """instead, the estimate that a run makes before it starts against the measured peak, over
+    three networks and sizes"""
     save: bool = False
     """write benchmarks/results/memory-DEVICE.json"""
 
@@ -51,6 +56,72 @@ def peak_of_a_step(name: str, points: int, batch: int) -> float:
     return (_peak() - before) / 2**20
 
 
+def peak_and_estimate(setting: str) -> tuple[float, float]:
+    """MiB, the first measured in this process; `setting` is a key of `SETTINGS`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_pages()
+    torch.manual_seed(0)
+    make, size, points, batch, options = SETTINGS[setting]
+    module, a, b = (make().to(device) for _ in range(3))
+    path, x = Path.linear(a, b, points), torch.randn(batch, *size, device=device)
+    with torch.no_grad():
+        module(x[:1])
+    network = stack(module.eval(), engine=options["engine"])
+    params = {name: tensor[None] for name, tensor in module.state_dict().items()}
+    need = step_memory(network, params, x, networks=points - 2)
+    before = _peak()
+    optimize(path, module, [x], steps=3, channels_last=False, **options)
+    peak = need.peak(points - 2, options.get("chunk"))
+    return (_peak() - before) / 2**20, peak / 2**20
+
+
+def resnet(depth: int, width: float, channels: int) -> Callable[[], torch.nn.Module]:
+    return lambda: models.resnet(depth, width, in_channels=channels)
+
+
+DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
+SETTINGS = {
+    "digits preset, stacked": (resnet(8, 0.5, 1), DIGITS, 25, 128, dict(engine="stacked")),
+    "digits preset at B = 1,024, stacked": (
+        *(resnet(8, 0.5, 1), DIGITS, 25, 1024),
+        dict(engine="stacked"),
+    ),
+    "cifar10 preset at N = 9, B = 32, stacked": (
+        *(resnet(20, 1, 3), CIFAR, 9, 32),
+        dict(engine="stacked"),
+    ),
+    "cifar10 preset at B = 64, chunk = 4, stacked": (
+        *(resnet(20, 1, 3), CIFAR, 25, 64),
+        dict(engine="stacked", chunk=4),
+    ),
+    "cifar10 preset at N = 9, B = 32, loop": (
+        *(resnet(20, 1, 3), CIFAR, 9, 32),
+        dict(engine="loop"),
+    ),
+    "paper preset at B = 16, chunk = 4, stacked": (
+        *(resnet(20, 4, 3), CIFAR, 25, 16),
+        dict(engine="stacked", chunk=4),
+    ),
+    "ResNet8 width 1, N = 17, B = 128, stacked": (
+        *(resnet(8, 1, 3), CIFAR, 17, 128),
+        dict(engine="stacked"),
+    ),
+}
+
+
+def compare(setting: str) -> dict[str, object]:
+    """A row, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", setting]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured, estimated = map(float, done.stdout.split())
+    return {
+        "setting": setting,
+        "measured, MiB": round(measured),
+        "estimated, MiB": round(estimated),
+        "estimated / measured": round(estimated / measured, 2),
+    }
+
+
 def _peak() -> int:
     """Bytes."""
     if torch.cuda.is_available():
@@ -63,8 +134,18 @@ def main() -> None:
     if len(sys.argv) == 5 and sys.argv[1] == "--one":
         print(peak_of_a_step(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
         return
+    if len(sys.argv) == 3 and sys.argv[1] == "--one":
+        print(*peak_and_estimate(sys.argv[2]))
+        return
     options = tyro.cli(Options, prog="python -m benchmarks.memory")
     print(headline(environment()))
+    if options.estimate:
+        rows = [compare(setting) for setting in SETTINGS]
+        print(table(rows))
+        if options.save:
+            name = f"memory-estimate-{device_slug()}"
+            print(f"\nwrote {write_result(name, {'rows': rows})}")
+        return
     rows = []
     for name in ENGINES:
         row = {"MiB beyond the start, ResNet8 width 1": f"{name}, B = {options.batch}"}

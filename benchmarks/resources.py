@@ -202,6 +202,7 @@ def norm_variants(chip: Chip) -> Iterator[Variant]:
 def conv_variants(chip: Chip) -> Iterator[Variant]:
     """Every convolution of the table, its output and both gradients."""
     ways = ("bf16", False), ("fp32", False), ("fp32", True)
+    functions = {"weight": conv_kernels.conv_weight_kernel}
     cases = itertools.product(ways, TABLE, ("forward", "input", "weight"))
     for (dtype, precise), shape, product in cases:
         size, stride, channels, out, pixels = shape
@@ -219,22 +220,17 @@ def conv_variants(chip: Chip) -> Iterator[Variant]:
             sides = sides if product == "forward" else sides[::-1]
             constants = conv_kernels.constants(*sides, *ends, *options)
             constants["MIRRORED"] = product == "input"
+        constants["PRECISION"] = "ieee" if precise else "tf32"
         name = f"conv {product}, {dtype}{' exact' if precise else ''}"
         yield Variant(
             kernel=name,
             shape=f"{size} x {size}, stride {stride}, {channels} to {out}, {pixels} pixels",
             tile=f"{blocks.rows} x {blocks.columns} x {blocks.inner}",
-            function=conv_kernels.conv_weight_kernel
-            if product == "weight"
-            else conv_kernels.conv_kernel,
+            function=functions.get(product, conv_kernels.conv_kernel),
             dtype=dtype,
             pointers={"dweight_ptr": "fp32"},
-            constants={
-                **constants,
-                "PRECISION": "ieee" if precise else "tf32",
-                **conv_kernels.tile(blocks),
-            },
-            options=conv_kernels.options(blocks),
+            constants={**constants, **conv_kernels.tile(blocks)},
+            options=conv_kernels.options(blocks, nvidia=chip.target.backend == "cuda"),
             extra=dtype == "fp32" or channels != 64 or (stride == 2 and size == 3),
         )
 

@@ -2,7 +2,10 @@
 
 The paper's loop over modules as it is, with modules and images in channels-last, with compiled
 modules, and under torch.func.vmap (`fastgeo.baselines`). The energy and gradient of each are
-checked against the loop in float64 before its time counts (`fastgeo.profiling`).
+checked against the loop in float64 before its time counts (`fastgeo.profiling`). On a GPU the
+default is the paper's step in every precision, replayed from CUDA graphs, against what users would
+set up there (`benchmarks.step_gpu`), and each of its kernels against its floor
+(`benchmarks.roofline`).
 """
 
 from dataclasses import dataclass
@@ -11,9 +14,10 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks import roofline, step_gpu
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models
-from fastgeo.measure import headline, table
+from fastgeo.measure import headline, matmul_rate, table
 from fastgeo.profiling import compare
 
 SETTINGS = {  # depth, width, channels, pixels, N, B
@@ -40,10 +44,10 @@ ALL = list(SETTINGS)[:5]  # those that a CPU does in minutes
 class Options:
     """Times the step of fastgeo, of the loop over modules, and of its usual improvements."""
 
-    setting: str = "digits preset"
-    """digits preset, ResNet8 width 0.5, ResNet8 width 1, ResNet20 width 1, ResNet20 width 4, all of
-    these; cifar10 preset and paper preset (a GPU's); or grid: (width, N, B), fastgeo against the
-    loop only"""
+    setting: str = "auto"
+    """auto (paper step on a GPU, digits preset elsewhere); paper step; digits preset, ResNet8 width
+    0.5, ResNet8 width 1, ResNet20 width 1, ResNet20 width 4, all of these; cifar10 preset and paper
+    preset (a GPU's); or grid: (width, N, B), fastgeo against the loop only"""
     steps: int = 3
     """steps in one measurement, after one that is not measured"""
     repeats: int = 10
@@ -77,22 +81,41 @@ def measure(
     return [{"setting": title, **row} for row in rows]
 
 
+def _paper_step(options: Options, device: str) -> None:
+    print(headline(environment()), end="\n\n", flush=True)
+    setting, how = step_gpu.Setting(), dict(repeats=options.repeats)
+    rate = matmul_rate(device, torch.bfloat16)
+    rows = list(step_gpu.measure(setting, device, rate, compiled=options.compiled, **how))
+    print(table(rows), end="\n\n", flush=True)
+    floors = roofline.measure(setting, device, rate, **how)
+    print(table(floors))
+    if options.save:
+        payload = {"rows": rows, "roofline": floors}
+        print(f"\nwrote {write_result(f'step-paper-{device_slug()}', payload)}")
+
+
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.step")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.keep_pages:
         keep_pages()
-    names = {"all": ALL, "grid": list(GRID)}.get(options.setting, [options.setting])
+    setting = options.setting
+    if setting == "auto":
+        setting = "paper step" if device == "cuda" else "digits preset"
+    if setting == "paper step":
+        return _paper_step(options, device)
+    names = {"all": ALL, "grid": list(GRID)}.get(setting, [setting])
     if unknown := set(names) - set(SETTINGS) - set(GRID):
         raise SystemExit(
-            f"setting must be all, grid or one of {', '.join(SETTINGS)}, got {', '.join(unknown)}"
+            f"setting must be all, grid, paper step or one of {', '.join(SETTINGS)}, got "
+            f"{', '.join(unknown)}"
         )
     print(headline(environment()))
     how = dict(device=device, steps=options.steps, repeats=options.repeats)
     rows = [row for name in names for row in measure(name, compiled=options.compiled, **how)]
     print(table(rows))
     if options.save:
-        name = "step-grid" if options.setting == "grid" else "step"
+        name = "step-grid" if setting == "grid" else "step"
         print(f"\nwrote {write_result(f'{name}-{device_slug()}', {'rows': rows})}")
 
 

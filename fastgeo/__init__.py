@@ -1,6 +1,7 @@
 """Geodesics between trained networks: every network on the path in one pass."""
 
 from fastgeo.allocator import keep_pages
+from fastgeo.checkpoint import Checkpoints
 from fastgeo.common_frame import CommonFrame, match_many
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.matching import Matching, match
@@ -14,6 +15,7 @@ from fastgeo.symmetry import permutation_spec
 
 __all__ = [
     "Augmented",
+    "Checkpoints",
     "CommonFrame",
     "Evaluation",
     "Matching",

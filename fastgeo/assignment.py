@@ -76,6 +76,12 @@ class Assignment:
             block = _index_block(name, own.within, self.permutations[name].shape)
             self.permutations[name] = block.permuted(self.permutations[name], permutations)
 
+    def positions(self, name: str, permutations: Mapping[str, Tensor]) -> Tensor:
+        """The old position, counted through what it is within, at each new one of a permutation."""
+        own = self.permutations[name]
+        block = _index_block(name, self.spec.channels[name].within, own.shape)
+        return block.permuted(torch.arange(own.numel()).view(own.shape), permutations)
+
     def improve(self, root: str) -> bool:
         """Give a family its best permutations while all others stay; whether that gained any."""
         gains = self.gains(root)

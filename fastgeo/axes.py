@@ -11,11 +11,8 @@ parts before it, as the channels of every head or group have a permutation of th
 that lacks those parts it may not (`restrict`).
 """
 
-import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
 
 PRODUCT, SUM = "product", "sum"
 
@@ -80,7 +77,7 @@ def product(parts: Iterable[Axis]) -> Axis:
     parts = [part for part in parts if part.size > 1]
     if len(parts) <= 1:
         return parts[0] if parts else fixed(1)
-    return _made(PRODUCT, [factor for part in parts for factor in _parts(part, PRODUCT)])
+    return composed(PRODUCT, [factor for part in parts for factor in _parts(part, PRODUCT)])
 
 
 def concat(parts: Iterable[Axis]) -> Axis:
@@ -88,10 +85,11 @@ def concat(parts: Iterable[Axis]) -> Axis:
     parts = [part for part in parts if part.size > 0]
     if len(parts) <= 1:
         return parts[0] if parts else fixed(0)
-    return _made(SUM, [term for part in parts for term in _parts(part, SUM)])
+    return composed(SUM, [term for part in parts for term in _parts(part, SUM)])
 
 
-def _made(kind: str, parts: list[Axis]) -> Axis:
+def composed(kind: str, parts: list[Axis]) -> Axis:
+    """The product or sum of parts."""
     axis = Axis((prod if kind == PRODUCT else sum)(part.size for part in parts))
     axis.kind, axis.parts = kind, parts
     return axis
@@ -254,7 +252,7 @@ def at(axis: Axis, selected: Axis, position: int) -> Axis:
         return axis
     axis = axis.find()
     if axis.kind is not None:
-        return _made(axis.kind, [at(part, selected, position) for part in axis.parts])
+        return composed(axis.kind, [at(part, selected, position) for part in axis.parts])
     if selected not in axis.depends_on():
         return axis
     if (selected, position) not in axis.at:
@@ -264,145 +262,3 @@ def at(axis: Axis, selected: Axis, position: int) -> Axis:
             restrict(own, {at(atom, selected, position) for atom in atoms})
         axis.at[selected, position] = own
     return axis.at[selected, position]
-
-
-def settle(tensors: Sequence[Sequence[Axis]]) -> None:
-    """Bring the axes of all tensors of a network in accord with each other.
-
-    Afterwards a permutation depends only on positions on axes that every tensor with it has, and an
-    axis that was looked at by itself is permuted as it is in the whole.
-    """
-    changed = True
-    while changed:
-        changed = False
-        for node in {node for axes in tensors for axis in axes for node in _nodes(axis)}:
-            changed |= _settle_selected(node)
-        terms = [own for axes in tensors for own in itertools.product(*map(_terms, axes))]
-        for restricted in (_to_present, _to_chains):
-            for atoms in set() if changed else set(terms):
-                changed |= restricted(atoms)
-
-
-def _nodes(axis: Axis) -> Iterator[Axis]:
-    axis = axis.find()
-    yield axis
-    for part in axis.parts:
-        yield from _nodes(part)
-
-
-def _settle_selected(axis: Axis) -> bool:
-    changed = False
-    for (selected, position), own in list(axis.at.items()):
-        if axis.kind is not None:
-            parts = [at(part, selected, position) for part in axis.parts]
-            unify(_made(axis.kind, parts), own, "it is taken apart in two ways")
-        elif selected.find() not in axis.depends_on():
-            unify(axis, own, "it is taken apart in two ways")
-        else:
-            if axis.why is not None and not own.is_fixed():
-                fix(own, axis.why)
-                changed = True
-            continue
-        axis.at.pop((selected, position), None)
-        changed = True
-    return changed
-
-
-def _terms(axis: Axis) -> list[tuple[Axis, ...]]:
-    """The atoms of each product of which it is the sum, all sums multiplied out."""
-    axis = axis.find()
-    if axis.kind is None:
-        return [(axis,)]
-    terms = [_terms(part) for part in axis.parts]
-    if axis.kind == SUM:
-        return [term for own in terms for term in own]
-    return [sum(own, ()) for own in itertools.product(*terms)]
-
-
-def _to_present(axes: tuple[tuple[Axis, ...], ...]) -> bool:
-    """Dependences on what a tensor, given by the atoms of its axes, has; whether any was lost."""
-    changed, everywhere = False, Counter(atom for atoms in axes for atom in atoms)
-    for atoms in axes:
-        here = Counter(atoms)
-        for atom in atoms:
-            wanted = atom.depends_on()
-            found = [p for p in wanted if here[p] == 1 or (not here[p] and everywhere[p] == 1)]
-            if len(found) < len(wanted):
-                restrict(atom, found)
-                changed = True
-    return changed
-
-
-def _to_chains(axes: tuple[tuple[Axis, ...], ...]) -> bool:
-    """Dependences on atoms each of which depends on all before it; whether any was lost."""
-    changed = False
-    for atom in {atom for atoms in axes for atom in atoms}:
-        wanted, chain = sorted(atom.depends_on(), key=lambda p: len(p.depends_on())), []
-        for outer in wanted:
-            if set(outer.depends_on()) == set(chain):
-                chain.append(outer)
-        if len(chain) < len(wanted):
-            restrict(atom, chain)
-            changed = True
-    return changed
-
-
-class Term(NamedTuple):
-    """A part of a tensor with an axis for each atom: `tensor.as_strided(sizes, strides, offset)`.
-
-    Attributes:
-        offset: in elements of the contiguous tensor.
-        atoms: its axes.
-        strides: of each, in elements.
-        of: the axis of the tensor that each belongs to.
-    """
-
-    offset: int
-    atoms: tuple[Axis, ...]
-    strides: tuple[int, ...]
-    of: tuple[int, ...]
-
-    def outer(self, place: int) -> tuple[int, ...]:
-        """The places of the atoms on which the one at a place depends, outermost first."""
-        found = []
-        for atom in sorted(self.atoms[place].depends_on(), key=lambda p: len(p.depends_on())):
-            places = [i for i, other in enumerate(self.atoms) if other is atom]
-            near = [i for i in places if self.of[i] == self.of[place]]
-            (own,) = near or places
-            found.append(own)
-        return tuple(found)
-
-
-def terms_of(axes: Sequence[Axis]) -> Iterator[Term]:
-    """The parts of a contiguous tensor with such axes; of settled axes."""
-    strides = [prod(axis.size for axis in axes[i + 1 :]) for i in range(len(axes))]
-    waiting = [(0, list(zip(axes, strides, range(len(axes)), strict=True)))]
-    while waiting:
-        offset, own = waiting.pop()
-        own = [(axis.find(), stride, of) for axis, stride, of in own if axis.size > 1]
-        place = next((i for i, (axis, _, _) in enumerate(own) if axis.kind is not None), None)
-        if place is not None:
-            opened = list(_opened(*own[place]))
-            for start, parts in reversed(opened):
-                waiting.append((offset + start, own[:place] + parts + own[place + 1 :]))
-            continue
-        outer = {p for axis, *_ in own if axis.why is None for p in axis.depends_on()}
-        place = next((i for i, (a, *_) in enumerate(own) if a in outer and a.why is not None), None)
-        if place is None:
-            yield Term(offset, *zip(*own, strict=True)) if own else Term(offset, (), (), ())
-            continue
-        selected, stride, _ = own.pop(place)
-        for position in reversed(range(selected.size)):
-            there = [(at(axis, selected, position), step, of) for axis, step, of in own]
-            waiting.append((offset + position * stride, there))
-
-
-def _opened(axis: Axis, stride: int, of: int) -> Iterator[tuple[int, list]]:
-    """What stands for a product, or one after the other for the parts of a sum; with offsets."""
-    sizes = [part.size for part in axis.parts]
-    if axis.kind == PRODUCT:
-        steps = [stride * prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        yield 0, [(part, step, of) for part, step in zip(axis.parts, steps, strict=True)]
-        return
-    for i, part in enumerate(axis.parts):
-        yield stride * sum(sizes[:i]), [(part, stride, of)]

@@ -1,7 +1,7 @@
-"""How each operation carries the permutations of its inputs' axes to its output's.
+"""How operations carry the permutations of their inputs' axes to their output's.
 
-`FUNCTIONS` holds a rule under the function, or the name of the tensor method, that a graph calls;
-`MODULES` one for each layer that is one node, under its type. A rule takes the output and what the
+`FUNCTIONS` holds a rule under the function, or the name of the tensor method, that a graph calls.
+A rule takes the output and what the
 function takes, with `Value`s for tensors, says which axes are permuted alike or not at all, and
 returns the axes of the output. With its inputs permuted like that the operation gives its output,
 permuted like that. An operation without a rule, or with arguments that its rule does not cover,
@@ -9,15 +9,13 @@ leaves all axes that it meets fixed.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
 from fastgeo.axes import Axis, at, concat, cut, fix, fixed, product, split, unify
 from fastgeo.operators import ELEMENTWISE, PYTHON
@@ -38,30 +36,31 @@ class NoRule(Exception):
 
 Axes = list[Axis]
 MIXED = "its positions play different parts"
-SPACE = "its positions are those of an image or a sequence"
 
 
-def _fix(axes: Iterable[Axis], why: str) -> Axes:
+def fix_all(axes: Iterable[Axis], why: str) -> Axes:
     axes = list(axes)
     for axis in axes:
         fix(axis, why)
     return axes
 
 
-def _unify(xs: Iterable[Axis], ys: Iterable[Axis]) -> None:
+def unify_all(xs: Iterable[Axis], ys: Iterable[Axis]) -> None:
     for x, y in zip(xs, ys, strict=True):
         unify(x, y, "its structure differs between the tensors that meet here")
 
 
 def values_in(tree: Any) -> list[Value]:
-    """The values among arguments."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]
+    """The values among arguments, those of slices included."""
+    leaves: list[Any] = []
+    fx.node.map_aggregate(tree, leaves.append)
+    return [leaf for leaf in leaves if isinstance(leaf, Value)]
 
 
 # --- Elementwise ----------------------------------------------------------------------------------
 
 
-def _joined(out: Tensor, values: Iterable[Any]) -> Axes:
+def joined(out: Tensor, values: Iterable[Any]) -> Axes:
     """The axes of what broadcasts to the output."""
     axes: list[Axis | None] = [None] * out.ndim
     for value in values:
@@ -73,13 +72,13 @@ def _joined(out: Tensor, values: Iterable[Any]) -> Axes:
             if axes[-i] is None:
                 axes[-i] = axis
             else:
-                _unify([axes[-i]], [axis])
+                unify_all([axes[-i]], [axis])
     sizes = zip(axes, out.shape, strict=True)
     return [fixed(size) if axis is None else axis for axis, size in sizes]
 
 
 def _elementwise(out, *args, **kwargs):
-    return _joined(out, values_in((args, kwargs)))
+    return joined(out, values_in((args, kwargs)))
 
 
 def _kept(out, input, *args, **kwargs):
@@ -94,30 +93,16 @@ def _dropout(out, input, p=0.5, training=True, inplace=False):
     return list(input.axes)
 
 
-def _prelu(out, input, weight):
-    if weight.tensor.numel() > 1:
-        _unify(input.axes[1:2], weight.axes)
-    return list(input.axes)
-
-
 # --- Products -------------------------------------------------------------------------------------
-
-
-def _linear(out, input, weight, bias=None):
-    _unify(input.axes[-1:], weight.axes[-1:])
-    outer = list(weight.axes[:-1])
-    if bias is not None:
-        _unify(outer, bias.axes)
-    return [*input.axes[:-1], *outer]
 
 
 def _matmul(out, input, other):
     x, y = list(input.axes), list(other.axes)
     inner = y.pop(-2 if len(y) > 1 else 0)
-    _unify([x.pop()], [inner])
+    unify_all([x.pop()], [inner])
     matrix = ([x.pop()] if x else []) + ([y.pop()] if y else [])
     batch = out.new_empty(out.shape[: out.ndim - len(matrix)], device="meta")
-    return _joined(batch, [Value(None, tuple(x)), Value(None, tuple(y))]) + matrix
+    return joined(batch, [Value(None, tuple(x)), Value(None, tuple(y))]) + matrix
 
 
 def _einsum(out, equation, *operands):
@@ -129,156 +114,8 @@ def _einsum(out, equation, *operands):
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         for letter, axis in zip(letters, operand.axes, strict=True):
             if axis.size > 1 or letter not in named:
-                _unify([named.setdefault(letter, axis)], [axis])
+                unify_all([named.setdefault(letter, axis)], [axis])
     return [named[letter] for letter in result]
-
-
-def _conv(spatial: int) -> Callable:
-    def rule(out, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        *batch, channels = input.axes[:-spatial]
-        outer, inner, *kernel = weight.axes
-        _fix([*input.axes[-spatial:], *kernel], SPACE)
-        if groups > 1:
-            why = f"the channels are not made of {groups} groups"
-            group, channels = split(channels, [groups, inner.size], why)
-            of_weight, _ = split(outer, [groups, outer.size // groups], why)
-            _unify([group], [of_weight])
-        _unify([channels], [inner])
-        if bias is not None:
-            _unify([outer], bias.axes)
-        return [*batch, outer, *map(_space, out.shape[-spatial:])]
-
-    return rule
-
-
-def _conv_transpose(spatial: int) -> Callable:
-    def rule(
-        out,
-        input,
-        weight,
-        bias=None,
-        stride=1,
-        padding=0,
-        output_padding=0,
-        groups=1,
-        dilation=1,
-    ):
-        *batch, channels = input.axes[:-spatial]
-        inner, outer, *kernel = weight.axes
-        _fix([*input.axes[-spatial:], *kernel], SPACE)
-        _unify([channels], [inner])
-        if groups > 1:
-            why = f"the channels are not made of {groups} groups"
-            group, _ = split(inner, [groups, inner.size // groups], why)
-            whole = Axis(groups * outer.size)
-            _unify(split(whole, [groups, outer.size], why), [group, outer])
-            outer = whole
-        if bias is not None:
-            _unify([outer], bias.axes)
-        return [*batch, outer, *map(_space, out.shape[-spatial:])]
-
-    return rule
-
-
-def _embedding(
-    out, input, weight, padding_idx=None, max_norm=None, *args, scale_grad_by_freq=False, **kwargs
-):
-    _fix(weight.axes[:1], "its rows are looked up by number")
-    return [*input.axes, weight.axes[1]]
-
-
-def _attention(
-    out,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-):
-    q, k, v = (list(t.axes) for t in (query, key, value))
-    if enable_gqa:  # neighbouring heads of queries share keys and values
-        for t in (k, v):
-            _unify(q[:-3], t[:-3])
-            sizes = [t[-3].size, q[-3].size // t[-3].size]
-            groups, _ = split(q[-3], sizes, "the heads of the queries are not made of groups")
-            _unify([groups], [t[-3]])
-        batch = q[:-2]
-    else:
-        shape = out.new_empty(out.shape[:-2], device="meta")
-        batch = _joined(shape, [Value(None, tuple(t[:-2])) for t in (q, k, v)])
-    _unify(q[-1:], k[-1:])
-    _unify(k[-2:-1], v[-2:-1])
-    if is_causal:
-        _fix([q[-2], k[-2]], SPACE)
-    if attn_mask is not None:
-        scores = Value(None, (*batch, q[-2], k[-2]))
-        shape = [axis.size for axis in scores.axes]
-        _joined(torch.empty(shape, device="meta"), [scores, attn_mask])
-    return [*batch, q[-2], v[-1]]
-
-
-# --- Normalisation --------------------------------------------------------------------------------
-
-
-def _layer_norm(out, input, normalized_shape, weight=None, bias=None, eps=None, *args):
-    for own in (weight, bias):
-        if own is not None:
-            _unify(input.axes[-len(own.axes) :], own.axes)
-    return list(input.axes)
-
-
-def _group_norm(out, input, num_groups, weight=None, bias=None, *args, **kwargs):
-    channels = input.axes[1]
-    if num_groups > 1:
-        sizes = [num_groups, channels.size // num_groups]
-        split(channels, sizes, f"the channels are not made of {num_groups} groups")
-    for own in (weight, bias):
-        if own is not None:
-            _unify([channels], own.axes)
-    return list(input.axes)
-
-
-def _channel_norm(out, input, *own, **kwargs):
-    """Statistics, a weight and a bias for each channel."""
-    for value in values_in((own, kwargs)):
-        _unify(input.axes[1:2], value.axes)
-    return list(input.axes)
-
-
-# --- Space ----------------------------------------------------------------------------------------
-
-
-def _space(size: int) -> Axis:
-    return fixed(size, SPACE)
-
-
-def _spatial(spatial: int | None = None) -> Callable:
-    """Every channel treated alike, the axes behind the channels as space."""
-
-    def rule(out, input, *args, **kwargs):
-        outer = 2 if spatial is None else len(input.axes) - spatial
-        _fix(input.axes[outer:], SPACE)
-        outs = [out] if isinstance(out, Tensor) else out
-        axes = [[*input.axes[:outer], *map(_space, own.shape[outer:])] for own in outs]
-        return axes[0] if isinstance(out, Tensor) else axes
-
-    return rule
-
-
-def _pad(out, input, pad, mode="constant", value=None):
-    axes = list(input.axes)
-    for i, (low, high) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
-        if not low and not high:
-            continue
-        if mode == "constant" and low >= 0 and high >= 0:  # equal numbers, in any order
-            axes[-i] = concat([Axis(low), axes[-i], Axis(high)])
-        else:
-            fix(axes[-i], SPACE)
-            axes[-i] = _space(out.shape[-i])
-    return axes
 
 
 # --- Shapes ---------------------------------------------------------------------------------------
@@ -359,7 +196,7 @@ def _cat(out, tensors, dim=0):
     for other in others:
         for i, (x, y) in enumerate(zip(first.axes, other.axes, strict=True)):
             if i != dim % out.ndim:
-                _unify([x], [y])
+                unify_all([x], [y])
     axes = list(first.axes)
     axes[dim] = concat([t.axes[dim] for t in tensors])
     return axes
@@ -368,7 +205,7 @@ def _cat(out, tensors, dim=0):
 def _stack(out, tensors, dim=0):
     first, *others = tensors
     for other in others:
-        _unify(first.axes, other.axes)
+        unify_all(first.axes, other.axes)
     axes = list(first.axes)
     axes.insert(dim % out.ndim, fixed(len(tensors), MIXED))
     return axes
@@ -459,8 +296,7 @@ def _getitem(out, input, index):
         if len(set(places)) > 1 or None in places:
             raise NoRule("its indices are not side by side")
         shape = torch.broadcast_shapes(*(i.tensor.shape for i in advanced))
-        joined = _joined(torch.empty(shape, device="meta"), advanced)
-        axes[places[0] : places[0]] = joined
+        axes[places[0] : places[0]] = joined(torch.empty(shape, device="meta"), advanced)
     return axes
 
 
@@ -473,15 +309,6 @@ def _getattr(out, input, name):
     elif name == "mT":
         axes[-2:] = axes[:-3:-1]
     return axes
-
-
-def _pixel_shuffle(out, input, upscale_factor):
-    channels = input.axes[-3]
-    sizes = [out.shape[-3], upscale_factor**2]
-    channels, inner = split(channels, sizes, "its channels become pixels")
-    fix(inner, "its channels become pixels")
-    _fix(input.axes[-2:], SPACE)
-    return [*input.axes[:-3], channels, *map(_space, out.shape[-2:])]
 
 
 # --- Along an axis --------------------------------------------------------------------------------
@@ -511,7 +338,7 @@ def _extreme(out, input, dim=None, keepdim=False):
     if dim is None:
         return []
     if isinstance(dim, Value):
-        return _joined(out, [input, dim])
+        return joined(out, [input, dim])
     fix(input.axes[dim], "the number of its largest or smallest position is asked for")
     axes = _without(input.axes, dim, keepdim)
     return [axes, list(axes)]
@@ -543,102 +370,8 @@ def _normalize(out, input, p=2.0, dim=1, eps=1e-12):
 
 def _glu(out, input, dim=-1):
     halves = cut(input.axes[dim], [out.shape[dim]] * 2, "it is cut across its parts")
-    _unify(halves[:1], halves[1:])
+    unify_all(halves[:1], halves[1:])
     return _replaced(input.axes, dim, halves[0])
-
-
-# --- Layers that are one node ---------------------------------------------------------------------
-
-
-def _batch_norm(out, layer, state: Mapping[str, Value], input):
-    for own in state.values():
-        if own.axes:
-            _unify(input.axes[1:2], own.axes)
-    return list(input.axes)
-
-
-def _multihead_attention(
-    out,
-    layer: nn.MultiheadAttention,
-    state: Mapping[str, Value],
-    query,
-    key,
-    value,
-    key_padding_mask=None,
-    need_weights=True,
-    attn_mask=None,
-    average_attn_weights=True,
-    is_causal=False,
-):
-    if layer.add_zero_attn or layer.bias_k is not None:
-        raise NoRule("keys are added to those that are given")
-    own = {name: value.axes for name, value in state.items()}
-    embed, heads = layer.embed_dim, layer.num_heads
-    why = f"it is not made of {heads} heads"
-    if "in_proj_weight" in own:
-        q, k, v = cut(own["in_proj_weight"][0], [embed] * 3, "it is not query, key and value")
-        inner = [own["in_proj_weight"][1]] * 3
-    else:
-        weights = [own[f"{name}_proj_weight"] for name in "qkv"]
-        (q, k, v), inner = ([axes[i] for axes in weights] for i in (0, 1))
-    if "in_proj_bias" in own:
-        _unify([concat([q, k, v])], own["in_proj_bias"])
-    _unify(inner, [t.axes[-1] for t in (query, key, value)])
-    sizes = [heads, embed // heads]
-    (q_heads, _), (k_heads, _), (v_heads, _) = (split(t, sizes, why) for t in (q, k, v))
-    _unify([q], [k])
-    _unify([q_heads], [v_heads])
-    _unify([v], [own["out_proj.weight"][1]])
-    if "out_proj.bias" in own:
-        _unify(own["out_proj.weight"][:1], own["out_proj.bias"])
-    time = 0 if query.tensor.ndim == 2 or not layer.batch_first else 1
-    batch = [query.axes[1 - time]] if query.tensor.ndim == 3 else []
-    for other in (key, value):
-        _unify(batch, [other.axes[1 - time]] if batch else [])
-    target, source = query.axes[time], key.axes[time]
-    _unify([source], [value.axes[time]])
-    masks = [mask for mask in (key_padding_mask, attn_mask) if mask is not None]
-    if masks or is_causal:
-        for mask in masks:
-            _fix(mask.axes, SPACE)
-        _fix([*batch, target, source], SPACE)
-        if attn_mask is not None and attn_mask.tensor.ndim == 3:
-            _fix([q_heads], "the mask differs between heads")
-    axes = [*query.axes[:-1], own["out_proj.weight"][0]]
-    if out[1] is None:
-        return [axes, None]
-    per_head = [] if average_attn_weights else [q_heads]
-    return [axes, [*batch, *per_head, target, source]]
-
-
-def _recurrent(out, layer: nn.RNNBase, state: Mapping[str, Value], input, hx=None):
-    """Every gate of a layer has the hidden channels of that layer and direction."""
-    if hx is not None or layer.proj_size:
-        raise NoRule("its rule covers no initial state and no projection")
-    own = {name: value.axes for name, value in state.items()}
-    below, every = input.axes[-1], []
-    for number in range(layer.num_layers):
-        outer = []
-        for suffix in ("", "_reverse") if layer.bidirectional else ("",):
-            name = f"l{number}{suffix}"
-            rows, hidden = own[f"weight_hh_{name}"]
-            gates = concat([hidden] * (rows.size // hidden.size))
-            _unify([own[f"weight_ih_{name}"][1]], [below])
-            for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                if f"{kind}_{name}" in own:
-                    _unify(own[f"{kind}_{name}"][:1], [gates])
-            outer.append(hidden)
-        every += outer
-        below = concat(outer)
-    _fix(input.axes[:-1], SPACE)
-    layers = fixed(len(every), MIXED)
-    final = every[0]
-    if len(every) > 1:  # the final states of all layers and directions, one above the other
-        final = Axis(final.size, scopes=[frozenset([layers])])
-        final.at = {(layers, i): hidden for i, hidden in enumerate(every)}
-    final = [layers, *map(_space, pytree.tree_leaves(out[1])[0].shape[1:-1]), final]
-    states = [final, list(final)] if isinstance(out[1], tuple) else final
-    return [[*input.axes[:-1], below], states]
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -655,19 +388,12 @@ FUNCTIONS: dict[Callable | str, Callable] = (
         same(_elementwise),
     )
     | forms("contiguous cpu cuda to type type_as".split(), same(_kept))
-    | forms(["dropout", "alpha_dropout", "feature_alpha_dropout"], same(_dropout))
+    | forms("alpha_dropout dropout feature_alpha_dropout".split(), same(_dropout))
     | forms(["dropout1d", "dropout2d", "dropout3d"], same(_dropout))
-    | forms(["prelu"], same(_prelu))
-    | forms(["linear"], same(_linear))
     | forms(["matmul", "bmm", "mm", "mv"], same(_matmul))
     | forms(["einsum"], same(_einsum))
-    | forms(["embedding"], same(_embedding))
-    | forms(["layer_norm"], same(_layer_norm))
-    | forms(["rms_norm"], same(_layer_norm))
-    | forms(["group_norm"], same(_group_norm))
-    | forms(["batch_norm", "instance_norm"], same(_channel_norm))
     | forms("view reshape flatten unflatten squeeze unsqueeze".split(), same(_regrouped))
-    | forms("view_as reshape_as".split(), same(_regrouped))
+    | forms(["view_as", "reshape_as"], same(_regrouped))
     | forms(["permute"], same(_permute))
     | forms(["transpose", "swapaxes", "swapdims"], same(_transpose))
     | forms(["t"], same(_t))
@@ -690,29 +416,5 @@ FUNCTIONS: dict[Callable | str, Callable] = (
     | forms("argsort cumprod cumsum flip logcumsumexp sort".split(), same(_in_order))
     | forms(["normalize"], same(_normalize))
     | forms(["glu"], same(_glu))
-    | forms(["pixel_shuffle"], same(_pixel_shuffle))
-    | forms(["interpolate"], same(_spatial()))
-    | {
-        F.pad: _pad,
-        F.scaled_dot_product_attention: _attention,
-        operator.getitem: _getitem,
-        operator.matmul: _matmul,
-        getattr: _getattr,
-    }
-    | {getattr(torch, f"conv{spatial}d"): _conv(spatial) for spatial in (1, 2, 3)}
-    | {
-        getattr(torch, f"conv_transpose{spatial}d"): _conv_transpose(spatial)
-        for spatial in (1, 2, 3)
-    }
-    | {
-        form: _spatial(spatial)
-        for spatial in (1, 2, 3)
-        for pool in "max_pool avg_pool adaptive_avg_pool adaptive_max_pool lp_pool".split()
-        for form in (getattr(holder, f"{pool}{spatial}d", None) for holder in (torch, F))
-        if form is not None
-    }
+    | {operator.getitem: _getitem, operator.matmul: _matmul, getattr: _getattr}
 )
-MODULES: dict[type[nn.Module], Callable] = {
-    nn.MultiheadAttention: _multihead_attention
-} | dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm)
-MODULES |= dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _recurrent)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.autograd import DeviceType
 
-from fastgeo.inputs import inputs_of, on_device
+from fastgeo.inputs import Passes, on_device
 from fastgeo.measure import now, recorded, table
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
@@ -68,7 +68,7 @@ def breakdown(
         trace: write a trace for chrome://tracing or ui.perfetto.dev here.
         options: others of `optimize`.
     """
-    inputs = inputs_of(batches, repeat=True)
+    inputs = Passes(batches, repeat=True)
     options = dict(engine, **options)
     floor = step_flops(module, path, on_device(next(inputs), path.device))
     floor = 1e3 * floor / fastest_matmul(path.device)

@@ -1,6 +1,9 @@
 """The command line: `fastgeo run` and its stages, each usable on what the one before left."""
 
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,6 +17,7 @@ from tyro.conf import Positional, subcommand
 
 from fastgeo import pipeline
 from fastgeo.allocator import keep_pages
+from fastgeo.checkpoint import INTERRUPTED, TERMINATED, Stopped
 from fastgeo.config import (
     PRESETS,
     Config,
@@ -26,7 +30,30 @@ from fastgeo.config import (
 )
 from fastgeo.run import Run
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Long:
+    """A command that may be stopped and gone on with."""
+
+    resume: bool = False
+    """go on where the run was stopped or killed, with its own settings; start it if it was not"""
+    checkpoint_seconds: float = 60.0
+    """between two states saved for that; more where saving takes a twentieth of the time"""
+    max_minutes: float | None = None
+    """stop with the state saved after so many, with exit code 75; --resume goes on"""
+
+    def pace(self) -> dict[str, float]:
+        """ValueError for times that cannot be meant."""
+        if not self.checkpoint_seconds >= 0:
+            raise ValueError(
+                f"checkpoint-seconds must not be negative, got {self.checkpoint_seconds}"
+            )
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max-minutes must be positive, got {self.max_minutes}")
+        started = time.monotonic()
+        return dict(seconds=self.checkpoint_seconds, max_minutes=self.max_minutes, started=started)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +67,7 @@ class _FromPreset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _New(_FromPreset):
+class _New(_Long, _FromPreset):
     """A command that starts a run folder."""
 
     out: FilePath | None = None
@@ -48,16 +75,35 @@ class _New(_FromPreset):
     overwrite: bool = False
     """replace the run that the folder holds"""
 
-    def create(self) -> Run:
-        config = replace(PRESETS[self.preset], **select(self, self.settings))
-        folder = self.out or FilePath("runs") / self.preset
-        return Run.create(folder, config, overwrite=self.overwrite)
+    @property
+    def folder(self) -> FilePath:
+        return self.out or FilePath("runs") / self.preset
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a run to go on with."""
+        return self.resume and (self.folder / "config.json").exists()
+
+    def __call__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
+        pace = self.pace()
+        if self.goes_on:
+            run = Run.open(self.folder)
+            run.resume(replace(run.config, **select(self, self.settings)))
+        else:
+            config = replace(PRESETS[self.preset], **select(self, self.settings))
+            run = Run.create(self.folder, config, overwrite=self.overwrite)
+        run.pace = pace
+        with run:
+            self.do(run)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Existing:
     """A command that does a stage in a run folder."""
 
+    stage: ClassVar[str]
     settings: ClassVar[type | None] = None
 
     folder: Positional[FilePath]
@@ -65,9 +111,28 @@ class _Existing:
     overwrite: bool = False
     """replace this stage's files, and drop what later stages made of them"""
 
-    def redo(self, stage: str) -> Run:
+    def __call__(self) -> None:
+        with self.redo() as run:
+            self.do(run)
+
+    def redo(self, **options: bool) -> Run:
         changes = select(self, self.settings) if self.settings else {}
-        return Run.open(self.folder).redo(stage, overwrite=self.overwrite, **changes)
+        run = Run.open(self.folder)
+        return run.redo(self.stage, overwrite=self.overwrite, **options, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LongExisting(_Long, _Existing):
+    def __call__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
+        pace = self.pace()
+        with self.redo(resume=self.resume) as run:
+            run.pace = pace
+            if self.stage in run.stages:
+                print(f"{self.stage} is finished in {run.folder}")
+            else:
+                self.do(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +144,7 @@ class RunCommand(Config, _New):
     def __post_init__(self) -> None:
         """Checked as a Config in `create`: an error here would reach the user in tyro's frame."""
 
-    def __call__(self) -> None:
-        run = self.create()
+    def do(self, run: Run) -> None:
         print(f"\n{pipeline.run_all(run)}\nReport, figures and weights: {run.folder}")
 
 
@@ -90,9 +154,9 @@ class TrainCommand(TrainConfig, _New):
 
     settings = TrainConfig
 
-    def __call__(self) -> None:
-        run = self.create()
-        pipeline.train(run)
+    def do(self, run: Run) -> None:
+        if "train" not in run.stages:
+            pipeline.train(run)
         print(f"{run.file('ends.safetensors')}; next: {run.again('match')}")
 
 
@@ -100,10 +164,10 @@ class TrainCommand(TrainConfig, _New):
 class MatchCommand(_Existing, MatchConfig):
     """Permute end b towards end a; needs `fastgeo train`."""
 
+    stage = "match"
     settings = MatchConfig
 
-    def __call__(self) -> None:
-        run = self.redo("match")
+    def do(self, run: Run) -> None:
         pipeline.match_ends(run)
         found = run.stages["match"]
         print(
@@ -115,25 +179,25 @@ class MatchCommand(_Existing, MatchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeCommand(_Existing, OptimizeConfig):
+class OptimizeCommand(_LongExisting, OptimizeConfig):
     """Optimise the path from a to the matched b; needs `fastgeo match`."""
 
+    stage = "optimize"
     settings = OptimizeConfig
 
-    def __call__(self) -> None:
-        run = self.redo("optimize")
+    def do(self, run: Run) -> None:
         pipeline.optimize_path(run)
         print(f"{run.file('path.safetensors')}; next: {run.again('evaluate')}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(_Existing, EvaluateConfig):
+class EvaluateCommand(_LongExisting, EvaluateConfig):
     """Evaluate the line, the matched line and the geodesic; needs `fastgeo optimize`."""
 
+    stage = "evaluate"
     settings = EvaluateConfig
 
-    def __call__(self) -> None:
-        run = self.redo("evaluate")
+    def do(self, run: Run) -> None:
         pipeline.evaluate_paths(run)
         print(f"{run.file('report.json')}; next: {run.again('plot')}")
 
@@ -142,8 +206,9 @@ class EvaluateCommand(_Existing, EvaluateConfig):
 class PlotCommand(_Existing):
     """Draw the figures and write report.md; needs `fastgeo evaluate`."""
 
-    def __call__(self) -> None:
-        run = self.redo("plot")
+    stage = "plot"
+
+    def do(self, run: Run) -> None:
         print(f"\n{pipeline.plot_report(run)}\nReport and figures: {run.folder}")
 
 
@@ -180,27 +245,43 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 2 for bad input, 130 when interrupted."""
+    """Entry point.
+
+    Exits with 0; 2 for bad input and what cannot be read or written; 75 when its minutes are over;
+    130 when interrupted; 143 when terminated.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if on_main_thread else None
     try:
         keep_pages()
         _command(argv)()
     except (ValueError, OSError) as error:
-        _complain(f"fastgeo: {error}", error)
+        _complain(f"fastgeo: {_sentence(error)}", error)
         sys.exit(BAD_INPUT)
     except torch.OutOfMemoryError as error:
         _complain("fastgeo: out of memory; lower batch-size, eval-batch-size or points", error)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as error:
-        _complain("\nfastgeo: interrupted", error)
-        sys.exit(INTERRUPTED)
+        _complain(f"\nfastgeo: {error if str(error) else 'interrupted'}", error)
+        sys.exit(getattr(error, "exit_code", INTERRUPTED))
+    finally:
+        if on_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM where there is no step to finish."""
+    raise Stopped("terminated", TERMINATED)
 
 
 def _command(argv: list[str]) -> _FromPreset | _Existing:
     """The command, its defaults those of the preset or of the run folder that it names."""
-    preset = _preset(argv)
+    preset = _preset(argv) or "digits"
     command = _parse(argv, preset, PRESETS[preset])
-    if isinstance(command, _Existing) and command.settings:
+    existing = isinstance(command, _Existing) and command.settings
+    # A preset that is named says what the settings are to be, also with --resume.
+    if existing or (isinstance(command, _New) and command.goes_on and not _preset(argv)):
         command = _parse(argv, preset, Run.open(command.folder).config)
     return command
 
@@ -214,7 +295,7 @@ def _parse(argv: list[str], preset: str, defaults: Config) -> _FromPreset | _Exi
     return tyro.cli(reduce(or_, choices), args=argv, prog="fastgeo", description=__doc__)
 
 
-def _preset(argv: list[str]) -> str:
+def _preset(argv: list[str]) -> str | None:
     """The value of --preset, which decides all other defaults, so it is read first."""
     for i, word in enumerate(argv):
         if word == "--preset" or word.startswith("--preset="):
@@ -222,7 +303,12 @@ def _preset(argv: list[str]) -> str:
             if name not in PRESETS:
                 raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
             return name
-    return "digits"
+    return None
+
+
+def _sentence(error: ValueError | OSError) -> str:
+    reason, file = getattr(error, "strerror", None), getattr(error, "filename", None)
+    return f"{file}: {reason}" if reason and file else str(error)
 
 
 def _complain(sentence: str, error: BaseException) -> None:

@@ -93,7 +93,7 @@ class MatchConfig(DeviceConfig):
     the correlations of the features on a batch of eval-batch-size training inputs"""
     match_restarts: int = 3
     """starts of the coordinate descent, the best of which is kept: b as it is (paper), from the
-    fixed axes inwards, from the activations, then from random permutations"""
+    fixed axes inwards, from the activations and mixtures of permutations, then random ones"""
     match_sweeps: int = 30
     """limit on the sweeps over all permutations in each (paper)"""
     match_seed: int = 0

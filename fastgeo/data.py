@@ -6,7 +6,7 @@ Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0.
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path as FilePath
@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastgeo.inputs import Stream
 
 CROP_PADDING = 4  # pixels; Tan et al. (2023) and He et al. (2016, section 4.2)
 TORCHVISION = {
@@ -83,7 +85,7 @@ class Dataset:
 
     def shuffled(
         self, batch_size: int, generator: torch.Generator, *, epochs: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> "Shuffled":
         """Batches of augmented training inputs and labels, in a new order each epoch.
 
         Args:
@@ -96,24 +98,13 @@ class Dataset:
                 f"batch_size must be within 1..{len(self.train.labels)}, the training images, got "
                 f"{batch_size}"
             )
-        for index, *window in self.draws(batch_size, generator, epochs=epochs):
-            index, *window = (drawn.to(self.device) for drawn in (index, *window))
-            yield self.batch(index, *window), self.train.labels[index]
+        return Shuffled(self, batch_size, generator, epochs)
 
-    def draws(
-        self, batch_size: int, generator: torch.Generator, *, epochs: int | None = None
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """What `shuffled` draws for every batch: which images [B], and the windows of augmented
-        ones, rows [B, H] and columns [B, W]; on the CPU."""
-        epoch = 0
-        while epochs is None or epoch < epochs:
-            order = torch.randperm(len(self.train.labels), generator=generator)
-            for index in order.split(batch_size):
-                if len(index) == batch_size and self.augmented:
-                    yield index, *windows(batch_size, *self.image_shape[1:], generator)
-                elif len(index) == batch_size:
-                    yield (index,)
-            epoch += 1
+    def draws(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+        """What `shuffled` draws for every batch, without end (see `Shuffled.draw`)."""
+        stream = self.shuffled(batch_size, generator)
+        while True:
+            yield stream.draw()
 
     def batch(self, index: Tensor, *window: Tensor) -> Tensor:
         """Normalised training images [B, C, H, W]; of windows if rows and columns are given."""
@@ -141,6 +132,58 @@ class Dataset:
         train, test = (Split(*(t.to(device) for t in split)) for split in (self.train, self.test))
         mean, std = self.mean.to(device), self.std.to(device)
         return replace(self, train=train, test=test, mean=mean, std=std)
+
+
+class Shuffled(Stream):
+    """What `Dataset.shuffled` returns."""
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, generator: torch.Generator, epochs: int | None
+    ):
+        self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
+        self.generator = generator
+        self._epoch, self._drawn = 0, 0
+        self._batches = dataset.batches_per_epoch(batch_size)
+        self._start, self._order = generator.get_state(), None
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """Which images are next [B], and the windows of augmented ones, rows [B, H] and columns
+        [B, W]; on the CPU."""
+        if self._drawn == self._batches:
+            self._epoch, self._drawn, self._order = self._epoch + 1, 0, None
+        if self._epoch == self.epochs:
+            raise StopIteration
+        if self._order is None:
+            self._shuffle()
+        index = self._order[self._drawn]
+        self._drawn += 1
+        if not self.dataset.augmented:
+            return (index,)
+        return index, *windows(len(index), *self.dataset.image_shape[1:], self.generator)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        index, *window = (drawn.to(self.dataset.device) for drawn in self.draw())
+        return self.dataset.batch(index, *window), self.dataset.train.labels[index]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator at the start of the epoch, which gives its order again, and now."""
+        now = self.generator.get_state()
+        start = now if self._order is None else self._start
+        place = torch.tensor([self._epoch, self._drawn])
+        return {"start": start, "now": now, "place": place}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._epoch, self._drawn = state["place"].tolist()
+        self.generator.set_state(state["start"])
+        self._order = None
+        if self._drawn:
+            self._shuffle()
+        self.generator.set_state(state["now"])
+
+    def _shuffle(self) -> None:
+        self._start = self.generator.get_state()
+        order = torch.randperm(len(self.dataset.train.labels), generator=self.generator)
+        self._order = order.split(self.batch_size)
 
 
 @dataclass(frozen=True)

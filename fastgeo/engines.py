@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo.agreement import check_agreement, outputs_and_gradients
-from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.inputs import Inputs, first_few, tensors_of
+from fastgeo.memory import ROOM, StepMemory, free_bytes
 from fastgeo.modes import evaluation_mode
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.values import first_line
@@ -28,6 +29,7 @@ VISITS = 3  # of each candidate, the first of them to warm up
 LONG = 2.0  # seconds; one visit of that length is enough
 CLEARLY = 0.95  # of an earlier candidate's time, for a later one to be preferred
 FEW = 4  # networks in one pass, whose memory stays in reach: the allocator's, and the processor's
+FEW_INPUTS = 8  # on which engines are checked and memory is estimated
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -119,6 +121,8 @@ class EngineChoice:
             if self.budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
                 engine = Engine(engine.network, chunk)
+            elif self.engine == "auto" and self.chunk is None:
+                engine = self._fitting(engine, params, inputs, per_point, points)
             self._visits[engine] = []
         if len(self._visits) == 1:
             self._choose()
@@ -183,10 +187,7 @@ class EngineChoice:
         Raises:
             ValueError: an engine was named, and does not.
         """
-        few, axis = inputs, int(per_point)
-        sizes = {tensor.shape[axis : axis + 1] for tensor in tensors_of(inputs)}
-        if len(sizes) == 1 and sizes != {()}:  # else not all are [B, ...]
-            few = each_tensor(lambda t: t[(slice(None),) * axis + (slice(8),)], inputs)
+        few, _ = first_few(inputs, FEW_INPUTS, int(per_point))
         if all(engine.network.engine == "loop" for engine in candidates):
             return candidates
         agreeing: list[Engine] = []
@@ -221,11 +222,22 @@ class EngineChoice:
             return None
         if 2 * each > self.budget:
             raise ValueError(
-                f"memory_budget {_size(self.budget)} is too small: the activations of one network "
-                f"are {_size(each)} on these inputs, and a step keeps those of two; give "
-                f"{_size(2 * each)} or smaller batches"
+                f"memory_budget {size_of(self.budget)} is too small: the activations of one "
+                f"network are {size_of(each)} on these inputs, and a step keeps those of two; give "
+                f"{size_of(2 * each)} or smaller batches"
             )
         return self.budget // (2 * each)
+
+    def _fitting(
+        self, engine: Engine, params: Parameters, inputs: Inputs, per_point: bool, points: int
+    ) -> Engine:
+        """The candidate, with fewer networks at a time if the memory is not there for it."""
+        free = free_bytes(next(iter(params.values())).device)
+        with evaluation_mode(self.module):
+            need = step_memory(engine.network, params, inputs, per_point=per_point, networks=points)
+        if free is None or need.peak(points, engine.chunk, streamed=not per_point) <= free:
+            return engine
+        return Engine(engine.network, need.fitting(points, free, streamed=not per_point) or 1)
 
     def finish(self) -> None:
         """The work is done: choose by what is known of the candidates, if they all had no turns."""
@@ -262,8 +274,9 @@ def activation_bytes(
         params: name -> [N, ...].
         inputs: [B, ...], or [N, B, ...] if per_point.
     """
+    own = dict(network.module.named_parameters(remove_duplicate=False))
     leaves = {
-        name: tensor.detach().requires_grad_(tensor.is_floating_point())
+        name: tensor.detach().requires_grad_(name in own and tensor.is_floating_point())
         for name, tensor in params.items()
     }
     given = [*leaves.values(), *tensors_of(inputs)]
@@ -278,8 +291,39 @@ def activation_bytes(
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(leaves, inputs, per_point=per_point)
-        keep(outputs)
+        if isinstance(outputs, Tensor):
+            keep(outputs)
     return sum(kept.values())
+
+
+def step_memory(
+    network: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    *,
+    networks: int,
+    copies: int = 5,
+    per_point: bool = False,
+    batch: int | None = None,
+) -> StepMemory:
+    """The memory of a step, from a forward pass of one network on a few inputs.
+
+    Args:
+        network: what `stack` returned, of a module in the mode that it is to be evaluated in.
+        params: name -> [1, ...] of one network.
+        inputs: [B, ...], or [1, B, ...] if per_point.
+        networks: how many there are in a step.
+        copies: of all weights that are alive at once: on a path they are those of this step, the
+            step before and the next one, the gradient, and the preconditioned gradient.
+        batch: inputs in a step, if they are not as many as there are here.
+    """
+    few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
+    if batch is not None:
+        scale = batch / tensors_of(few)[0].shape[int(per_point)]
+    kept = activation_bytes(network, params, few, per_point=per_point)
+    weights = networks * copies * sum(tensor.nbytes for tensor in params.values())
+    room = ROOM[next(iter(params.values())).device.type]
+    return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
 
 
 def bytes_of(memory: int | str) -> int:
@@ -298,7 +342,7 @@ def bytes_of(memory: int | str) -> int:
     return size
 
 
-def _size(number: int) -> str:
+def size_of(number: int) -> str:
     """A number of bytes, as `bytes_of` reads it."""
     for unit in ("GiB", "MiB", "KiB"):
         if number >= UNITS[unit[:2].lower()]:

@@ -1,9 +1,16 @@
-"""What fastgeo writes and reads: JSON and safetensors, whole or not at all, never pickle."""
+"""What fastgeo writes and reads: JSON and safetensors, whole or not at all, never pickle.
 
+Every file is written under a temporary name in the same folder, flushed to the disk and renamed.
+JSON and safetensors hold a checksum of their own content, so damage is noticed when they are read.
+"""
+
+import contextlib
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,16 +21,73 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 SCHEMA = 1
+PART = ".part"  # ends the name of what is not complete
+
+
+@contextlib.contextmanager
+def replacing(file: FilePath) -> Iterator[FilePath]:
+    """A temporary name in the same folder, which takes the file's place once it is written.
+
+    Raises:
+        OSError: the file cannot be written, in a sentence; what was there before is left.
+    """
+    temporary = file.with_name(f".{file.name}{PART}")
+    try:
+        with open(temporary, "wb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+        yield temporary
+        with open(temporary, "r+b") as stream:
+            os.fchmod(stream.fileno(), mode)  # safetensors would have nobody else read it
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        sync_folder(file.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(file, error) from error
+
+
+def sync_folder(folder: FilePath) -> None:
+    """Flush the names in a folder to the disk: a file is lost with its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(file: FilePath, error: Exception) -> OSError:
+    """The error as a sentence that names the file."""
+    return OSError(f"cannot write {file}: {_why(error)}")
+
+
+def remove_folder(folder: FilePath) -> None:
+    """Remove a folder; under its own name it is complete or absent at any time."""
+    if folder.exists():
+        dying = folder
+        if not folder.name.endswith(PART):
+            dying = folder.with_name(f".{folder.name}.old{PART}")
+            shutil.rmtree(dying, ignore_errors=True)
+            os.replace(folder, dying)
+        shutil.rmtree(dying, ignore_errors=True)
+
+
+def sha256_of(file: FilePath) -> str:
+    """As `sha256sum` prints it.
+
+    Raises:
+        ValueError: a missing file, or one that cannot be read.
+    """
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
 def write_bytes(file: FilePath, content: bytes) -> None:
-    """Write to a temporary name in the same folder, flush, rename."""
-    temporary = file.with_name(f".{file.name}.part")
-    with open(temporary, "wb") as stream:
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
         stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def write_figure(file: FilePath, figure: Figure) -> None:
@@ -34,8 +98,10 @@ def write_figure(file: FilePath, figure: Figure) -> None:
 
 
 def write_json(file: FilePath, content: Mapping[str, Any]) -> None:
-    """JSON with its schema version in front."""
-    text = json.dumps({"schema": SCHEMA, **content}, indent=1, ensure_ascii=False)
+    """JSON with its schema version in front and its checksum behind."""
+    content = {"schema": SCHEMA, **json.loads(json.dumps(content))}
+    content["checksum"] = _json_checksum(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     write_bytes(file, f"{text}\n".encode())
 
 
@@ -43,17 +109,25 @@ def read_json(file: FilePath) -> dict[str, Any]:
     """The content that `write_json` was given.
 
     Raises:
-        ValueError: a missing or damaged file, or a newer schema.
+        ValueError: a missing, damaged or edited file, or a newer schema.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
-        schema = content.pop("schema")
-    except (OSError, ValueError, KeyError) as error:
+        _check_schema(content["schema"])
+        checksum = content.pop("checksum")
+        if checksum != _json_checksum(content):
+            raise ValueError("it was damaged or edited: its checksum is of other content")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
-    _check_schema(file, schema)
+    del content["schema"]
     return content
+
+
+def _json_checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
@@ -68,8 +142,12 @@ def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
-def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Groups of named tensors as one safetensors file, each stored as GROUP/NAME."""
+def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Groups of named tensors as one safetensors file, each stored as GROUP/NAME.
+
+    Returns:
+        The checksum of their names, types, shapes and values, which the file holds, too.
+    """
     tensors: dict[str, Tensor] = {}
     written = set()
     for group, named in groups.items():
@@ -79,36 +157,71 @@ def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, T
             tensors[f"{group}/{name}"] = tensor.clone() if memory in written else tensor
             written.add(memory)
     order = {group: list(named) for group, named in groups.items()}
+    checksum = _checksum(kind, order, tensors)
     # One entry, since safetensors writes several in no fixed order: equal content, equal bytes.
-    header = {"fastgeo": json.dumps({"schema": SCHEMA, "kind": kind, "order": order})}
-    write_bytes(file, safetensors.torch.save(tensors, header))
+    header = {"schema": SCHEMA, "kind": kind, "order": order, "checksum": checksum}
+    with replacing(file) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"fastgeo": json.dumps(header)})
+    return checksum
 
 
 def read_tensors(
-    file: FilePath, kind: str, device: torch.device | str = "cpu"
+    file: FilePath,
+    kind: str,
+    device: torch.device | str = "cpu",
+    *,
+    checksum: str | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """The groups that `write_tensors` was given, names in their order.
+
+    Args:
+        checksum: what `write_tensors` returned, if it must have been this very file.
 
     Raises:
         ValueError: a missing or damaged file, one of another kind, or a newer schema.
     """
     try:
-        with safetensors.safe_open(file, "pt", device=str(device)) as stored:
+        with safetensors.safe_open(file, "pt") as stored:
             header = json.loads((stored.metadata() or {}).get("fastgeo", "{}"))
             if header.get("kind") != kind:
                 raise ValueError(f"it holds no {kind}")
-            _check_schema(file, header["schema"])
-            return {
-                group: {name: stored.get_tensor(f"{group}/{name}") for name in names}
-                for group, names in header["order"].items()
+            _check_schema(header["schema"])
+            order = header["order"]
+            # Copies: the tensors of an open file lie in its memory map, at any alignment.
+            tensors = {
+                f"{group}/{name}": stored.get_tensor(f"{group}/{name}").clone()
+                for group, names in order.items()
+                for name in names
             }
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        if header["checksum"] != _checksum(kind, order, tensors):
+            raise ValueError("it was damaged: its checksum is of other content")
+        if checksum not in (None, header["checksum"]):
+            raise ValueError("it is another file than the one written here")
+        return {
+            group: {name: tensors[f"{group}/{name}"].to(device) for name in names}
+            for group, names in order.items()
+        }
+    except (
+        *(OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError),
+        safetensors.SafetensorError,
+    ) as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
-def _check_schema(file: FilePath, schema: int) -> None:
+def _checksum(kind: str, order: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> str:
+    forms = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+    digest = hashlib.sha256(json.dumps([SCHEMA, kind, order, forms]).encode())
+    for tensor in tensors.values():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_schema(schema: Any) -> None:
     if schema != SCHEMA:
-        raise ValueError(f"{file} has schema {schema}; this fastgeo reads schema {SCHEMA}")
+        raise ValueError(
+            f"it has schema {schema}, which this fastgeo does not know: it reads schema {SCHEMA}; "
+            "a newer fastgeo may"
+        )
 
 
 def _why(error: Exception) -> str:

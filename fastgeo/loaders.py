@@ -1,13 +1,13 @@
 """A user's own data: batches as their loaders give them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgeo.inputs import Inputs, is_inputs, on_device
+from fastgeo.inputs import Inputs, Stream, is_inputs, on_device
 
 Batch = tuple[Inputs, Tensor]
 
@@ -36,16 +36,13 @@ class LoaderData:
         """How many batches one pass has; their size is the loader's own."""
         return self.batches
 
-    def shuffled(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> "LoaderStream":
         """Training batches without end, pass after pass, in the order that the loader gives.
 
         Torch's random numbers, which order and augment a DataLoader's data, are drawn from a stream
         of its own that the generator's seed starts, so several of these do not mix.
         """
-        stream = _RandomStream(generator.initial_seed())
-        while True:
-            for batch in stream.drawn(self.train):
-                yield self.checked("train", batch)
+        return LoaderStream(self, generator.initial_seed())
 
     def in_order(
         self, split: str, batch_size: int, *, augment_seed: int | None = None
@@ -78,6 +75,44 @@ class LoaderSplit:
     def __iter__(self) -> Iterator[Batch]:
         for batch in _RandomStream(0).drawn(getattr(self.data, self.split)):
             yield self.data.checked(self.split, batch)
+
+
+class LoaderStream(Stream):
+    """What `LoaderData.shuffled` returns.
+
+    To return to a place, the pass is begun again and the batches before it are left aside: what the
+    loader draws must be given by torch's random numbers.
+    """
+
+    def __init__(self, data: LoaderData, seed: int):
+        self.data = data
+        self._random = _RandomStream(seed)
+        self._start, self._drawn = self._random.state, 0
+        self._pass: Iterator[Any] | None = None
+
+    def __next__(self) -> Batch:
+        batch = next(self._pass or self._begin(), _END)
+        while batch is _END:
+            batch = next(self._begin(), _END)
+        self._drawn += 1
+        return self.data.checked("train", batch)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"start": self._start, "drawn": torch.tensor(self._drawn)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._random.state = state["start"]
+        self._begin()
+        for _ in range(int(state["drawn"])):
+            next(self)
+
+    def _begin(self) -> Iterator[Any]:
+        self._start, self._drawn = self._random.state, 0
+        self._pass = self._random.drawn(self.data.train)
+        return self._pass
+
+
+_END = object()
 
 
 class _RandomStream:

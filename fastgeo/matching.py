@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fastgeo.activations import correlations
 from fastgeo.assignment import Assignment
+from fastgeo.frank_wolfe import Relaxation
 from fastgeo.inputs import Inputs, each_tensor
 from fastgeo.path import StateDict, check_same_form, state_dict
 from fastgeo.permutation import Permutations, PermutationSpec
@@ -28,6 +29,7 @@ from fastgeo.values import no_fast_path
 
 SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
 METHODS = ("weights", "activations")
+RELAXED_STEPS = 100  # at most; it nearly always stops long before
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def match(
         method: "weights", or "activations": the features' correlations alone.
         restarts: starts of the coordinate descent, the best of which is kept. The first is the
             usual one, from b as it is; the second assigns every permutation once, from the fixed
-            axes inwards, by what is assigned already; the third starts from the activations;
-            further ones from random permutations.
+            axes inwards, by what is assigned already; the third goes from the activations through
+            mixtures of permutations (`fastgeo.frank_wolfe`); further ones are random.
         max_sweeps: limit on the sweeps over all permutations in each; one that improves nothing is
             the last.
         seed: of the order of the permutations within each sweep, and of random starts.
@@ -116,15 +118,17 @@ def match(
     inputs = example(module, example_input)
     symmetries = Symmetries(module, inputs)
     objective = Objective(symmetries.spec, first, second)
-    ways = ["activations"] if method == "activations" else STARTS[:restarts]
-    ways += ["random"] * (restarts - len(ways)) if method == "weights" else []
+    starts = [("activations",)]
+    if method == "weights":
+        starts = STARTS[:restarts] + [("random",)] * (restarts - len(STARTS))
     found = []
     with tqdm(
-        total=len(ways) * max_sweeps, desc="match", unit="sweep", disable=not progress, delay=1
+        total=len(starts) * max_sweeps, desc="match", unit="sweep", disable=not progress, delay=1
     ) as bar:
-        for restart, way in enumerate(ways):
+        for restart, ways in enumerate(starts):
             assignment = objective.assignment()
-            start_from(way, assignment, symmetries, first, second, inputs, seed + restart)
+            for way in ways:
+                start_from(way, assignment, symmetries, first, second, inputs, seed + restart)
             sweeps = 0
             if method == "weights":
                 sweeps = descend(assignment, max_sweeps, seed + restart, bar)
@@ -146,7 +150,7 @@ def match(
     )
 
 
-STARTS = ["as it is", "inwards", "activations"]
+STARTS: list[tuple[str, ...]] = [(), ("inwards",), ("activations", "relaxed")]
 
 
 class Objective:
@@ -178,6 +182,8 @@ def start_from(
         assignment.assign_inwards()
     elif way == "activations":
         assignment.assign(correlations(symmetries, a, b, inputs))
+    elif way == "relaxed":
+        Relaxation(assignment).ascend(RELAXED_STEPS)
     elif way == "random":
         assignment.apply(symmetries.spec.random(torch.Generator().manual_seed(seed)))
 

@@ -7,18 +7,20 @@ removes that factor at the same optimum and learning rate.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import islice
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastgeo.checkpoint import Checkpoints, State
+from fastgeo.diagnose import all_finite, first_not_finite, where
 from fastgeo.energy import EndLogits, energy_and_gradient
 from fastgeo.engines import EngineChoice
-from fastgeo.inputs import inputs_of, on_device
+from fastgeo.inputs import Inputs, Passes, on_device
 from fastgeo.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
-from fastgeo.phases import drawn, phase
+from fastgeo.phases import phase
 from fastgeo.precision import matmul_precision
 
 
@@ -38,6 +40,7 @@ def optimize(
     precision: str = "fp32",
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, Path], None] | None = None,
+    checkpoints: Checkpoints | None = None,
     progress: bool = False,
 ) -> Path:
     """Move the interior of a path towards the geodesic between its ends.
@@ -76,6 +79,9 @@ def optimize(
             of each candidate, "failed": why others were left out} when the engine is known.
         on_step: called before every update with {"step", "energy": nats, "sqrt_jsd",
             "euclidean"} on the step's batch, and the path that has them, which may be kept.
+        checkpoints: where to save the state now and then, and to go on from if there is one: on a
+            CPU, to the same result to the last bit. Batches before it are drawn again and left
+            aside; random numbers in them must be torch's.
         progress: show a progress bar.
 
     Returns:
@@ -84,7 +90,7 @@ def optimize(
     Raises:
         TypeError: a path, module or batches of another type.
         ValueError: a path that is not of this module, no parameter to train, lr <= 0, too few
-            batches, or an energy that stops being finite.
+            batches, an energy or gradient that stops being finite, or checkpoints of another path.
 
     Example:
         >>> path = Path.linear(a, b, 25)
@@ -112,15 +118,25 @@ def optimize(
     trained = trained_names(module)
     inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
 
-    taken = 0
+    order, first = Passes(batches, repeat=steps is not None), 0
+    if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
+        path, first = _restored(path, saved), saved.step
+        order.load_state_dict(saved.tensors["state"]["order"])
+        saved.set_generators()
+    step = first
     with (
         mode,
         matmul_precision(precision),
-        tqdm(total=steps, desc="optimize", unit="step", disable=not progress) as bar,
+        tqdm(total=steps, initial=first, desc="optimize", unit="step", disable=not progress) as bar,
     ):
-        for step, given in enumerate(
-            islice(drawn(inputs_of(batches, repeat=steps is not None)), steps)
-        ):
+        for step in count(first):
+            if checkpoints is not None:
+                place = {"state": {"order": order.state_dict()}}
+                checkpoints.reached(State(step, {"path": path._parts(), **place}))
+            with phase("data"):
+                given = None if step == steps else next(order, None)
+            if given is None:
+                break
             inputs = on_device(given, path.device)
             one = {name: tensor[None] for name, tensor in path.start.items()}
             choice.prepare(one, inputs, points=len(path) - 2)
@@ -130,26 +146,64 @@ def optimize(
                 )
             )
             if not torch.isfinite(energies).all():
-                edge = int((~torch.isfinite(energies)).nonzero()[0])
+                if checkpoints is not None:
+                    checkpoints.distrust()
                 cause = f"lower lr (now {lr})" if step else "look at the inputs and the two ends"
+                why = _why_not_finite(path, module, inputs, energies)
+                raise ValueError(f"optimisation stopped at step {step}: {why}; {cause}")
+            if not all_finite(gradient.values()):
+                name, i = first_not_finite(gradient)
                 raise ValueError(
-                    f"optimisation stopped at step {step}: the divergence of edge {edge} is "
-                    f"{energies[edge].item()}; {cause}"
+                    f"optimisation stopped at step {step}: the gradient of {name} is not finite at "
+                    f"point {i + 1}, between edges {i} and {i + 1}; lower lr (now {lr})"
                 )
+            metrics = _metrics(step, energies, path)
+            if checkpoints is not None:
+                checkpoints.record(metrics)
             if on_step is not None:
-                on_step(_metrics(step, energies, path), path)
+                on_step(metrics, path)
             with phase("update"):
                 path = _updated(path, gradient, trained, lr, inverse)
-            taken += 1
             bar.update()
             bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)
     choice.finish()
-    if taken < (steps or 1):
-        raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
-    for name, tensor in path.interior.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite after step {taken - 1}; lower lr (now {lr})")
+    if step < (steps or 1):
+        raise ValueError(f"batches ended after {step} of {steps or 1} steps")
+    if not all_finite(path.interior.values()):
+        if checkpoints is not None:
+            checkpoints.distrust()
+        name, i = first_not_finite(path.interior)
+        raise ValueError(
+            f"{name} is not finite at point {i + 1} after step {step - 1}; lower lr (now {lr})"
+        )
     return path
+
+
+def _restored(path: Path, saved: State) -> Path:
+    """The saved path; ValueError unless it is between the same ends and as long."""
+    found = Path(**saved.tensors["path"]).to(path.device)
+    same = len(found) == len(path) and all(
+        name in found_end and torch.equal(found_end[name], tensor)
+        for end, found_end in ((path.start, found.start), (path.end, found.end))
+        for name, tensor in end.items()
+    )
+    if not same:
+        raise ValueError(
+            "the checkpoints hold a path between other ends, or of another number of points"
+        )
+    return found
+
+
+def _why_not_finite(path: Path, module: nn.Module, inputs: Inputs, energies: Tensor) -> str:
+    """In words: the first edge that has no finite divergence, and the layer where that begins."""
+    edge = int((~torch.isfinite(energies)).nonzero()[0])
+    for point in (edge, edge + 1):
+        reason = where(module, path._point(point), inputs)
+        if "every layer" not in reason:
+            break
+    return (
+        f"the divergence of edge {edge} is {energies[edge].item()}, since at point {point} {reason}"
+    )
 
 
 def inverse_path_laplacian(size: int) -> Tensor:

@@ -1,10 +1,8 @@
 """The stages of a run, each on the folder that the one before left (`fastgeo.run`)."""
 
 import contextlib
-import json
-import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from fastgeo import plot, report
 from fastgeo.breakdown import breakdown
+from fastgeo.checkpoint import Checkpoints, State, Stopped
 from fastgeo.evaluate import evaluate
 from fastgeo.files import (
     read_json,
@@ -29,27 +28,30 @@ from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling import chosen_engine, compare
 from fastgeo.recalibrate import recalibrate
-from fastgeo.run import Run
-from fastgeo.train import train_ends
+from fastgeo.run import READS, STAGES, WEIGHTS, Run
+from fastgeo.train import LETTERS, seeded, train_ends
 
 
 def train(run: Run) -> None:
     """Train the ends in one stacked pass, or take the weights that were given."""
     c = run.config
-    if c.a is not None:
-        with _stage(run, "train") as found:
-            _write_ends(run.file("ends.safetensors"), run.given_ends())
+    with _stage(run, "train") as found:
+        if c.a is not None:
+            ends = run.given_ends()
             found.update(a=c.a, b=c.b)
-        return
-    with (
-        _stage(run, "train"),
-        _steps(run, "training.jsonl", "ends.partial.safetensors", _write_ends) as on_step,
-    ):
-        options = run.engine_options("train")
-        ends = train_ends(
-            run.new_module, run.dataset, c.seeds, c, on_step=on_step, progress=True, **options
-        )
-        _write_ends(run.file("ends.safetensors"), ends)
+        else:
+            with _steps(run, "train", "training.jsonl", found) as checkpoints:
+                ends = train_ends(
+                    run.new_module,
+                    run.dataset,
+                    c.seeds,
+                    c,
+                    checkpoints=checkpoints,
+                    progress=True,
+                    **run.engine_options("train"),
+                )
+        groups = dict(zip(LETTERS, ends, strict=False))
+        write_tensors(run.file("ends.safetensors"), "ends", groups)
 
 
 def match_ends(run: Run) -> None:
@@ -87,33 +89,32 @@ def match_ends(run: Run) -> None:
 def optimize_path(run: Run) -> None:
     """Optimise the interior of the line from a to the matched b."""
     c = run.config
-    with (
-        _stage(run, "optimize"),
-        _steps(run, "metrics.jsonl", "path.partial.safetensors", _write_path) as on_step,
-    ):
+    with _stage(run, "optimize") as found:
         a, b = run.ends()
         module = run.new_module()
-        path = optimize(
-            _line(run, a, run.matched(b)),
-            module,
-            run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed)),
-            steps=c.steps,
-            lr=c.lr,
-            precondition=c.precondition,
-            on_step=on_step,
-            progress=True,
-            **run.engine_options("optimize"),
-        )
+        with _steps(run, "optimize", "metrics.jsonl", found) as checkpoints:
+            path = optimize(
+                _line(run, a, run.matched(b)),
+                module,
+                run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed)),
+                steps=c.steps,
+                lr=c.lr,
+                precondition=c.precondition,
+                checkpoints=checkpoints,
+                progress=True,
+                **run.engine_options("optimize"),
+            )
         if c.batchnorm == "recalibrate":
             batches = run.dataset.in_order("train", c.batch_size)
             path = recalibrate(path, module, batches, chunk=c.chunk, progress=True)
-        _write_path(run.file("path.safetensors"), path)
+        path.save(run.file("path.safetensors"))
 
 
 def evaluate_paths(run: Run) -> None:
     """Evaluate the line, the matched line and the geodesic, and write report.json."""
     c = run.config
-    with _stage(run, "evaluate"):
+    with _stage(run, "evaluate") as found:
+        started = time.perf_counter()
         a, b = run.ends()
         paths = {
             "linear": _line(run, a, b),
@@ -125,21 +126,37 @@ def evaluate_paths(run: Run) -> None:
         if run.dataset.augmented:
             splits["augmented_train"] = in_order("train", size, augment_seed=c.path_seed)
         module = run.new_module()
-        results = {}
+        checkpoints = run.checkpoints("evaluate")
+        saved = checkpoints.load("evaluate")
+        results = {} if saved is None else saved.values["results"]
+        found["seconds"] = checkpoints.seconds_before
         for name, path in paths.items():
+            if name in results:
+                continue
             options = run.engine_options("evaluate")
-            results[name] = evaluate(
+            result = evaluate(
                 path, module, splits, progress=True, description=f"evaluate {name}", **options
             )
-    content = report.build(c, run.stages, run.engines, run.device, results)
-    write_json(run.file("report.json"), content)
+            results[name] = result.to_json()
+            checkpoints.reached(State(len(results), {}, {"results": results}), save=True)
+        seconds = found["seconds"] + time.perf_counter() - started
+        stages = run.stages | {"evaluate": {"seconds": seconds}}
+        files = {name: run.recorded(name) for name in WEIGHTS}
+        content = report.build(c, stages, run.engines, files, run.device, results)
+        write_json(run.file("report.json"), content)
 
 
 def plot_report(run: Run) -> str:
     """Draw the figures and write report.md; returns the summary table."""
-    content = read_json(run.file("report.json"))
-    metrics = read_json_lines(run.file("metrics.jsonl"))
-    try:
+    with _stage(run, "plot"):
+        content = read_json(run.file("report.json"))
+        metrics = read_json_lines(run.file("metrics.jsonl"))
+        for name in WEIGHTS:
+            if content["files"][name] != run.recorded(name):
+                raise ValueError(
+                    f"{run.file('report.json')} is about another {name}; make it anew with: "
+                    f"{run.again('evaluate')} --overwrite"
+                )
         figures = {
             "path_loss.png": plot.loss_figure(content),
             "path_length.png": plot.length_figure(metrics, content),
@@ -147,21 +164,24 @@ def plot_report(run: Run) -> str:
         for name, figure in figures.items():
             write_figure(run.file(name), figure)
         write_bytes(run.file("report.md"), report.markdown(content).encode())
-        return report.summary(content)
-    except KeyError as error:
-        raise ValueError(
-            f"report.json or metrics.jsonl in {run.folder} lacks {error}; make them anew with: "
-            f"{run.again('optimize')} --overwrite"
-        ) from error
+    return report.summary(content)
+
+
+DO = {
+    "train": train,
+    "match": match_ends,
+    "optimize": optimize_path,
+    "evaluate": evaluate_paths,
+    "plot": plot_report,
+}
 
 
 def run_all(run: Run) -> str:
-    """All stages in order; returns the summary table."""
-    train(run)
-    match_ends(run)
-    optimize_path(run)
-    evaluate_paths(run)
-    return plot_report(run)
+    """All stages in order, but for those that are finished; returns the summary table."""
+    for stage in STAGES:
+        if stage not in run.stages:
+            DO[stage](run)
+    return report.summary(read_json(run.file("report.json")))
 
 
 def profile(
@@ -197,47 +217,34 @@ def profile(
 
 @contextlib.contextmanager
 def _stage(run: Run, name: str) -> Iterator[dict[str, Any]]:
-    """Time a stage and record it with what it found; if it is cut short, note how to go on."""
-    started, found = time.perf_counter(), {}
+    """Time a stage and record it with what it found; if it is cut short, note how to go on.
+
+    The files that it reads are those that the stages before it left, or it is refused.
+    """
+    started, found = time.perf_counter(), {"seconds": 0.0}
     try:
-        yield found
-    except BaseException as error:
-        error.add_note(f"finished stages are in {run.folder}; go on with: {run.again(name)}")
+        run.verify(READS[name])
+        with seeded(run.config.path_seed, run.device):
+            yield found
+    except (Stopped, KeyboardInterrupt, OSError) as error:
+        error.add_note(f"go on with: {run.go_on}")
         raise
-    run.finish(name, seconds=time.perf_counter() - started, **found)
+    except Exception as error:
+        again = run.again(name).removesuffix(" --overwrite")
+        error.add_note(f"with other settings: {again} --overwrite")
+        raise
+    found["seconds"] += time.perf_counter() - started  # earlier processes' are in it
+    run.finish(name, **found)
 
 
 @contextlib.contextmanager
-def _steps(
-    run: Run, log: str, partial: str, write: Callable[[FilePath, Any], None]
-) -> Iterator[Callable[[dict, Any], None]]:
-    """An on_step callback that logs a line a step; if the stage is cut short, the last good state
-    is kept in the file `partial`, and the exception carries a note that says so."""
-    latest = None
-
-    def on_step(metrics: dict, state: Any) -> None:
-        nonlocal latest
-        latest = state
-        stream.write(json.dumps(metrics) + "\n")
-
-    with open(run.file(log), "w", encoding="utf-8", buffering=1) as stream:
-        try:
-            yield on_step
-        except BaseException as error:
-            if latest is not None:
-                write(run.file(partial), latest)
-                error.add_note(f"the last good state is in {run.file(partial)}")
-            raise
+def _steps(run: Run, stage: str, log: str, found: dict[str, Any]) -> Iterator[Checkpoints]:
+    """The states of a stage that goes step by step, and its log with a line a step."""
+    with run.checkpoints(stage, log) as checkpoints:
+        yield checkpoints
+    found["seconds"] = checkpoints.seconds_before
 
 
 def _line(run: Run, a: dict[str, Tensor], b: dict[str, Tensor]) -> Path:
     c = run.config
     return Path.linear(a, b, c.points, spacing=c.spacing, batchnorm=c.batchnorm)
-
-
-def _write_ends(file: FilePath, ends: list[dict[str, Tensor]]) -> None:
-    write_tensors(file, "ends", dict(zip(string.ascii_lowercase, ends, strict=False)))
-
-
-def _write_path(file: FilePath, path: Path) -> None:
-    path.save(file)

@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastgeo.engines import Engine
-from fastgeo.inputs import inputs_of, on_device
+from fastgeo.inputs import Passes, on_device
 from fastgeo.modes import batch_norms, batch_statistics, tracking_instance_norm
 from fastgeo.path import Path, check_path_of
 from fastgeo.stacking import stack
@@ -63,7 +63,7 @@ def recalibrate(
     engine = Engine(stack(module, batchnorm="recalibrate"), chunk)
     seen = 0
     for given in tqdm(
-        inputs_of(batches, repeat=False),
+        Passes(batches, repeat=False),
         desc="recalibrate",
         unit="batch",
         disable=not progress,

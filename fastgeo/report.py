@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fastgeo.config import Config
-from fastgeo.evaluate import Evaluation
 from fastgeo.permutation import PermutationSpec
 
 TITLES = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
@@ -19,21 +18,27 @@ def build(
     config: Config,
     stages: Mapping[str, Mapping],
     engines: Mapping[str, Mapping],
+    files: Mapping[str, str],
     device: torch.device,
-    results: Mapping[str, Evaluation],
+    results: Mapping[str, Mapping],
 ) -> dict:
-    """The content of report.json."""
+    """The content of report.json.
+
+    Args:
+        files: name -> SHA-256 of the files that it is about.
+        results: name of each path -> `Evaluation.to_json`.
+    """
     seconds = {name: found["seconds"] for name, found in stages.items()}
-    matching = {key: value for key, value in stages["match"].items() if key != "seconds"}
+    own = ("seconds", "files")
+    matching = {key: value for key, value in stages["match"].items() if key not in own}
     return {
         "environment": environment(device),
         "config": asdict(config),
         "seconds": seconds | {"total": sum(seconds.values())},
         "matching": matching,
         "engines": dict(engines),
-        "paths": {
-            name: {"augmented_train": None} | result.to_json() for name, result in results.items()
-        },
+        "files": dict(files),
+        "paths": {name: {"augmented_train": None, **result} for name, result in results.items()},
     }
 
 

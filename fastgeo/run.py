@@ -1,21 +1,21 @@
 """A run folder: its settings, what each stage took and found, and its files.
 
-    config.json                every setting, what each stage took and found, the engines chosen
-    ends.safetensors           a/NAME and b/NAME (and c/NAME, ... of further networks)
-    training.jsonl             a line a training step
-    permutation.safetensors    permutation/NAME, which bring b to a
-    matched.safetensors        the permuted b, a plain state dict
-    matching.md                what was matched, how well, and which axes stay and why
-    path.safetensors           the geodesic
-    metrics.jsonl              a line an optimisation step
-    report.json                the evaluation of the three paths
-    report.md, path_loss.png, path_length.png
-
-A stage that is cut short leaves what it had as ends.partial or path.partial.safetensors.
+config.json             every setting, what each stage took and found, the engines chosen, and
+                        the SHA-256 of each stage's files
+ends.safetensors        a/NAME and b/NAME (and c/NAME, ... of further networks)
+training.jsonl          a line a training step
+permutation.safetensors    permutation/NAME, which bring b to a
+matched.safetensors     the permuted b, a plain state dict
+matching.md             what was matched, how well, and which axes stay and why
+path.safetensors        the geodesic
+metrics.jsonl           a line an optimisation step
+report.json             the evaluation of the three paths
+report.md, path_loss.png, path_length.png
+checkpoint/             where a stage that is not finished goes on from
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -24,36 +24,49 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo import models, user
+from fastgeo import lock, models, user
+from fastgeo.checkpoint import Checkpoints
 from fastgeo.config import Config, flag
 from fastgeo.data import Dataset, load
 from fastgeo.energy import logits_of
+from fastgeo.engines import size_of, step_memory
 from fastgeo.evaluate import label_rows
-from fastgeo.files import read_json, read_tensors, write_json
+from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
 from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
+from fastgeo.memory import ROOM, free_bytes
 from fastgeo.modes import refuse_batch_norm
+from fastgeo.stacking import StackedModule
 from fastgeo.symmetry import permutation_spec
 from fastgeo.train import training_steps
 
 WRITES = {
-    "train": ("ends.safetensors", "ends.partial.safetensors", "training.jsonl"),
+    "train": ("ends.safetensors", "training.jsonl"),
     "match": ("permutation.safetensors", "matched.safetensors", "matching.md"),
-    "optimize": ("path.safetensors", "path.partial.safetensors", "metrics.jsonl"),
+    "optimize": ("path.safetensors", "metrics.jsonl"),
     "evaluate": ("report.json",),
     "plot": ("report.md", "path_loss.png", "path_length.png"),
 }
 STAGES = tuple(WRITES)
+WEIGHTS = tuple(WRITES[stage][0] for stage in ("train", "match", "optimize"))
+READS = {
+    "train": (),
+    "match": WEIGHTS[:1],
+    "optimize": WEIGHTS[:2],
+    "evaluate": WEIGHTS,
+    "plot": (*WEIGHTS, "metrics.jsonl", "report.json"),
+}
 
 
 class Run:
-    """A run folder and its settings.
+    """A run folder and its settings; as a context, no other process may work in it.
 
     Attributes:
         folder: where it is.
         config: all settings.
         stages: name of each finished stage -> what it took ("seconds") and found.
         engines: name of each stage -> the engine chosen in it, which is kept if it is done again.
+        pace: how often states are saved and when to stop, as `fastgeo.Checkpoints` takes them.
     """
 
     def __init__(
@@ -65,6 +78,16 @@ class Run:
     ):
         self.folder, self.config = folder, config
         self.stages, self.engines = stages or {}, engines or {}
+        self.pace: dict[str, float] = {}
+        self._lock: lock.Lock | None = None
+        self._verified: set[str] = set()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def create(cls, folder: FilePath, config: Config, *, overwrite: bool) -> "Run":
@@ -74,9 +97,12 @@ class Run:
             ValueError: a folder that holds something else, or settings that do not fit the data;
                 nothing is changed then.
         """
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; name a folder with --out")
-        if folder.exists() and any(folder.iterdir()):
+
+        def check_folder() -> None:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file; name a folder with --out")
+            if not folder.exists() or not any(map(_is_kept, folder.iterdir())):
+                return
             try:
                 cls.open(folder)
             except ValueError as error:
@@ -85,12 +111,24 @@ class Run:
                 ) from error
             if not overwrite:
                 raise ValueError(
-                    f"{folder} already holds a run; name another with --out, or --overwrite it"
+                    f"{folder} already holds a run; name another with --out, go on with it by "
+                    "--resume, or --overwrite it"
                 )
+
+        check_folder()
         run = cls(folder, _with_absolute_files(config))
         run.check()
-        folder.mkdir(parents=True, exist_ok=True)
-        run.drop("train")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        run._lock = lock.Lock(folder)
+        try:
+            check_folder()  # again: another process may have been faster
+            run.drop("train")
+        except BaseException:
+            run._lock.release()
+            raise
         return run
 
     @classmethod
@@ -103,43 +141,144 @@ class Run:
         file = folder / "config.json"
         if not file.exists():
             raise ValueError(f"{folder} holds no run (no config.json); start one with: fastgeo run")
-        content = read_json(file)
         try:
+            content = read_json(file)
             config, stages = Config(**content["config"]), dict(content["stages"])
             return cls(folder, config, stages, dict(content["engines"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
+            what = str(error) if str(file) in str(error) else f"cannot read {file}: {error}"
+            raise ValueError(
+                f"{what}; bring back a copy of it, or begin anew in another folder: the settings "
+                f"are lost, not the weights in {folder}"
+            ) from error
 
-    def redo(self, stage: str, *, overwrite: bool, **changes: object) -> "Run":
-        """The same run with other settings, about to do a stage (again).
+    def redo(
+        self, stage: str, *, overwrite: bool, resume: bool = False, **changes: object
+    ) -> "Run":
+        """The same run with other settings, about to do a stage (again), or to go on with it.
 
         Raises:
-            ValueError: the stage was done and not overwrite, or one before it was not.
+            ValueError: the stage was done or begun and neither overwrite nor resume, one before it
+                was not done, or settings that change in the middle of it.
         """
+        run = Run(self.folder, _with_absolute_files(replace(self.config, **changes)))
+        run._lock = lock.Lock(self.folder)
+        try:
+            run.stages = Run.open(self.folder).stages  # as they are now that no other is at work
+            run.engines = self.engines if run.config == self.config else {}
+            if resume:
+                self.refuse_changes(run.config)
+            run._prepare(stage, overwrite, resume)
+        except BaseException:
+            run._lock.release()
+            raise
+        return run
+
+    def _prepare(self, stage: str, overwrite: bool, resume: bool) -> None:
         for before in STAGES[: STAGES.index(stage)]:
             result = WRITES[before][0]
             if before not in self.stages or not self.file(result).exists():
                 raise ValueError(
                     f"{self.folder} has no {result} yet; make it with: {self.again(before)}"
                 )
-        if self.file(WRITES[stage][0]).exists() and not overwrite:
+        if self.file(WRITES[stage][0]).exists() and not (overwrite or resume):
             raise ValueError(
                 f"{self.file(WRITES[stage][0])} exists; --overwrite replaces it and what later "
                 "stages made of it"
             )
-        config = _with_absolute_files(replace(self.config, **changes))
-        engines = self.engines if config == self.config else {}
-        run = Run(self.folder, config, self.stages, engines)
+        if (begun := self.begun(stage)) and not (overwrite or resume):
+            raise ValueError(
+                f"{begun} is where an unfinished {stage} goes on from; give --resume to do so, or "
+                "--overwrite to begin anew"
+            )
+        self.verify(READS[stage])
         if stage != "plot":
-            run.check()
-        run.drop(stage)
-        return run
+            self.check()
+        if not resume:
+            self.drop(stage)
+
+    def resume(self, config: Config) -> None:
+        """Go on with a run that was stopped, wherever that was.
+
+        Raises:
+            ValueError: other settings than it has, or a damaged file.
+        """
+        self._lock = lock.Lock(self.folder)
+        try:
+            self.refuse_changes(config)
+            self.stages = Run.open(self.folder).stages
+            self.tidy()
+            self.verify([name for stage in self.stages for name in self.stages[stage]["files"]])
+            self.check()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def refuse_changes(self, config: Config) -> None:
+        """ValueError, naming the first difference, unless the settings are those of this run."""
+        there, here = asdict(self.config), asdict(_with_absolute_files(config))
+        for name, value in there.items():
+            if value != here[name]:
+                raise ValueError(
+                    f"--{flag(name)} is {value} in {self.folder}, not {here[name]}; --resume goes "
+                    "on with the run's own settings: leave it out, or begin anew with --overwrite"
+                )
+
+    def tidy(self) -> None:
+        """Remove what a process left that was killed while it was writing."""
+        for file in self.folder.glob(f".*{PART}"):
+            file.unlink(missing_ok=True)
+
+    def begun(self, stage: str) -> FilePath | None:
+        """A saved state of a stage that is not finished."""
+        return max(self.file("checkpoint").glob(f"{stage}-*"), default=None)
 
     def again(self, stage: str) -> str:
         """The command that does a stage of this run."""
         if stage == "train":
             return f"fastgeo train --out {self.folder} --overwrite"
         return f"fastgeo {stage} {self.folder}"
+
+    @property
+    def go_on(self) -> str:
+        """The command that does all that is left to do."""
+        return f"fastgeo run --out {self.folder} --resume"
+
+    def checkpoints(self, stage: str, log: str | None = None) -> Checkpoints:
+        """Where a stage saves its states; they belong to its settings and to what it reads."""
+        files = {name: self.recorded(name) for name in READS[stage]}
+        return Checkpoints(
+            self.file("checkpoint"),
+            of={**asdict(self.config), **files},
+            log=None if log is None else self.file(log),
+            **self.pace,
+        )
+
+    def recorded(self, name: str) -> str | None:
+        """The SHA-256 that a file had when its stage was finished."""
+        for found in self.stages.values():
+            if name in found.get("files", {}):
+                return found["files"][name]
+        return None
+
+    def verify(self, names: Sequence[str]) -> None:
+        """ValueError, naming the file, unless these are as their stages left them."""
+        for name in names:
+            if name in self._verified:
+                continue
+            stage = next(stage for stage in STAGES if name in WRITES[stage])
+            again = self.again(stage)
+            again += "" if again.endswith("--overwrite") else " --overwrite"
+            try:
+                same = sha256_of(self.file(name)) == self.recorded(name)
+            except ValueError as error:
+                raise ValueError(f"{error}; make it anew with: {again}") from error
+            if not same:
+                raise ValueError(
+                    f"cannot read {self.file(name)}: it is not as {stage} left it here, but "
+                    f"damaged, edited or of another run; make it anew with: {again}"
+                )
+            self._verified.add(name)
 
     def check(self) -> None:
         """ValueError if the settings do not fit the data, the network or the machine."""
@@ -151,6 +290,44 @@ class Run:
         else:
             self.given_ends()
         self._check_forward(module)
+        self._check_memory(module)
+
+    def _check_memory(self, module: nn.Module) -> None:
+        """ValueError, naming the chunk that would fit, if a step will find too little memory."""
+        c, free = self.config, free_bytes(self.device)
+        if free is None or c.memory_budget is not None:
+            return
+        inputs, labels = next(iter(self.dataset.in_order("train", 8)))
+        inputs = on_device(inputs, torch.device("cpu"))
+        network = StackedModule(module.eval(), engine=c.engine, batchnorm="recalibrate")
+        params = {name: tensor[None] for name, tensor in module.state_dict().items()}
+        own = isinstance(self.dataset, LoaderData)
+        steps = {
+            "training": (c.train_batch_size, c.count, 6, False, True),
+            "optimisation": (c.batch_size, c.points - 2, 5, True, True),
+            "evaluation": (c.eval_batch_size, c.points, 2, False, False),
+        }
+        if c.a is not None:
+            del steps["training"]
+        for what, (batch, networks, copies, streamed, kept) in steps.items():
+            need = step_memory(
+                network,
+                params,
+                inputs,
+                networks=networks,
+                copies=copies,
+                batch=len(labels) if own else batch,
+            )
+            need = replace(need, room=ROOM[self.device.type], kept=kept)
+            chunk = 1 if c.chunk is None and c.engine == "auto" else c.chunk  # auto finds one
+            peak = need.peak(networks, chunk, streamed=streamed)
+            if peak > free:
+                fits = need.fitting(networks, free, streamed=streamed)
+                advice = "smaller batches" if fits is None else f"--chunk {fits}"
+                raise ValueError(
+                    f"a step of the {what} would take about {size_of(peak)}, and {size_of(free)} "
+                    f"are free on {self.device}; give {advice}"
+                )
 
     @torch.no_grad()
     def _check_forward(self, module: nn.Module) -> None:
@@ -174,15 +351,23 @@ class Run:
 
     def drop(self, stage: str) -> None:
         """Remove what this stage and later ones wrote."""
-        for name in STAGES[STAGES.index(stage) :]:
+        names = STAGES[STAGES.index(stage) :]
+        for name in names:
             self.stages.pop(name, None)
+        self.save_config()  # first, since a stage without its files is damage
+        for name in names:
             for file in WRITES[name]:
                 self.file(file).unlink(missing_ok=True)
-        self.save_config()
+        Checkpoints(self.file("checkpoint")).clear()
+        self.tidy()
 
     def finish(self, stage: str, **found: object) -> None:
-        self.stages[stage] = found
+        names = [name for name in WRITES[stage] if self.file(name).exists()]
+        files = {name: sha256_of(self.file(name)) for name in names}
+        self.stages[stage] = {**found, "files": files}
+        self._verified.update(names)
         self.save_config()
+        Checkpoints(self.file("checkpoint")).clear()
 
     def save_config(self) -> None:
         content = {"config": asdict(self.config), "stages": self.stages, "engines": self.engines}
@@ -282,6 +467,11 @@ class Run:
         inputs, _ = next(iter(self.dataset.in_order("train", 2)))
         spec = permutation_spec(self.new_module(), inputs)
         return spec.permute(b, groups["permutation"])
+
+
+def _is_kept(file: FilePath) -> bool:
+    """Whether a file is more than what a killed process may leave of itself."""
+    return file.name != lock.NAME and not (file.name.startswith(".") and file.suffix == PART)
 
 
 def _with_absolute_files(config: Config) -> Config:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fastgeo.data import Dataset
 from fastgeo.energy import energy_and_gradient, logits_of
 from fastgeo.engines import Engine, EngineChoice
-from fastgeo.inputs import Inputs, inputs_of
+from fastgeo.inputs import Inputs, Passes
 from fastgeo.modes import evaluation_mode
 from fastgeo.optimize import trained_names
 from fastgeo.path import Path, check_path_of
@@ -50,7 +50,7 @@ class Given:
     """Batches of equal shapes as they come, and again from the first one when they end."""
 
     def __init__(self, batches: Iterable):
-        self.batches = inputs_of(batches, repeat=True)
+        self.batches = Passes(batches, repeat=True)
 
     def take(self, count: int) -> Iterator[Inputs]:
         return islice(self.batches, count)

@@ -2,8 +2,8 @@
 
 The graph that stacking runs (`fastgeo.tracing`) is run once on an example input. Every axis of
 every value has an `Axis` (`fastgeo.axes`), those of parameters free to begin with; each operation
-says which of them are permuted alike and which are not permuted (`fastgeo.axis_rules`). What is
-left free in the end may be permuted.
+says which of them are permuted alike and which are not (`fastgeo.axis_rules`,
+`fastgeo.axis_layers`). What is left free in the end may be permuted.
 """
 
 import operator
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastgeo.axes import Axis, fix, fixed, settle, terms_of
-from fastgeo.axis_rules import FUNCTIONS, MODULES, NoRule, Value, values_in
+from fastgeo import axis_layers, axis_rules
+from fastgeo.axes import Axis, fix, fixed
+from fastgeo.axis_rules import NoRule, Value, values_in
+from fastgeo.axis_terms import settle, terms_of
 from fastgeo.inputs import Inputs, each_tensor, is_inputs
-from fastgeo.modes import evaluation_mode
+from fastgeo.modes import batch_norms, evaluation_mode
 from fastgeo.permutation import Block, Channels, PermutationSpec
-from fastgeo.tracing import BATCH_NORM, Trace, TraceFailed, trace
+from fastgeo.tracing import Trace, TraceFailed, trace
 from fastgeo.values import no_fast_path
 
+FUNCTIONS = axis_rules.FUNCTIONS | axis_layers.FUNCTIONS
 INPUT = "it is the network's input"
 OUTPUT = "it is the network's output"
 SHAPES = set("dim getattr is_floating_point ndimension nelement numel size stride".split())
@@ -190,11 +193,10 @@ class _Run(fx.Interpreter):
             why = None if kind == "parameter" else f"{name} is a buffer"
             self.first.setdefault(tensor, name)
             self.state[name] = Value(tensor, tuple(Axis(size, why) for size in tensor.shape))
-        for name, layer in module.named_modules():
-            if isinstance(layer, BATCH_NORM):  # running statistics are of the channels
-                for own, tensor in layer.named_buffers(recurse=False):
-                    own = f"{name}.{own}".lstrip(".")
-                    self.state[own] = Value(tensor, tuple(map(Axis, tensor.shape)))
+        for name, layer in batch_norms(module).items():  # running statistics are of the channels
+            for own, tensor in layer.named_buffers(recurse=False):
+                own = f"{name}.{own}".lstrip(".")
+                self.state[own] = Value(tensor, tuple(map(Axis, tensor.shape)))
         self.values: dict[fx.Node, tuple[Axis, ...]] = {}
         self.all: list[tuple[Axis, ...]] = []
         self.used: set[str] = set()
@@ -250,7 +252,7 @@ class _Run(fx.Interpreter):
             for named in (layer.named_parameters, layer.named_buffers)
             for name, _ in named(remove_duplicate=False)
         }
-        rule = MODULES.get(type(layer))
+        rule = axis_layers.MODULES.get(type(layer))
         return self._by_rule(rule, layer, args, kwargs, (layer, own, *args), kwargs)
 
     def _own(self, name: str) -> Value:
@@ -321,7 +323,9 @@ def _constant(tensor: Tensor) -> Value:
 
 
 def _tensors_of(tree: Any) -> Any:
-    return pytree.tree_map_only(Value, lambda value: value.tensor, tree)
+    return fx.node.map_aggregate(
+        tree, lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf
+    )
 
 
 def _flat(axes: Any) -> list[list[Axis]]:

@@ -1,6 +1,7 @@
 """Train K networks from different seeds at once, as one stacked network with K inputs."""
 
 import contextlib
+import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -8,16 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastgeo.checkpoint import Checkpoints, State
 from fastgeo.config import TrainConfig
 from fastgeo.data import Dataset
+from fastgeo.diagnose import all_finite, first_not_finite, where
 from fastgeo.energy import logits_of
 from fastgeo.engines import Engine, EngineChoice
 from fastgeo.evaluate import label_rows
-from fastgeo.inputs import Inputs, each_tensor, on_device
+from fastgeo.inputs import Inputs, Stream, each_tensor, on_device
 from fastgeo.loaders import LoaderData
 from fastgeo.stacking import part_of
 
 States = list[dict[str, Tensor]]
+LETTERS = string.ascii_lowercase  # of the networks
 
 
 def train_ends(
@@ -32,6 +36,7 @@ def train_ends(
     batchnorm: str = "refuse",
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, States], None] | None = None,
+    checkpoints: Checkpoints | None = None,
     progress: bool = False,
 ) -> States:
     """K independently trained networks, in one pass a step.
@@ -52,14 +57,15 @@ def train_ends(
             it is, every network with running statistics of its own.
         on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and the K states
             that had this loss, which may be kept.
+        checkpoints: as in `fastgeo.optimize`.
         progress: show a progress bar.
 
     Returns:
         K state dicts.
 
     Raises:
-        ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss that
-            stops being finite.
+        ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss or
+            gradient that stops being finite.
     """
     steps = training_steps(data, config)
     states, batches = [], []
@@ -71,6 +77,10 @@ def train_ends(
         states.append({name: t.detach().to(data.device) for name, t in state.items()})
         generator = torch.Generator().manual_seed(seed)
         batches.append(data.shuffled(config.train_batch_size, generator))
+    saved = None if checkpoints is None else checkpoints.load("train")
+    if saved is not None:
+        own = saved.tensors["ends"].values()
+        states = [{name: t.to(data.device) for name, t in state.items()} for state in own]
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     first: dict[nn.Parameter, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -93,12 +103,21 @@ def train_ends(
         div_factor=config.lr_start_divisor,
         final_div_factor=config.lr_end_divisor,
     )
-    batch = config.train_batch_size * len(seeds)
+    batch, first_step = config.train_batch_size * len(seeds), 0
     with (
-        _seeded(seeds[0], data.device),
+        seeded(seeds[0], data.device),
         tqdm(total=steps * batch, desc="train", unit="img", disable=not progress) as bar,
     ):
-        for step in range(steps):
+        if saved is not None:
+            first_step = saved.step
+            for i, order in enumerate(batches):
+                order.load_state_dict(saved.tensors["state"][f"order {i}"])
+            _restore(optimizer, schedule, saved, trained)
+            saved.set_generators()
+            bar.update(first_step * batch)
+        for step in range(first_step, steps):
+            if checkpoints is not None:
+                checkpoints.reached(_state(step, stacked, trained, optimizer, schedule, batches))
             drawn = [next(own) for own in batches]
             inputs = on_device(_stacked([inputs for inputs, _ in drawn]), data.device)
             labels = torch.stack([labels for _, labels in drawn]).to(data.device)  # [K, B, ...]
@@ -107,34 +126,89 @@ def train_ends(
             choice.prepare(one, first_input, per_point=True, points=len(seeds))
 
             loss = choice.run(  # [K]
-                lambda engine, inputs=inputs, labels=labels, check=step == 0: _losses(
+                lambda engine, inputs=inputs, labels=labels, check=step == first_step: _losses(
                     engine, stacked, inputs, labels, check=check
                 )
             )
             if not loss.isfinite().all():
+                if checkpoints is not None:
+                    checkpoints.distrust()
+                k = int((~loss.isfinite()).nonzero()[0])
+                state = {name: tensor[k] for name, tensor in stacked.items()}
+                own = each_tensor(lambda tensor, k=k: tensor[k], inputs)
                 raise ValueError(
-                    f"training stopped at step {step} of {steps}: the loss is {loss.tolist()}; "
+                    f"training stopped at step {step} of {steps}: the loss of network {LETTERS[k]} "
+                    f"is {loss[k].item()}, since {where(module, state, own)}; "
                     f"lower train-lr (now {config.train_lr})"
                 )
+            gradients = {
+                name: stacked[name].grad for name in trained if stacked[name].grad is not None
+            }
+            if not all_finite(gradients.values()):
+                name, k = first_not_finite(gradients)
+                raise ValueError(
+                    f"training stopped at step {step} of {steps}: the gradient of {name} of "
+                    f"network {LETTERS[k]} is not finite; lower train-lr (now {config.train_lr})"
+                )
+            metrics = {"step": step, "loss": loss.tolist(), "lr": schedule.get_last_lr()[0]}
+            if checkpoints is not None:
+                checkpoints.record(metrics)
+                checkpoints.hold()
             if on_step is not None:
-                rate = schedule.get_last_lr()[0]
-                on_step({"step": step, "loss": loss.tolist(), "lr": rate}, _unstack(stacked))
+                on_step(metrics, _unstack(stacked))
             optimizer.step()
             if step < steps - 1:
                 schedule.step()
             bar.update(batch)
             bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
     choice.finish()
-    for name, tensor in stacked.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name} is not finite after training; lower train-lr (now {config.train_lr})"
-            )
+    if not all_finite(stacked.values()):
+        name, k = first_not_finite(stacked)
+        raise ValueError(
+            f"{name} of network {LETTERS[k]} is not finite after training; lower train-lr (now "
+            f"{config.train_lr})"
+        )
     return _unstack(stacked)
 
 
+def _state(
+    step: int,
+    stacked: dict[str, Tensor],
+    trained: list[str],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batches: list[Stream],
+) -> State:
+    own = optimizer.state_dict()
+    momentum = {
+        name: own["state"][i]["momentum_buffer"]
+        for i, name in enumerate(trained)
+        if own["state"].get(i, {}).get("momentum_buffer") is not None
+    }
+    orders = {f"order {i}": order.state_dict() for i, order in enumerate(batches)}
+    networks = zip(*(tensor.detach().unbind(0) for tensor in stacked.values()), strict=True)
+    ends = [dict(zip(stacked, network, strict=True)) for network in networks]
+    return State(
+        step,
+        {"ends": dict(zip(LETTERS, ends, strict=False)), "state": {"momentum": momentum, **orders}},
+        {"groups": own["param_groups"], "schedule": schedule.state_dict()},
+    )
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    saved: State,
+    trained: list[str],
+) -> None:
+    momentum = saved.tensors["state"]["momentum"]
+    own = {i: {"momentum_buffer": momentum[n]} for i, n in enumerate(trained) if n in momentum}
+    optimizer.load_state_dict({"state": own, "param_groups": saved.values["groups"]})
+    schedule.load_state_dict(saved.values["schedule"])
+
+
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Torch's random numbers from a seed for a while, and as before afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,13 +1,14 @@
 """The command line: whole runs in a small setting, stage by stage, and everything it refuses."""
 
+import glob
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fastgeo import Path, evaluate, models
 from fastgeo.cli import main
 from fastgeo.config import PRESETS
 from fastgeo.data import load
+from fastgeo.files import read_tensors
 
 SMALL = [
     *("--width", "0.25", "--train-subset", "200", "--epochs", "2", "--points", "5"),
@@ -313,33 +315,34 @@ def test_damaged_run_files_are_named(capsys):
     assert "cannot read r/config.json" in refused(capsys, "match", "r")
     with open("r/config.json", "w") as stream:
         stream.write('{"schema": 2}')
-    assert "r/config.json has schema 2; this fastgeo reads schema 1" in refused(
-        capsys, "match", "r"
-    )
+    assert (
+        "cannot read r/config.json: it has schema 2, which this fastgeo does not know: it reads "
+        "schema 1; a newer fastgeo may"
+    ) in refused(capsys, "match", "r")
     with open("r/config.json", "w") as stream:
         stream.write("[]")
     assert "cannot read r/config.json" in refused(capsys, "match", "r")
 
 
-def test_damaged_metrics_and_reports_are_named(run, capsys):
-    shutil.copytree(run, "r")
-    with open("r/metrics.jsonl", "a") as stream:
-        stream.write('{"step": 4, "ener')
-    assert "cannot read r/metrics.jsonl" in refused(capsys, "plot", "r", "--overwrite")
-    with open("r/metrics.jsonl", "w") as stream:
-        stream.write('{"step": 0}')
-    sentence = refused(capsys, "plot", "r", "--overwrite")
-    assert "in r lacks 'sqrt_jsd'; make them anew with: fastgeo optimize r --overwrite" in sentence
-
-
 def test_a_diverging_optimisation_keeps_the_last_good_path(capsys):
     sentence = refused(capsys, "run", "--out", "r", *SMALL, "--lr", "1e25")
-    assert "lower lr (now 1e+25); the last good state is in r/path.partial.safetensors" in sentence
-    path = Path.load("r/path.partial.safetensors")
+    assert (
+        "stopped at step 1: the divergence of edge 0 is nan, since at point 1 what layer norm1 "
+        "gives is not finite; lower lr (now 1e+25); the last good state is in "
+        "r/checkpoint/optimize-000000000; with other settings: fastgeo optimize r --overwrite"
+    ) in sentence
+    path = Path.load("r/checkpoint/optimize-000000000/path.safetensors")
     assert len(path) == 5 and all(t.isfinite().all() for t in path.interior.values())
     assert not os.path.exists("r/path.safetensors")
     sentence = refused(capsys, "run", "--out", "s", *SMALL, "--train-lr", "1e30")
-    assert "lower train-lr (now 1e+30); the last good state is in s/ends.partial" in sentence
+    assert (
+        "stopped at step 1 of 20: the loss of network a is nan, since what layer norm1 gives is "
+        "not finite; lower train-lr (now 1e+30); the last good state is in "
+        "s/checkpoint/train-000000000"
+    ) in sentence
+    assert sentence == refused(capsys, "run", "--out", "s", "--resume")  # the same to the last bit
+    ends = read_tensors(FilePath("s/checkpoint/train-000000000/ends.safetensors"), "ends")
+    assert all(t.isfinite().all() for end in ends.values() for t in end.values())
 
 
 def test_ctrl_c_keeps_what_was_finished_and_says_where():
@@ -357,9 +360,10 @@ def test_ctrl_c_keeps_what_was_finished_and_says_where():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "fastgeo: interrupted; the last good state is in r/path.partial.safetensors" in errors
-    assert "finished stages are in r; go on with: fastgeo optimize r" in errors
-    assert len(Path.load("r/path.partial.safetensors")) == 25
+    assert "interrupted: finishing the step; once more to stop at once" in errors
+    assert "fastgeo: interrupted; go on with: fastgeo run --out r --resume" in errors
+    (saved,) = glob.glob("r/checkpoint/*/path.safetensors")
+    assert len(Path.load(saved)) == 25
     assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
 
 

@@ -178,7 +178,7 @@ def test_a_permuted_network_that_computes_something_else_is_refused():
 
 def test_a_symmetry_that_the_graph_cannot_show_is_caught(monkeypatch):
     """A wrong rule (the order of channels does not count for cumsum) cannot slip through."""
-    from fastgeo import axis_rules
+    from fastgeo import symmetry
 
     class Running(nn.Module):
         def __init__(self):
@@ -188,7 +188,7 @@ def test_a_symmetry_that_the_graph_cannot_show_is_caught(monkeypatch):
         def forward(self, x):
             return self.b(self.a(x).cumsum(-1))
 
-    monkeypatch.setitem(axis_rules.FUNCTIONS, "cumsum", lambda out, x, dim: list(x.axes))
+    monkeypatch.setitem(symmetry.FUNCTIONS, "cumsum", lambda out, x, dim: list(x.axes))
     with pytest.raises(ValueError, match="does not compute what b does"):
         match(Running(), Running(), torch.randn(4, 3))
 

@@ -218,14 +218,14 @@ def test_dropout_is_off_on_a_path_and_the_module_keeps_its_mode():
 
 def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, module):
     log = []
-    with pytest.raises(ValueError, match=r"stopped at step 1: .* edge 0 is nan; lower lr"):
+    with pytest.raises(ValueError, match=r"step 1: .* edge 0 is nan, since .*; lower lr"):
         optimize(
             path, module, [images()], steps=5, lr=1e300, on_step=lambda m, p: log.append((m, p))
         )
     assert len(log) == 1 and all(t.isfinite().all() for t in log[0][1].interior.values())
-    with pytest.raises(ValueError, match="step 0: .* edge 0 is nan; look at the inputs"):
+    with pytest.raises(ValueError, match="step 0: .* the inputs are not finite; look at the"):
         optimize(path, module, [images() * math.nan], steps=1)
-    with pytest.raises(ValueError, match="not finite after step 0; lower lr"):
+    with pytest.raises(ValueError, match="not finite at point 1 after step 0; lower lr"):
         optimize(path, module, [images()], steps=1, lr=float("inf"))
 
 

@@ -374,6 +374,15 @@ def test_inputs_outputs_and_buffers_stay():
     assert "cos is a buffer" in spec.fixed["q.weight"][0]
 
 
+def test_an_index_that_depends_on_the_inputs_leaves_axes_fixed():
+    """A slice as long as the data say: its axis is looked at by position."""
+    module = layers(lambda x, a, b, c: c(b(a(x)).cumsum(0)[: x.argmax() % 2 + 1]))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    spec = permutation_spec(module, x)
+    assert "getitem" in spec.fixed["of.b.weight"][0] and sizes(spec) == ["6"]
+    assert_holds(module, x, spec, torch.randn(4, 3, dtype=torch.float64))
+
+
 def test_tied_parameters_satisfy_both_of_their_uses():
     module = layers(lambda x, a, b, c: c(F.linear(a(x), b.weight)) + a(x)[:, :5])
     module.of["b"].weight = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))

@@ -202,19 +202,17 @@ def units(x: Tensor) -> Tuple[int, int, int]:
 
 
 def conv_blocks(columns: int, inner: int, bytes_each: int, precise: bool) -> Blocks:
-    """Tiles that spill on no chip (`python -m benchmarks.resources`)."""
+    """Tiles that spill on no chip (`python -m benchmarks.resources`): up to 64 channels in half
+    precision are one product a tap, more are several of 32."""
     columns = min(32 if precise else 64, max(16, power_of_two(columns)))
-    return Blocks(64, columns, min(_inner(bytes_each, precise), max(16, power_of_two(inner))), 2)
+    most = 16 if precise else 64 if bytes_each == 2 and inner <= 64 else 32
+    return Blocks(64, columns, min(most, max(16, power_of_two(inner))), 2)
 
 
 def weight_blocks(out: int, columns: int, bytes_each: int, precise: bool) -> Blocks:
     most = 32 if precise else 64
     rows, columns = (min(most, max(16, power_of_two(n))) for n in (out, columns))
-    return Blocks(rows, columns, _inner(bytes_each, precise), 2)
-
-
-def _inner(bytes_each: int, precise: bool) -> int:
-    return 16 if precise else 128 // bytes_each
+    return Blocks(rows, columns, 16 if precise else 128 // bytes_each, 2)
 
 
 def conv(
@@ -234,7 +232,7 @@ def conv(
             MIRRORED=mirrored,
             PRECISION="ieee" if precise else "tf32",
             **tile(blocks),
-            **options(blocks),
+            **options(blocks, nvidia=torch.version.hip is None),
         )
 
 
@@ -257,7 +255,7 @@ def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf3
             PRECISION="ieee" if precise else "tf32",
             TILES=each,
             **tile(blocks),
-            **options(blocks),
+            **options(blocks, nvidia=torch.version.hip is None),
         )
     return dweight[0] if slices == 1 else dweight.sum(0)
 
@@ -289,5 +287,7 @@ def tile(blocks: Blocks) -> Dict[str, int]:
     return dict(ROWS=blocks.rows, COLUMNS=blocks.columns, INNER=blocks.inner)
 
 
-def options(blocks: Blocks) -> Dict[str, int]:
-    return dict(num_warps=WARPS, num_stages=blocks.stages)
+def options(blocks: Blocks, nvidia: bool) -> Dict[str, int]:
+    chosen = dict(num_warps=WARPS, num_stages=blocks.stages)
+    # Or the assembler spills a few registers to fit one more program.
+    return {**chosen, "maxnreg": 255} if nvidia else chosen

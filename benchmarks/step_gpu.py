@@ -1,0 +1,270 @@
+"""The paper's optimisation step on a GPU against what users would set up there.
+
+`python -m benchmarks.step` comes here where there is a GPU. Every engine takes one step from the
+same path on the same batch, whose energy and gradient are compared with those of fp32 networks
+evaluated one after the other; one that disagrees is called wrong and not timed. Then each is timed
+by itself, in turns, since they do not fit into the memory side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgeo import Path, models
+from fastgeo.baselines import Baseline, compiled_loop, loop, vmapped
+from fastgeo.measure import quantiles, time_alternating
+from fastgeo.precision import matmul_precision
+from fastgeo.static import Given, StaticStep
+
+LR = 0.1
+# Allowed relative errors of the energy and of the gradient's norm, after one step.
+ALLOWED = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 3e-1)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A ResNet of depth and width on images of pixels^2, N points, B images."""
+
+    depth: int = 20
+    width: float = 4
+    pixels: int = 32
+    points: int = 25
+    batch: int = 256
+
+    def make(self, device: str) -> tuple[nn.Module, Path, Tensor]:
+        torch.manual_seed(0)
+        module, a, b = (models.resnet(self.depth, self.width).to(device) for _ in range(3))
+        x = torch.randn(self.batch, 3, self.pixels, self.pixels, device=device)
+        return module, Path.linear(a, b, self.points), x
+
+    def flop(self, module: nn.Module) -> float:
+        """Of one step: forward and two products backward of the interior, forward of the ends."""
+        macs = []
+
+        def count(layer: nn.Module, _: object, out: Tensor) -> None:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                macs.append(out[0].numel() * layer.weight[0].numel())
+
+        network = copy.deepcopy(module)
+        for layer in network.modules():
+            layer.register_forward_hook(count)
+        device = next(network.parameters()).device
+        with torch.no_grad():
+            network(torch.zeros(1, 3, self.pixels, self.pixels, device=device))
+        return 2 * sum(macs) * self.batch * (3 * (self.points - 2) + 2)
+
+
+class Loops:
+    """A baseline (`fastgeo.baselines`), run as it is or replayed from a CUDA graph."""
+
+    def __init__(self, make: Callable[..., Baseline], module, path, x, *, graphed=False, **options):
+        if options.get("channels_last"):
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.baseline, self.x = make(module, path, lr=LR, **options), x
+        self.replay = self._captured() if graphed else None
+
+    def step(self) -> None:
+        if self.replay is None:
+            self.energy = self.baseline.step(self.x)
+        else:
+            self.replay()
+
+    def interior(self) -> dict[str, Tensor]:
+        points = self.baseline.points()[1:-1]
+        return {name: torch.stack([point[name] for point in points]) for name in points[0]}
+
+    def _captured(self) -> Callable[[], None]:
+        """The step as a CUDA graph; the weights are put back to where they were before it."""
+        before = [{k: t.clone() for k, t in point.items()} for point in self.baseline.points()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.baseline.step(self.x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.energy = self.baseline.step(self.x)
+        for point, state in zip(self.baseline.points(), before, strict=True):
+            for name, tensor in state.items():
+                point[name].copy_(tensor)
+        return graph.replay
+
+
+class Fastgeo:
+    """`StaticStep`, replayed or operation by operation."""
+
+    def __init__(self, module, path, x, *, graphed=False, precondition=False, **options):
+        source = Given([x])
+        self.static = StaticStep(
+            *(path, module, source),
+            lr=LR,
+            precondition=precondition,
+            read_every=1,
+            channels_last=True,
+            **options,
+        )
+        if graphed:
+            self.static.capture()
+
+    def step(self) -> None:
+        self.static.turn.zero_()
+        self.static.step()
+
+    @property
+    def energy(self) -> Tensor:
+        return self.static.energies[0].sum()
+
+    def interior(self) -> dict[str, Tensor]:
+        return self.static.path().interior
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is timed.
+
+    Attributes:
+        make: (module, path, x) -> something with step(), energy and interior().
+        precision: of the comparison, and of the fp32 products of those who do not set it.
+        steps: whether it does plain SGD steps, which can be compared.
+    """
+
+    make: Callable
+    precision: str
+    comparable: bool = True
+
+
+def engines(gpu: bool, compiled: bool) -> dict[str, Engine]:
+    def loops(make: Callable[..., Baseline], **options):
+        return lambda *given: Loops(make, *given, **options)
+
+    def ours(**options):
+        return lambda *given: Fastgeo(*given, **options)
+
+    half = dict(bfloat16=True, channels_last=True)
+    found = {
+        RELEASED: Engine(loops(loop), "tf32"),
+        "loop, bf16, channels-last": Engine(loops(loop, **half), "bf16"),
+        "vmap": Engine(loops(vmapped), "tf32"),
+        "vmap, bf16": Engine(loops(vmapped, bfloat16=True), "bf16"),
+        "fastgeo, fp32": Engine(ours(), "fp32"),
+        "fastgeo, bf16": Engine(ours(precision="bf16"), "bf16"),
+    }
+    if compiled:
+        found["loop, bf16, channels-last, compiled"] = Engine(loops(compiled_loop, **half), "bf16")
+    if gpu:
+        best = dict(precision="bf16", graphed=True)
+        found |= {
+            "loop, bf16, channels-last, CUDA graph": Engine(
+                loops(loop, **half, graphed=True), "bf16"
+            ),
+            "fastgeo, TF32, CUDA graph": Engine(ours(precision="tf32", graphed=True), "tf32"),
+            "fastgeo, bf16, CUDA graph": Engine(ours(**best), "bf16"),
+            "fastgeo, bf16, CUDA graph, 8 GB of activations": Engine(
+                ours(**best, memory_budget="8GB"), "bf16"
+            ),
+            "fastgeo, bf16, CUDA graph, preconditioned": Engine(
+                ours(**best, precondition=True), "bf16", comparable=False
+            ),
+        }
+    return found
+
+
+RELEASED = "loop, as released (fp32, torch's defaults)"
+
+
+def reference(module: nn.Module, path: Path, x: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """Energy and interior after one plain step, in exact fp32, two networks alive at a time."""
+    with matmul_precision("fp32"):
+        static = StaticStep(
+            *(path, module, Given([x])), lr=LR, precondition=False, chunk=1, read_every=1
+        )
+        static.run()
+    return static.energies[0].sum().item(), static.path().interior
+
+
+def check(engine, start: dict, expected: tuple[float, dict]) -> tuple[float, float]:
+    """Relative errors of the energy and of the gradient after one step."""
+    engine.step()
+    energy = abs(engine.energy.item() - expected[0]) / abs(expected[0])
+    after, wanted = engine.interior(), expected[1]
+    error = sum((after[k] - wanted[k]).double().square().sum().item() for k in wanted)
+    moved = sum((wanted[k] - start[k]).double().square().sum().item() for k in wanted)
+    return energy, (error / moved) ** 0.5
+
+
+def flags(precision: str):
+    """Torch's own defaults for what is as released; fastgeo sets its own."""
+    if precision == "tf32":
+        return torch.backends.cudnn.flags(allow_tf32=True)
+    return nullcontext()
+
+
+def measure(
+    setting: Setting, device: str, rate: float, *, compiled: bool, repeats: int, rounds: int = 2
+) -> Iterator[dict]:
+    """A row for each engine; rate: of bf16 products, FLOP/s."""
+    module, path, x = setting.make(device)
+    gpu = device == "cuda"
+    flop = setting.flop(module)
+    expected = reference(module, path, x)
+    seconds: dict[str, list[float]] = {}
+    errors, peaks, failed = {}, {}, {}
+    candidates = engines(gpu, compiled)
+    for turn in range(rounds):
+        for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
+            if name in failed:
+                continue
+            entry = candidates[name]
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            try:
+                with flags(entry.precision):
+                    engine = entry.make(module, path, x)
+                    errors[name] = check(engine, path.interior, expected)
+                    allowed = ALLOWED[entry.precision]
+                    if entry.comparable and not all(
+                        e <= a for e, a in zip(errors[name], allowed, strict=True)
+                    ):
+                        failed[name] = "wrong"
+                        continue
+                    times = time_alternating({name: engine.step}, repeats)
+                    seconds.setdefault(name, []).extend(times[name])
+                    if gpu:
+                        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            except Exception as error:  # noqa: BLE001 - a baseline that does not run is a row
+                if name.startswith("fastgeo"):
+                    raise
+                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+            finally:
+                engine = None
+    base = {name: quantiles(times)["p50"] for name, times in seconds.items()}
+    for name, entry in candidates.items():
+        row = {"implementation": name, "ms a step (p20/p50/p80)": failed.get(name, "")}
+        row |= dict.fromkeys(("times as released", "TFLOP/s", "of bf16 matmul", "peak GiB"), "-")
+        if name in seconds and name not in failed:
+            quantile = quantiles(seconds[name])
+            each = flop / quantile["p50"]
+            row |= {
+                "ms a step (p20/p50/p80)": "/".join(f"{1e3 * q:.2f}" for q in quantile.values()),
+                "times as released": f"{base[RELEASED] / quantile['p50']:.2f}"
+                if RELEASED in base
+                else "-",
+                "TFLOP/s": f"{each / 1e12:.3g}",
+                "of bf16 matmul": f"{each / rate:.1%}",
+                "peak GiB": f"{peaks[name]:.1f}" if name in peaks else "-",
+            }
+        energy, gradient = errors.get(name, (float("nan"),) * 2)
+        words = f"{energy:.0e}, {gradient:.0e}" if entry.comparable else "other steps"
+        row["error of energy, gradient"] = words
+        yield row

@@ -1,0 +1,99 @@
+"""How much memory a step takes, before it is taken, and how much there is.
+
+A network that is evaluated keeps its activations for the backward pass, which are counted
+(`fastgeo.engines.step_memory`). Beside those the pass itself needs room, in proportion to the
+networks in it: gradients of activations and, on a CPU, oneDNN's copies in other memory formats.
+That share is measured, not derived (`python -m benchmarks.memory --estimate`).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+
+ROOM = {"cpu": 1.5, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
+AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step takes.
+
+    Attributes:
+        weights: bytes of all networks' weights, gradients and copies.
+        activations: bytes that one network keeps.
+        room: share of them for each network in one pass, while the pass is done.
+        at_once: whether the networks in one chunk are in one pass (not so in a loop).
+        kept: whether activations are kept for a backward pass.
+    """
+
+    weights: int
+    activations: int
+    room: float
+    at_once: bool
+    kept: bool = True
+
+    def peak(self, networks: int, chunk: int | None = None, *, streamed: bool = True) -> int:
+        """Bytes of a step on so many networks.
+
+        Args:
+            chunk: networks in one pass; None for all.
+            streamed: whether a chunk waits for the next one's logits, as on a path.
+        """
+        size = min(chunk or networks, networks)
+        alive = min(networks, 2 * size if streamed else size) if self.kept else 0
+        passing = size if self.at_once else 1
+        return int(AT_START + self.weights + self.activations * (alive + self.room * passing))
+
+    def fitting(self, networks: int, free: int, *, streamed: bool = True) -> int | None:
+        """The largest chunk that takes no more than so many bytes; None if not even 1 does."""
+        for chunk in range(networks, 0, -1):
+            if self.peak(networks, chunk, streamed=streamed) <= free:
+                return chunk
+        return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """How much more this process may take on a device; None where nothing tells."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    found = re.search(r"MemAvailable:\s*(\d+) kB", _text(FilePath("/proc/meminfo")))
+    free = [] if found is None else [1024 * int(found[1])]
+    free += [left for group in _groups() if (left := _left(*group)) is not None]
+    return min(free, default=None)
+
+
+def _groups() -> list[tuple[FilePath, str, str, str]]:
+    """Control groups of this process: folder, and names of the limit, use and reclaimable part."""
+    groups = []
+    for line in _text(FilePath("/proc/self/cgroup")).splitlines():
+        _, controllers, own = line.split(":", 2)
+        if controllers == "":
+            names = ("memory.max", "memory.current", "inactive_file")
+            root = FilePath("/sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = FilePath("/sys/fs/cgroup/memory")
+        else:
+            continue
+        folder = root / own.lstrip("/")
+        places = [place for place in (folder, *folder.parents) if place.is_relative_to(root)]
+        groups += [(place, *names) for place in places]
+    return groups
+
+
+def _left(folder: FilePath, limit: str, used: str, reclaimable: str) -> int | None:
+    numbers = [_text(folder / name).strip() for name in (limit, used)]
+    if not all(number.isdigit() for number in numbers):  # no limit is "max"
+        return None
+    found = re.search(rf"^{reclaimable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    return int(numbers[0]) - int(numbers[1]) + (int(found[1]) if found else 0)
+
+
+def _text(file: FilePath) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

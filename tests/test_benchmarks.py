@@ -1,0 +1,66 @@
+"""The GPU's benchmark on a small step without one: engines agree, and counts are right."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import roofline, step_gpu
+from fastgeo import models
+
+TINY = step_gpu.Setting(depth=8, width=0.5, pixels=8, points=4, batch=8)
+
+
+def test_the_papers_step_is_23_5_tflop():
+    setting = step_gpu.Setting()
+    assert setting.flop(models.resnet(20, 4)) == pytest.approx(23.5e12, rel=0.01)
+
+
+def test_flop_are_those_of_the_layers():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 10))
+    macs = 64 * 4 * 27 + 256 * 10
+    assert TINY.flop(module) == 2 * macs * 8 * (3 * 2 + 2)
+
+
+def test_every_engine_takes_the_same_step():
+    rows = {row["implementation"]: row for row in run_tiny()}
+    assert len(rows) == 6
+    for name, row in rows.items():
+        assert "/" in row["ms a step (p20/p50/p80)"], (name, row)
+
+
+def test_an_engine_that_takes_another_step_is_called_wrong(monkeypatch):
+    class Lazy(step_gpu.Loops):
+        energy = torch.ones(())
+
+        def step(self):
+            pass
+
+    def make(*given):
+        return Lazy(step_gpu.vmapped, *given)
+
+    monkeypatch.setattr(step_gpu, "engines", lambda *_: {"lazy": step_gpu.Engine(make, "bf16")})
+    (row,) = run_tiny()
+    assert row["ms a step (p20/p50/p80)"] == "wrong" and row["times as released"] == "-"
+
+
+def run_tiny():
+    return list(step_gpu.measure(TINY, "cpu", 1e12, compiled=False, repeats=1, rounds=1))
+
+
+def test_the_roofline_has_every_layer_of_the_paper_and_counts_their_products():
+    setting = step_gpu.Setting()
+    kernels = list(roofline.kernels(setting, "cpu"))
+    convolutions = [kernel for kernel in kernels if kernel.name.startswith("conv")]
+    assert sum(kernel.count for kernel in convolutions) == 3 * 20  # 18 3x3 and 2 1x1
+    interior = setting.flop(models.resnet(20, 4)) * 3 * 23 / (3 * 23 + 2)
+    first = 3 * 2 * 23 * 256 * 32 * 32 * 3 * 64 * 9
+    counted = sum(kernel.count * kernel.flop for kernel in kernels)
+    assert counted == pytest.approx(interior - first, rel=1e-3)  # less the head
+    norms = [kernel for kernel in kernels if kernel.name.startswith("GroupNorm")]
+    assert sum(kernel.count for kernel in norms) == 2 * 19
+
+
+def test_the_roofline_runs():
+    rows = roofline.measure(TINY, "cpu", 1e12, 1)
+    assert rows[-1]["kernel"] == "all, as often as in a step"
+    assert all(float(row["measured, ms"]) > 0 for row in rows)

@@ -1,0 +1,102 @@
+"""Memory: what a step takes is known before, and what does not fit is not begun."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import images, tiny_resnet
+from test_cli import refused
+
+from benchmarks.memory import compare
+from fastgeo import Path, optimize, stack
+from fastgeo.config import PRESETS
+from fastgeo.engines import activation_bytes, step_memory
+from fastgeo.memory import AT_START, StepMemory, free_bytes
+from fastgeo.run import Run
+
+
+def test_free_memory_is_what_the_system_tells():
+    free = free_bytes(torch.device("cpu"))
+    total = int(open("/proc/meminfo").readline().split()[1]) * 1024
+    assert 0 < free < total
+
+
+@pytest.mark.parametrize(
+    "own, files, free",
+    [
+        ("0::/a/b", {"a/memory.max": "max", "a/b/memory.max": "9000"}, 2500),
+        ("4:memory:/c", {"memory/c/memory.limit_in_bytes": "9000"}, 2500),
+        ("0::/a", {"a/memory.max": "max"}, 1024 * 8000),
+    ],
+)
+def test_limits_of_control_groups_count(own, files, free, monkeypatch):
+    """9,000 bytes of which 7,000 are in use, 500 of them pages of files that can be dropped."""
+    stat = {"memory.stat": "anon 6000\ninactive_file 500\ntotal_inactive_file 500\n"}
+    texts = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n"}
+    texts |= {"/proc/self/cgroup": f"1:cpu:/elsewhere\n{own}\n"}
+    for name, text in files.items():
+        folder = f"/sys/fs/cgroup/{name.rpartition('/')[0]}"
+        texts[f"/sys/fs/cgroup/{name}"] = text
+        for used in ("memory.current", "memory.usage_in_bytes"):
+            texts[f"{folder}/{used}"] = "7000\n"
+        texts |= {f"{folder}/{key}": value for key, value in stat.items()}
+    monkeypatch.setattr("fastgeo.memory._text", lambda file: texts.get(str(file), ""))
+    assert free_bytes(torch.device("cpu")) == free
+
+
+def test_the_parts_of_a_step_add_up():
+    need = StepMemory(weights=1000, activations=100, room=1.5, at_once=True)
+    assert need.peak(23) == AT_START + 1000 + 23 * 250
+    assert need.peak(23, 4) == AT_START + 1000 + 8 * 100 + 4 * 150
+    assert need.peak(2, 1, streamed=False) == AT_START + 1000 + 250
+    assert need.fitting(23, need.peak(23, 4)) == 4 and need.fitting(23, AT_START) is None
+    loop = StepMemory(weights=0, activations=100, room=1.5, at_once=False)
+    assert loop.peak(23) == AT_START + 2300 + 150
+
+
+def test_activations_are_counted_on_a_few_inputs(module):
+    x, params = images(24), {n: t[None] for n, t in module.state_dict().items()}
+    for engine in ("stacked", "loop"):
+        network = stack(module, engine=engine)
+        need = step_memory(network, params, x, networks=5)
+        assert need.activations == pytest.approx(activation_bytes(network, params, x), rel=0.02)
+        assert step_memory(network, params, x[:4], networks=5, batch=24) == need
+
+
+@pytest.mark.parametrize("setting", ["cifar10 preset at N = 9, B = 32, stacked"])
+def test_the_estimate_is_within_30_percent_of_a_measured_peak(setting):
+    """One of the settings of `python -m benchmarks.memory --estimate`, in a process of its own."""
+    assert 0.7 <= compare(setting)["estimated / measured"] <= 1.3
+
+
+def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgeo.run.free_bytes", lambda device: 2**31)
+    sentence = refused(capsys, "run", "--out", "r", "--points", "2000")
+    start = "fastgeo: a step of the optimisation would take about "
+    assert sentence.startswith(start) and "2GiB are free on cpu; give --chunk " in sentence
+    chunk = int(sentence.rpartition(" ")[2])
+    for more in (chunk + 1, 2 * chunk):
+        words = refused(capsys, "run", "--out", "r", "--points", "2000", "--chunk", more)
+        assert words.startswith(start)
+    assert not (tmp_path / "r").exists()
+    config = replace(PRESETS["digits"], points=2000)
+    Run.create(tmp_path / "r", replace(config, chunk=chunk), overwrite=False)
+    Run.create(tmp_path / "s", replace(config, engine="auto"), overwrite=False)
+    monkeypatch.setattr("fastgeo.run.free_bytes", lambda device: 2**20)
+    sentence = refused(capsys, "run", "--out", "t", "--engine", "auto")
+    assert "a step of the training" in sentence and sentence.endswith("give smaller batches")
+    assert not (tmp_path / "t").exists()
+
+
+def test_auto_tries_nothing_that_does_not_fit(module, monkeypatch):
+    path, x, found = Path.linear(tiny_resnet(1), tiny_resnet(2), 12), images(24), []
+    params = {n: t[None] for n, t in module.state_dict().items()}
+    need = step_memory(stack(module), params, x, networks=10)
+    monkeypatch.setattr("fastgeo.engines.free_bytes", lambda device: need.peak(10, 2))
+    optimize(path, module, [x], steps=15, on_choice=found.append)
+    (choice,) = found
+    assert choice["chunk"] is not None
+    tried = [*choice["seconds"], *choice["failed"]]
+    assert "stacked, 2 at a time" in tried
+    assert not any(name.startswith("stacked") and "2 at a time" not in name for name in tried)
