@@ -38,11 +38,13 @@ def check_agreement(
     """ValueError unless outputs and gradients are equal up to a generous rounding.
 
     Of gradients the lengths are compared: where rounding moves a number over the kink of a ReLU, a
-    few entries differ by much.
+    few entries differ by much; in bf16 many are, and half the length may be.
     """
     (outputs, gradients), (true_outputs, true_gradients) = got, expected
     if not isinstance(true_outputs, Tensor):
         return  # not what any caller wants, who will say so
+    if not true_outputs.isfinite().all():
+        return  # of any engine, and so is the energy
     eps = {"tf32": 2**-10, "bf16": 2**-7}.get(precision, torch.finfo(true_outputs.dtype).eps)
     largest = true_outputs.abs().max().item()
     tolerance = max(1e-3, 16 * eps) * largest
@@ -57,7 +59,7 @@ def check_agreement(
         zero = torch.zeros(())
         one, other = (g.get(name, zero.to(outputs.device)) for g in (gradients, true_gradients))
         difference, length = _length(one - other), lengths.get(name, 0.0)
-        if difference > max(0.05, 16 * eps) * length + 1e-3 * longest:
+        if difference > max(0.05, 64 * eps) * length + 1e-3 * longest:
             raise ValueError(
                 f"its gradient to {name} differs from the module's by {difference:.1e} (length "
                 f"{length:.1e})"
