@@ -79,7 +79,13 @@ class EndLogits:
     """Logits of the two ends, which never change: kept while the inputs that gave them live."""
 
     def __init__(self, path: Path):
-        self.params = {name: torch.stack([t, path.end[name]]) for name, t in path.start.items()}
+        self.params = {}
+        for name, start in path.start.items():
+            end = path.end[name]
+            alike = name not in path.interior and torch.equal(start, end)
+            self.params[name] = (
+                start.expand(2, *start.shape) if alike else torch.stack([start, end])
+            )
         self.known = WeakIdKeyDictionary()  # first tensor of the inputs -> _Known
 
     @torch.no_grad()

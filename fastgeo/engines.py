@@ -2,8 +2,9 @@
 
 No engine is the fastest everywhere: stacking saves most where operations are small; for wide
 networks on a CPU a few at a time, or a loop in channels-last, may win. All give the same numbers up
-to rounding, so candidates take turns at the real work until the fastest is known, and none of it is
-done twice.
+to rounding, which is checked once on a few inputs, gradients included and also of an engine that is
+named; so candidates take turns at the real work until the fastest is known, and none of it is done
+twice.
 """
 
 import re
@@ -16,16 +17,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.agreement import check_agreement, outputs_and_gradients
+from fastgeo.inputs import Inputs, first_few, tensors_of
 from fastgeo.memory import ROOM, StepMemory, free_bytes
 from fastgeo.modes import evaluation_mode
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
+from fastgeo.values import first_line
 
 T = TypeVar("T")
 VISITS = 3  # of each candidate, the first of them to warm up
 LONG = 2.0  # seconds; one visit of that length is enough
 CLEARLY = 0.95  # of an earlier candidate's time, for a later one to be preferred
 FEW = 4  # networks in one pass, whose memory stays in reach: the allocator's, and the processor's
+FEW_INPUTS = 8  # on which engines are checked and memory is estimated
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -104,15 +108,15 @@ class EngineChoice:
             points: N, networks in the work to come.
 
         Raises:
-            ValueError: a memory budget that one network exceeds.
+            ValueError: a memory budget that one network exceeds, or an engine that was named and
+                does not compute what the module computes.
         """
         if self.chosen or self._visits:
             return
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
         on_gpu = next(iter(params.values())).is_cuda
         candidates = list(self._candidates(images, on_gpu, points))
-        if len(candidates) > 1:
-            candidates = self._agreeing(candidates, params, inputs, per_point)
+        candidates = self._agreeing(candidates, params, inputs, per_point)
         for engine in candidates:
             if self.budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
@@ -136,7 +140,7 @@ class EngineChoice:
                 if len(self._visits) == 1:
                     raise
                 del self._visits[engine]
-                self._failed[str(engine)] = _first_line(error)
+                self._failed[str(engine)] = first_line(error)
                 continue
             seconds = time.perf_counter() - started
             self._visits[engine] += [seconds] * (VISITS if seconds > LONG else 1)
@@ -178,20 +182,27 @@ class EngineChoice:
     def _agreeing(
         self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
     ) -> list[Engine]:
-        """Those that compute what the module computes, on a few inputs."""
-        axis = int(per_point)
-        few = each_tensor(lambda tensor: tensor.narrow(axis, 0, min(8, tensor.shape[axis])), inputs)
+        """Those that compute what the module computes, and its gradients, on a few inputs.
+
+        Raises:
+            ValueError: an engine was named, and does not.
+        """
+        few, _ = first_few(inputs, FEW_INPUTS, int(per_point))
+        if all(engine.network.engine == "loop" for engine in candidates):
+            return candidates
         agreeing: list[Engine] = []
-        with evaluation_mode(self.module), torch.no_grad():
+        with evaluation_mode(self.module):
             loop = StackedModule(self.module, engine="loop", batchnorm=self.batchnorm)
-            expected = loop(params, few, per_point=per_point)
+            expected = outputs_and_gradients(loop, params, few, per_point)
             for engine in candidates:
                 try:
-                    got = engine.network(params, few, per_point=per_point)
+                    got = outputs_and_gradients(engine.network, params, few, per_point)
                     if engine.network.engine != "loop":
-                        _check_agreement(got, expected, self.precision)
+                        check_agreement(got, expected, self.precision)
                 except Exception as error:  # noqa: BLE001 - as in `run`
-                    self._failed[str(engine)] = _first_line(error)
+                    if self.engine != "auto":
+                        raise
+                    self._failed[str(engine)] = first_line(error)
                 else:
                     agreeing.append(engine)
         return agreeing or candidates[-1:]
@@ -263,8 +274,9 @@ def activation_bytes(
         params: name -> [N, ...].
         inputs: [B, ...], or [N, B, ...] if per_point.
     """
+    own = dict(network.module.named_parameters(remove_duplicate=False))
     leaves = {
-        name: tensor.detach().requires_grad_(tensor.is_floating_point())
+        name: tensor.detach().requires_grad_(name in own and tensor.is_floating_point())
         for name, tensor in params.items()
     }
     given = [*leaves.values(), *tensors_of(inputs)]
@@ -305,13 +317,12 @@ def step_memory(
             step before and the next one, the gradient, and the preconditioned gradient.
         batch: inputs in a step, if they are not as many as there are here.
     """
-    axis = int(per_point)
-    size = tensors_of(inputs)[0].shape[axis]
-    few = each_tensor(lambda tensor: tensor.narrow(axis, 0, min(8, size)), inputs)
+    few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
+    if batch is not None:
+        scale = batch / tensors_of(few)[0].shape[int(per_point)]
     kept = activation_bytes(network, params, few, per_point=per_point)
     weights = networks * copies * sum(tensor.nbytes for tensor in params.values())
     room = ROOM[next(iter(params.values())).device.type]
-    scale = (batch or size) / min(8, size)
     return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
 
 
@@ -329,24 +340,6 @@ def bytes_of(memory: int | str) -> int:
     if size < 1:
         raise ValueError(f"a memory budget is a size as in 8GiB, 500MB, or bytes, got {memory!r}")
     return size
-
-
-def _check_agreement(got: Tensor, expected: Tensor, precision: str = "fp32") -> None:
-    """ValueError unless the outputs are equal up to a generous rounding."""
-    if not isinstance(expected, Tensor):
-        return  # not what any caller wants, who will say so
-    largest = expected.abs().max().item()
-    digits = {"tf32": 2**-10, "bf16": 2**-7}.get(precision, torch.finfo(expected.dtype).eps)
-    tolerance = max(1e-3, 16 * digits) * largest
-    if not torch.allclose(got, expected, rtol=0, atol=tolerance, equal_nan=True):
-        difference = (got - expected).abs().max().item()
-        raise ValueError(
-            f"its outputs differ from the module's by {difference:.1e} (largest {largest:.1e})"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def size_of(number: int) -> str:

@@ -27,6 +27,18 @@ def each_tensor(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     return function(inputs)
 
 
+def first_few(inputs: Inputs, count: int, axis: int = 0) -> tuple[Inputs, float]:
+    """The first inputs of a batch, and how many times as many there are.
+
+    All of them, where not all tensors have the batch on that axis.
+    """
+    sizes = {tensor.shape[axis : axis + 1] for tensor in tensors_of(inputs)}
+    size = next(iter(sizes))
+    if len(sizes) > 1 or not size or size[0] <= count:
+        return inputs, 1.0
+    return each_tensor(lambda t: t.narrow(axis, 0, count), inputs), size[0] / count
+
+
 def on_device(inputs: Inputs, device: torch.device) -> Inputs:
     return each_tensor(lambda tensor: tensor.to(device), inputs)
 

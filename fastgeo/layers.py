@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fastgeo.fusion import channel_norm_run, group_norm_run
-from fastgeo.values import NoForm, Stacked, aligned, by_loop, each, rank_of
+from fastgeo.values import NoForm, Stacked, aligned, any_stacked, by_loop, each, rank_of
 
 State = Mapping[str, Any]  # name -> Stacked, or a tensor that all networks share
 
@@ -127,6 +127,9 @@ def _embedding(
         weight = torch.cat([weight[:, :p], weight[:, p : p + 1].detach(), weight[:, p + 1 :]], 1)
     first_row = weight.shape[1] * torch.arange(n, device=weight.device)
     rows = each(input, n) + first_row.view(-1, *(1,) * rank_of(input))
+    if isinstance(input, Stacked):  # an index out of range must not be a row of another network
+        inside = (input.tensor >= 0) & (input.tensor < weight.shape[1])
+        rows = torch.where(inside, rows, n * weight.shape[1])
     return Stacked(F.embedding(rows, weight.flatten(0, 1)))
 
 
@@ -141,9 +144,11 @@ def _attention(
     scale=None,
     enable_gqa=False,
 ):
+    options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    if not dropout_p and not any_stacked((query, key, value, attn_mask)):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     rank = max(map(rank_of, (query, key, value)))
     q, k, v = (aligned(Stacked(each(t, n)), rank) for t in (query, key, value))
-    options = dict(dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     if isinstance(attn_mask, Stacked) or rank_of(attn_mask) > 2:
         attn_mask = aligned(Stacked(each(attn_mask, n)), rank)
         attn_mask = attn_mask.expand(n, *q.shape[1:-2], *attn_mask.shape[-2:])

@@ -53,3 +53,12 @@ def refuse_batch_norm(module: nn.Module) -> None:
             "interpolate between networks; use GroupNorm or LayerNorm in its place and train "
             "again, or have them computed anew with batchnorm='recalibrate'"
         )
+
+
+def tracking_instance_norm(module: nn.Module) -> str | None:
+    """The name of the first InstanceNorm that tracks statistics, if there is one."""
+    kind = nn.modules.instancenorm._InstanceNorm
+    for name, layer in module.named_modules():
+        if isinstance(layer, kind) and layer.track_running_stats:
+            return name or type(layer).__name__
+    return None

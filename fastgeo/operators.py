@@ -4,9 +4,10 @@
 Each takes N and what the function takes, with `Stacked` values among it.
 """
 
+import functools
 import operator
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,33 @@ from fastgeo.values import NoForm, Stacked, aligned, any_stacked, each, forms, r
 def _elementwise(function: Callable) -> Callable:
     def stacked(n: int, *args: Any, inplace: bool = False, **kwargs: Any) -> Stacked:
         rank = max(map(rank_of, (*args, *kwargs.values())))
+        args = _scalars_as(args, rank)
         args = [aligned(arg, rank) for arg in args]
         kwargs = {name: aligned(value, rank) for name, value in kwargs.items()}
         return Stacked(function(*args, **kwargs))
 
     return stacked
+
+
+def _scalars_as(values: Sequence[Any], rank: int) -> Sequence[Any]:
+    """The values, a network's scalars in the type of the rest, which they do not decide; as
+    [N, 1, ...] they would."""
+    scalar = [isinstance(v, Stacked) and v.tensor.ndim == 1 for v in values]
+    if not rank or not any(scalar):
+        return values
+    rest = [
+        v.tensor if isinstance(v, Stacked) else v
+        for v, s in zip(values, scalar, strict=True)
+        if not s
+    ]
+    types = [t.dtype for t in rest if torch.is_tensor(t) and t.ndim and t.is_floating_point()]
+    if not types:
+        return values
+    dtype = functools.reduce(torch.promote_types, types)
+    return [
+        Stacked(v.tensor.to(dtype)) if s and v.tensor.is_floating_point() else v
+        for v, s in zip(values, scalar, strict=True)
+    ]
 
 
 def _dropout(n, input, p=0.5, training=True, inplace=False):
@@ -143,6 +166,8 @@ def _split(n, tensor, split_size_or_sections, dim=0):
 
 
 def _getitem(n, input, index):
+    if torch.is_tensor(input):
+        raise NoForm("its index differs between the networks")
     if not isinstance(input, Stacked):
         return input[index]  # of a tuple
     index = index if isinstance(index, tuple) else (index,)
@@ -179,6 +204,8 @@ def _getattr(n, input, name):
 
 
 def _to(n, input, *args, **kwargs):
+    if not isinstance(input, Stacked):
+        raise NoForm("its input is one for all networks")
     args = [arg.tensor if isinstance(arg, Stacked) else arg for arg in args]
     return Stacked(input.tensor.to(*args, **kwargs))
 
@@ -213,8 +240,8 @@ def _extreme(function: Callable, elementwise: Callable, reduction: Callable) -> 
 
 
 def _along(function: Callable) -> Callable:
-    def stacked(n, input, dim, _stacklevel=3, dtype=None):
-        return Stacked(function(input.tensor, dim=_behind_n(dim), dtype=dtype))
+    def stacked(n, input, dim, *args, **kwargs):
+        return Stacked(function(input.tensor, _behind_n(dim), *args, **kwargs))
 
     return stacked
 
@@ -270,7 +297,8 @@ FUNCTIONS: dict[Callable | str, Callable] = (
 RANDOM = set(
     forms(
         """alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout
-        multinomial normal poisson rand rand_like randint randint_like randn randn_like rrelu
+        gumbel_softmax multinomial normal poisson rand rand_like randint randint_like randn
+        randn_like randperm rrelu scaled_dot_product_attention
         """.split(),
         same(lambda: None),
     )

@@ -87,10 +87,14 @@ class Path:
 
     def stacked(self) -> dict[str, Tensor]:
         """All points: name -> [N, ...], the form of `torch.func.stack_module_state`."""
-        return {
-            name: torch.cat([self.start[name][None], between, self.end[name][None]])
-            for name, between in self.stacked_interior().items()
-        }
+        stacked = self.stacked_interior()
+        for name, between in stacked.items():
+            start, end = self.start[name], self.end[name]
+            if name in self.interior or not torch.equal(start, end):
+                stacked[name] = torch.cat([start[None], between, end[None]])
+            else:
+                stacked[name] = start.expand(len(self), *start.shape)
+        return stacked
 
     def stacked_interior(self) -> dict[str, Tensor]:
         """All points but the ends: name -> [N - 2, ...], integer entries included."""
@@ -196,9 +200,10 @@ def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") ->
             raise ValueError(f"the two ends differ: {name} is in {there} and not in {missing}")
         if name.endswith("running_mean") and batchnorm == "refuse":
             raise ValueError(
-                f"{name} belongs to a BatchNorm, whose running statistics do not interpolate "
-                "between networks; use GroupNorm or LayerNorm in its place and train again, or "
-                "have them computed anew with batchnorm='recalibrate'"
+                f"{name} belongs to a BatchNorm (or an InstanceNorm that tracks), whose running "
+                "statistics do not interpolate between networks; use GroupNorm or LayerNorm (or "
+                "track_running_stats=False) in its place and train again, or have those of "
+                "BatchNorm computed anew with batchnorm='recalibrate'"
             )
         if a[name].shape != b[name].shape:
             raise ValueError(

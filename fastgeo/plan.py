@@ -1,17 +1,32 @@
-"""A traced graph run on stacked values, each operation in the way that its arguments allow."""
+"""The traced graph of a module, run on stacked values: which way each operation goes, and why."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo import layers, operators
+from fastgeo.attributes import unchanged
 from fastgeo.operators import RANDOM
 from fastgeo.precision import Casts
 from fastgeo.tracing import Trace
-from fastgeo.values import NoForm, Stacked, any_stacked, by_loop, by_vmap, call, each
+from fastgeo.values import (
+    NoForm,
+    Stacked,
+    any_stacked,
+    by_loop,
+    by_vmap,
+    call,
+    each,
+    first_line,
+    own_buffers,
+    refused_in_place,
+    tensors_in,
+    undone_on_failure,
+)
 
 SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
 FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
@@ -25,20 +40,39 @@ class Plan:
         self.casts = Casts(traced.graph, traced.constants) if half else None
         self.ways: dict[fx.Node, Callable] = {}
         self.reasons: dict[fx.Node, str] = {}
+        self.own_inputs: set[str] = set()  # those that differ between the networks, in the last run
         for node in traced.graph.nodes:
             if node.op in ("call_function", "call_method", "call_module"):
                 self.ways[node], self.reasons[node] = self._way(node)
 
-    def run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
+    def run(self, state: dict[str, Stacked | Tensor], args: tuple, kwargs: dict, n: int) -> Any:
+        """What the module returns for these inputs, of the networks with this state.
+
+        A way that fails is left for good, but not where all that are left fail, too: that is the
+        inputs' fault.
+        """
         names = [node.target for node in self.traced.graph.nodes if node.op == "placeholder"]
         named = [kwargs[name] for name in names] if kwargs else args
-        return _Run(self, state, n).run(*named)
+        if len(named) < len(names):
+            raise TypeError(
+                f"the module's forward needs {', '.join(names)}; give a mapping of them as inputs"
+            )
+        self.own_inputs = {
+            name for name, x in zip(names, named, strict=False) if isinstance(x, Stacked)
+        }
+        before = dict(self.ways), dict(self.reasons)
+        try:
+            return _Run(self, state, n).run(*named)
+        except Exception:
+            self.ways, self.reasons = before
+            raise
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(layer, operation, way) of each operation."""
         shared = set()  # does not depend on which network it is
         for node in self.traced.graph.nodes:
-            if node.op == "placeholder" or node.target in self.traced.constants:
+            of_all = node.op == "placeholder" and node.target not in self.own_inputs
+            if of_all or node.target in self.traced.constants:
                 shared.add(node)
             if node not in self.ways:
                 continue
@@ -50,8 +84,10 @@ class Plan:
             if of_shape or (not own_draw and shared.issuperset(node.all_input_nodes)):
                 shared.add(node)
                 way = "once for all networks"
-            layers = list(node.meta.get("nn_module_stack", {}))
-            yield layers[-1] if layers else "", node.name, way
+            around = list(node.meta.get("nn_module_stack", {}))
+            if node.op == "call_module":
+                around.append(node.target)
+            yield around[-1] if around else "", node.name, way
 
     def _way(self, node: fx.Node) -> tuple[Callable, str]:
         """The function (n, node's arguments) that runs a node, and why it is not a stacked form."""
@@ -72,7 +108,7 @@ class Plan:
 class _Run(fx.Interpreter):
     """One pass of the traced graph over stacked parameters."""
 
-    def __init__(self, plan: Plan, state: dict[str, Stacked], n: int):
+    def __init__(self, plan: Plan, state: dict[str, Stacked | Tensor], n: int):
         super().__init__(plan.module, graph=plan.traced.graph)
         self.plan, self.state, self.n = plan, state, n
         self.extra_traceback = False  # leave the exceptions of the layers as they are
@@ -86,41 +122,67 @@ class _Run(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if node not in self.plan.ways:
             return super().run_node(node)
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        if self.plan.casts is not None:
-            args, kwargs = self.plan.casts(node, (args, kwargs))
+        args, kwargs = self._cast(node, self.fetch_args_kwargs_from_env(node))
         if node.op == "call_module":
-            prefix = f"{node.target}."
-            layer = self.module.get_submodule(node.target)
-            names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
-            own = {name: self.state[prefix + name] for name in names}
-            own = own if self.plan.casts is None else self.plan.casts(node, own)
-            function, args, own_args = call(layer), (own, args, kwargs), (layer, own, *args)
-            own_kwargs, kwargs = kwargs, {}
-        else:
-            function = node.target if callable(node.target) else _method(node.target)
-            own_args, own_kwargs = args, kwargs
-            random = node.target in RANDOM
-            if not random and not any_stacked(args) and not any_stacked(kwargs):
-                return function(*args, **kwargs)
-            if random and self.plan.ways[node] is by_vmap:
-                args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
-        way = self.plan.ways[node]
-        if way not in (by_vmap, by_loop):
-            try:
-                return way(self.n, *own_args, **own_kwargs)
-            except NoForm as error:
-                way = self.plan.ways[node] = error.way
-                self.plan.reasons[node] = str(error)
-        try:
-            return way(function, args, kwargs, self.n)
-        except RuntimeError as error:
-            if way is by_loop:
-                raise
-            out = by_loop(function, args, kwargs, self.n)
-            self.plan.ways[node] = by_loop
-            self.plan.reasons[node] = f"vmap failed: {str(error).splitlines()[0]}"
+            return self._module(node, args, kwargs)
+        function = node.target if callable(node.target) else _method(node.target)
+        random = node.target in RANDOM
+        if not random and not any_stacked(args) and not any_stacked(kwargs):
+            return function(*args, **kwargs)
+        out, done = self._stacked(node, args, kwargs)
+        if done:
             return out
+        if random:
+            args, kwargs = pytree.tree_map(self._own_copy, (args, kwargs))
+        return self._one_by_one(node, function, args, kwargs)
+
+    def _cast(self, node: fx.Node, value: Any) -> Any:
+        """In the dtype that the node runs in."""
+        return value if self.plan.casts is None else self.plan.casts(node, value)
+
+    def _module(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """A submodule that is one operation."""
+        layer, prefix = self.module.get_submodule(node.target), f"{node.target}."
+        names = (name.removeprefix(prefix) for name in self.state if name.startswith(prefix))
+        own = own_buffers(layer, self.n) | {name: self.state[prefix + name] for name in names}
+        own = self._cast(node, own)
+        out, done = self._stacked(node, (layer, own, *args), kwargs)
+        if done:
+            return out
+        buffers = [own[name].tensor for name in _updated(layer) if isinstance(own[name], Stacked)]
+        with unchanged(layer), refused_in_place(tensors_in((args, kwargs))):
+            return self._one_by_one(node, call(layer), (own, args, kwargs), {}, buffers)
+
+    def _stacked(self, node: fx.Node, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+        """What the stacked form returns, and whether there is one for these arguments."""
+        form = self.plan.ways[node]
+        if form in (by_vmap, by_loop):
+            return None, False
+        try:
+            return form(self.n, *args, **kwargs), True
+        except (torch.OutOfMemoryError, IndexError):  # vmap would read another network's row
+            raise
+        except NoForm as error:
+            self.plan.ways[node], self.plan.reasons[node] = error.way, str(error)
+        except Exception as error:  # noqa: BLE001 - whatever torch raises
+            self.plan.ways[node] = by_vmap
+            self.plan.reasons[node] = f"its stacked form failed: {first_line(error)}"
+        return None, False
+
+    def _one_by_one(
+        self, node: fx.Node, function: Callable, args: tuple, kwargs: dict, buffers: Sequence = ()
+    ) -> Any:
+        """Through vmap, or where that fails in a loop, with these buffers as they were before."""
+        if self.plan.ways[node] is by_vmap:
+            try:
+                with undone_on_failure(buffers):
+                    return by_vmap(function, args, kwargs, self.n)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in `_stacked`
+                self.plan.ways[node] = by_loop
+                self.plan.reasons[node] = f"vmap failed: {first_line(error)}"
+        return by_loop(function, args, kwargs, self.n)
 
     def _own_copy(self, value: Any) -> Any:
         return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
@@ -128,3 +190,8 @@ class _Run(fx.Interpreter):
 
 def _method(name: str) -> Callable:
     return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+
+
+def _updated(layer: nn.Module) -> list[str]:
+    """The buffers that a layer may change."""
+    return [name for name, _ in layer.named_buffers()] if layer.training else []

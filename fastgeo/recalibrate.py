@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from fastgeo.engines import Engine
 from fastgeo.inputs import Passes, on_device
-from fastgeo.modes import batch_norms, batch_statistics
+from fastgeo.modes import batch_norms, batch_statistics, tracking_instance_norm
 from fastgeo.path import Path, check_path_of
 from fastgeo.stacking import stack
 
@@ -49,6 +49,11 @@ def recalibrate(
     check_path_of(path, module)
     names = [f"{layer}.{name}".lstrip(".") for layer in batch_norms(module) for name in STATISTICS]
     names = [name for name in names if name in path.start]
+    if other := tracking_instance_norm(module):
+        raise ValueError(
+            f"layer {other} is InstanceNorm with running statistics, which cannot be recalibrated; "
+            "make it with track_running_stats=False and train again"
+        )
     if not names:
         raise ValueError("the module has no BatchNorm with running statistics to recalibrate")
     stacked = path.stacked()

@@ -2,9 +2,9 @@
 
 The module is traced once (`fastgeo.tracing`) and its graph is run on stacked parameters: a
 convolution becomes one with N groups, a linear layer a batched matrix product, and so on
-(`fastgeo.operators`, `fastgeo.layers`). An operation that has no form of its own goes through
-torch.func.vmap by itself; a module that cannot be traced goes through vmap as a whole, or else
-through a loop.
+(`fastgeo.plan`, `fastgeo.operators`, `fastgeo.layers`). An operation that has no form of its own
+goes through torch.func.vmap by itself; a module that cannot be traced goes through vmap as a whole,
+or else through a loop.
 """
 
 import warnings
@@ -15,13 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastgeo.attributes import unchanged
 from fastgeo.fusion import fuse
 from fastgeo.inputs import Inputs
-from fastgeo.modes import batch_norms, refuse_batch_norm
+from fastgeo.modes import refuse_batch_norm
 from fastgeo.plan import Plan
 from fastgeo.precision import check_precision, matmul_precision
 from fastgeo.tracing import TraceFailed, trace
-from fastgeo.values import Stacked, by_loop, by_vmap, call, without_n
+from fastgeo.values import (
+    ChangedInput,
+    Stacked,
+    by_loop,
+    by_vmap,
+    call,
+    first_line,
+    own_buffers,
+    refused_in_place,
+    tensors_in,
+    undone_on_failure,
+    without_n,
+)
 
 Parameters = Mapping[str, Tensor]
 ENGINES = ("stacked", "vmap", "loop")
@@ -61,19 +74,17 @@ class StackedModule:
             for named in (module.named_parameters, module.named_buffers)
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
-        self._batch_norms = batch_norms(module)
+        self._copies: bool | None = None  # whether the module changes its inputs, once it is known
         self._unsafe_on_cpu = channels_last_is_unsafe(module)
         self._plans: dict[tuple, Plan] = {}
         if engine in ("auto", "stacked"):
             try:
-                self._plan(None)
+                self._plan({})
                 self.engine = "stacked"
             except TraceFailed as error:
                 if engine == "stacked":
-                    raise ValueError(
-                        f"{type(module).__name__} cannot be stacked: {error}"
-                    ) from error
-                self.engine, self.reason = "vmap", str(error)
+                    raise self._not_stacked(error) from error
+                self.engine, self.reason = error.engine, str(error)
         if precision == "bf16" and self.engine != "stacked":
             why = f": {self.reason}" if self.reason else f", not engine {self.engine!r}"
             raise ValueError(
@@ -87,8 +98,8 @@ class StackedModule:
         Args:
             params: name -> [N, ...], parameters and buffers as in the module's `state_dict()` or
                 `torch.func.stack_module_state`; buffers that are left out are the module's own.
-            x: [B, ...], or [N, B, ...] if per_point; or a mapping of such tensors, the keyword
-                arguments of the module's forward.
+            x: [B, ...], or [N, B, ...] if per_point; or a mapping, the keyword arguments of the
+                module's forward: such tensors, and any other values.
             per_point: whether each network has an input of its own.
 
         Returns:
@@ -100,19 +111,33 @@ class StackedModule:
         n, state = self._state(params)
         args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
         args, kwargs = pytree.tree_map(lambda t: self._input(t, n, per_point), (args, kwargs))
-        statistics = {name: params[name].clone() for name in self._updated(params)}
+        engine, reason = self.engine, self.reason
         while True:
             try:
-                with matmul_precision(self.precision):
-                    return without_n(self._run(state, args, kwargs, n), n)
+                with undone_on_failure(self._updated(params)), matmul_precision(self.precision):
+                    outputs = without_n(self._run(engine, state, args, kwargs, n), n)
+                break
             except torch.OutOfMemoryError:
                 raise
+            except ChangedInput as error:
+                if self._copies is None and engine != "stacked":
+                    self._copies = True
+                    continue
+                failure = error
+            except TraceFailed as error:
+                failure = error if self._may_change else self._not_stacked(error)
             except Exception as error:  # noqa: BLE001 - whatever vmap or the user's code raises
-                if not self._may_change or self.engine == "loop":
-                    raise
-                for name, before in statistics.items():  # a pass that failed may have changed them
-                    params[name].copy_(before)
-                self._give_way(error)
+                failure = error
+            if not self._may_change or engine == "loop":
+                raise failure  # of the loop, what the module itself raises
+            reason = f"{engine} failed: {first_line(failure)}"
+            out_of_range = isinstance(failure, IndexError)  # as in fastgeo.plan
+            engine = "loop" if out_of_range else ENGINES[ENGINES.index(engine) + 1]
+        if engine != self.engine:
+            self.engine, self.reason = engine, reason
+            name = type(self.module).__name__
+            warnings.warn(f"{name} runs as {engine}; {reason}", stacklevel=2)
+        return outputs
 
     def explain(self) -> str:
         """A line for each operation: the layer it is in, which way it runs, and why."""
@@ -126,45 +151,60 @@ class StackedModule:
 
     def parameters_in_half(self) -> set[str]:
         """Names of the parameters that precision "bf16" reads in bf16 only."""
-        casts = self._plan(None).casts
+        casts = self._plan({}).casts
         return set() if casts is None else casts.parameters_of_body()
 
-    def _run(self, state: dict[str, Stacked], args: tuple, kwargs: dict, n: int) -> Any:
-        if self.engine == "stacked":
-            return self._plan(tuple(sorted(kwargs)) or None).run(state, args, kwargs, n)
-        way = by_vmap if self.engine == "vmap" else by_loop
-        return way(call(self.module), (state, args, kwargs), {}, n)
+    def _run(
+        self, engine: str, state: dict[str, Stacked | Tensor], args: tuple, kwargs: dict, n: int
+    ) -> Any:
+        if engine == "stacked":
+            return self._plan(kwargs).run(state, args, kwargs, n)
+        way = by_vmap if engine == "vmap" else by_loop
+        inputs = tensors_in((args, kwargs))
+        function = call(self.module, copies=bool(self._copies))
+        state = own_buffers(self.module, n) | state
+        with (
+            undone_on_failure(inputs if self._copies is None else ()),
+            unchanged(self.module),
+            refused_in_place(inputs),
+        ):
+            out = way(function, (state, args, kwargs), {}, n)
+        self._copies = bool(self._copies)
+        return out
 
-    def _updated(self, params: Parameters) -> list[str]:
-        """The running statistics of BatchNorm among params that another engine may yet need."""
-        if not self._may_change or self.engine == "loop":
+    def _updated(self, params: Parameters) -> list[Tensor]:
+        """The buffers among params that a pass may change, though another engine may yet need them
+        as they were."""
+        if not self._may_change or not any(layer.training for layer in self.module.modules()):
             return []
-        names = (
-            f"{layer}.{own}".lstrip(".")
-            for layer, batch_norm in self._batch_norms.items()
-            if batch_norm.training
-            for own, _ in batch_norm.named_buffers(recurse=False)
-        )
-        return [name for name in names if name in params]
+        return [params[name] for name, _ in self.module.named_buffers() if name in params]
 
-    def _give_way(self, error: Exception) -> None:
-        """Go on with the next engine; the loop raises what the module itself raises."""
-        before, self.engine = self.engine, ENGINES[ENGINES.index(self.engine) + 1]
-        self.reason = f"{before} failed: {(str(error) or type(error).__name__).splitlines()[0]}"
-        warnings.warn(
-            f"{type(self.module).__name__} runs as {self.engine}; {self.reason}", stacklevel=4
+    def _not_stacked(self, error: TraceFailed) -> Exception:
+        return ValueError(
+            f"{type(self.module).__name__} cannot be stacked: {error}; engine='auto' (on the "
+            "command line --engine auto) evaluates it through vmap or in a loop"
         )
 
-    def _plan(self, names: tuple[str, ...] | None) -> Plan:
-        """The graph for these inputs in the present modes of all layers."""
-        key = (names, tuple(layer.training for layer in self.module.modules()))
+    def _plan(self, inputs: Mapping[str, Any]) -> Plan:
+        """The graph for these inputs by name, {} for one input, in the present modes of all layers.
+
+        Raises:
+            TraceFailed: there is none.
+        """
+        names = [name for name, x in inputs.items() if isinstance(x, Tensor | Stacked)]
+        fixed = {name: x for name, x in inputs.items() if name not in names}
+        for name, value in fixed.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise TraceFailed(f"its input {name!r} is a {type(value).__name__}")
+        modes = tuple(layer.training for layer in self.module.modules())
+        key = (frozenset(names), repr(sorted(fixed.items())), modes)
         if key not in self._plans:
-            traced = trace(self.module, names)
+            traced = trace(self.module, names if inputs else None, fixed)
             fuse(traced.graph)
             self._plans[key] = Plan(self.module, traced, self.precision == "bf16")
         return self._plans[key]
 
-    def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked]]:
+    def _state(self, params: Parameters) -> tuple[int, dict[str, Stacked | Tensor]]:
         """N, and all parameters and the given buffers under all of their names."""
         if not params:
             raise ValueError("params must hold the module's parameters, got none")
@@ -172,6 +212,7 @@ class StackedModule:
         for name in params:
             if name not in self._own:
                 raise ValueError(f"params hold {name}, which the module does not have")
+        training = any(layer.training for layer in self.module.modules())
         state = {}
         for name, (tensor, first) in self._own.items():
             given = params.get(first, params.get(name))
@@ -181,7 +222,9 @@ class StackedModule:
                     raise ValueError(
                         f"{name} must be [{shape}] with N = {n}, got {list(given.shape)}"
                     )
-                state[name] = Stacked(given)
+                # Integers that are the same everywhere, as in a Path, are one value for all.
+                alike = not given.dtype.is_floating_point and given.stride(0) == 0 and not training
+                state[name] = given[0] if alike else Stacked(given)
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(f"params lack {name}")
         return n, state
@@ -253,8 +296,9 @@ def stack(
     in params in place, as it would a network's own.
 
     Args:
-        module: any nn.Module, run in train or eval mode as it is; it is not changed, and its own
-            parameter values are not used. Hooks that are added later are not seen.
+        module: any nn.Module, run in train or eval mode as it is; it is not changed (what its
+            forward assigns to attributes is undone), and its own parameter values are not used.
+            Hooks that are added later are not seen.
         engine: "stacked" is the traced graph, "vmap" torch.func.vmap of the whole module, "loop"
             one network after the other; "auto" the first of them that works. Those who want the
             fastest give "auto" to `fastgeo.optimize` and `fastgeo.evaluate`, which measure.

@@ -19,9 +19,9 @@ from fastgeo.axes import Axis, fix, fixed
 from fastgeo.axis_rules import NoRule, Value, values_in
 from fastgeo.axis_terms import settle, terms_of
 from fastgeo.inputs import Inputs, each_tensor, is_inputs
-from fastgeo.modes import evaluation_mode
+from fastgeo.modes import batch_norms, evaluation_mode
 from fastgeo.permutation import Block, Channels, PermutationSpec
-from fastgeo.tracing import BATCH_NORM, Trace, TraceFailed, trace
+from fastgeo.tracing import Trace, TraceFailed, trace
 from fastgeo.values import no_fast_path
 
 FUNCTIONS = axis_rules.FUNCTIONS | axis_layers.FUNCTIONS
@@ -193,11 +193,10 @@ class _Run(fx.Interpreter):
             why = None if kind == "parameter" else f"{name} is a buffer"
             self.first.setdefault(tensor, name)
             self.state[name] = Value(tensor, tuple(Axis(size, why) for size in tensor.shape))
-        for name, layer in module.named_modules():
-            if isinstance(layer, BATCH_NORM):  # running statistics are of the channels
-                for own, tensor in layer.named_buffers(recurse=False):
-                    own = f"{name}.{own}".lstrip(".")
-                    self.state[own] = Value(tensor, tuple(map(Axis, tensor.shape)))
+        for name, layer in batch_norms(module).items():  # running statistics are of the channels
+            for own, tensor in layer.named_buffers(recurse=False):
+                own = f"{name}.{own}".lstrip(".")
+                self.state[own] = Value(tensor, tuple(map(Axis, tensor.shape)))
         self.values: dict[fx.Node, tuple[Axis, ...]] = {}
         self.all: list[tuple[Axis, ...]] = []
         self.used: set[str] = set()

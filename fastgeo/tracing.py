@@ -8,23 +8,25 @@ is one node of the graph; the module itself must be traceable.
 import contextlib
 import functools
 import inspect
-import operator
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from fastgeo.values import no_fast_path
-
-# One node each: their forward branches on their inputs, or they have state of their own.
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
-WHOLE = (nn.MultiheadAttention, BATCH_NORM)
+from fastgeo.attributes import Attributes
+from fastgeo.inplace import OUT_OF_PLACE, WHOLE, InPlace, without_in_place
+from fastgeo.transformer import PLAIN
+from fastgeo.values import first_line, no_fast_path
 
 
 class TraceFailed(Exception):
-    """Says in one sentence why a module has no graph."""
+    """Says in one sentence why a module has no graph, and which engine may evaluate it instead."""
+
+    def __init__(self, reason: str, engine: str = "vmap"):
+        super().__init__(reason)
+        self.engine = engine
 
 
 class Trace(NamedTuple):
@@ -40,13 +42,16 @@ class Trace(NamedTuple):
     constants: dict[str, Tensor]
 
 
-def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
+def trace(
+    module: nn.Module, names: Collection[str] | None = None, fixed: Mapping[str, Any] | None = None
+) -> Trace:
     """The torch.fx graph of a module in its present mode (train or eval).
 
     Args:
         module: not changed.
         names: arguments of its forward that are inputs, by default the first one and those without
             a default value; the others keep theirs.
+        fixed: values of other arguments, for which alone the graph is.
 
     Raises:
         TraceFailed: hooks, control flow that depends on the inputs, or a graph that would hold what
@@ -55,137 +60,138 @@ def trace(module: nn.Module, names: Sequence[str] | None = None) -> Trace:
     for name, layer in module.named_modules():
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             raise TraceFailed(f"{name or 'the module'} has a hook or a replaced forward")
-    own = set(vars(module))
+    attributes = Attributes(module)
     random_states = random.getstate(), torch.get_rng_state()
     try:
-        with _every_state_requires_grad(module), no_fast_path(), torch.enable_grad():
-            graph = _Tracer(names).trace(module)
+        with (
+            _every_state_requires_grad(module),
+            _no_autograd_functions(),
+            no_fast_path(),
+            torch.enable_grad(),
+        ):
+            graph = _Tracer(names, fixed or {}).trace(module)
     except Exception as error:  # noqa: BLE001 - torch.fx raises whatever the user's forward raises
-        raise TraceFailed(f"torch.fx cannot trace it: {_first_line(error)}") from error
+        raise TraceFailed(f"torch.fx cannot trace it: {first_line(error)}") from error
     finally:
-        constants = {name: vars(module).pop(name) for name in set(vars(module)) - own}
+        assigned = attributes.restore()
         drawn = random.getstate() != random_states[0]
         drawn |= not torch.equal(torch.get_rng_state(), random_states[1])
+    constants = {name: assigned.pop(name) for name in [*assigned] if _is_constant(name)}
+    if assigned:
+        raise TraceFailed(f"its forward assigns {next(iter(assigned))}")
     if drawn:
         random.setstate(random_states[0])
         torch.set_rng_state(random_states[1])
         raise TraceFailed("its forward draws random numbers that do not depend on the inputs")
     if any(constant.requires_grad for constant in constants.values()):
         raise TraceFailed("its forward computes with parameters that it does not take by name")
-    for node in graph.nodes:
-        _out_of_place(node, module)
+    for name in {*(names or ()), *(fixed or ())} - inspect.signature(
+        module.forward
+    ).parameters.keys():
+        raise TraceFailed(f"its forward has no argument {name!r}")
+    try:
+        without_in_place(graph, module)
+    except InPlace as error:  # and in vmap the strides are others, so that other views are copies
+        raise TraceFailed(str(error), "loop") from error
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return Trace(graph, constants)
 
 
-# Names of operations that may return their first argument, or share its memory.
-_VIEWS = set(
-    """
-    as_strided bfloat16 chunk contiguous detach diagonal double dropout expand expand_as
-    flatten float getattr getitem half movedim narrow permute real reshape reshape_as select
-    split squeeze swapaxes t tensor_split to transpose type type_as unbind unflatten unfold
-    unsqueeze view view_as
-    """.split()
-)
-_OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
+class _Strict:
+    """What torch.fx would record wrongly: `y += 1` as `y = y + 1`, and `y.data = z` not at all."""
+
+    def __getattr__(self, name: str) -> fx.Proxy:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad", "requires_grad"):
+            raise TraceFailed(f"its forward assigns to .{name}")
+        super().__setattr__(name, value)
 
 
-def _out_of_place(node: fx.Node, module: nn.Module) -> None:
-    """Make an in-place operation return a new value, which nothing can tell from the old one.
+class _Proxy(_Strict, fx.Proxy):
+    _is_param = False  # asked for by isinstance(..., nn.Parameter)
 
-    Raises:
-        TraceFailed: something can: the value is used again, or shares memory with one that may be.
-    """
-    if node.op not in ("call_function", "call_method"):
-        return
-    name, target, kwargs = _name(node.target), node.target, dict(node.kwargs)
-    if node.op == "call_function" and "inplace" in _parameters(target):
-        bound = inspect.signature(target).bind(*node.args, **kwargs).arguments
-        if not bound.get("inplace"):
-            return
-        args, kwargs = (bound.pop(next(iter(bound))),), {**bound, "inplace": False}
-    elif target in _OUT_OF_PLACE:
-        target, args = _OUT_OF_PLACE[target], node.args
-    elif name.endswith("_") and not name.endswith("__"):
-        holder = torch if node.op == "call_function" else Tensor
-        if not hasattr(holder, name[:-1]):
-            raise TraceFailed(f"{node.format_node()} works in place")
-        target = getattr(holder, name[:-1]) if node.op == "call_function" else name[:-1]
-        args = node.args
-    else:
-        return
-    changed = args[0]
-    if isinstance(changed, fx.Node):
-        fresh = changed.op in ("call_function", "call_method")
-        fresh &= _name(changed.target) not in _VIEWS
-        if changed.op == "call_module":
-            fresh = isinstance(module.get_submodule(changed.target), BATCH_NORM)
-        if not fresh or len(changed.users) > 1:
-            raise TraceFailed(f"{node.format_node()} changes in place a value that is used again")
-    node.target, node.args, node.kwargs = target, args, kwargs
+    @property
+    def __class__(self) -> type:
+        """For isinstance: inputs and what the module holds are tensors, the rest is not known."""
+        return Tensor if self.node.op in ("placeholder", "get_attr") else type(self)
 
 
-def _name(target: Callable | str) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
+class _Attribute(_Strict, fx.proxy.Attribute):
+    pass
 
 
-def _parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
+def _recorded(function: Callable) -> Callable:
+    return lambda self, other: self.tracer.create_proxy(
+        "call_function", function, (self, other), {}
+    )
+
+
+for _in_place in OUT_OF_PLACE:
+    setattr(_Strict, f"__{_in_place.__name__}__", _recorded(_in_place))
+
+
+def _modes() -> tuple:
+    """What a graph does not record, though it decides what operations compute."""
+    autocast = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def _no_autograd_functions() -> Iterator[None]:
+    """Refuse torch.autograd.Function, whose backward a graph of its forward does not have."""
+    context = torch.autograd.function.BackwardCFunction  # of which every call makes one
+
+    def refuse(self: Any) -> None:
+        raise TraceFailed("its forward has a backward of its own")
+
+    context.__init__ = refuse
     try:
-        return inspect.signature(function).parameters
-    except ValueError:  # of a built-in function
-        return {}
-
-
-def _encoder(
-    self: nn.TransformerEncoder, src, mask=None, src_key_padding_mask=None, is_causal=None
-):
-    for layer in self.layers:
-        src = layer(src, mask, src_key_padding_mask, bool(is_causal))
-    return src if self.norm is None else self.norm(src)
-
-
-def _encoder_layer(
-    self: nn.TransformerEncoderLayer, src, src_mask=None, src_key_padding_mask=None, is_causal=False
-):
-    masks = (src_mask, src_key_padding_mask)
-    if self.norm_first:
-        src = src + self._sa_block(self.norm1(src), *masks, is_causal=is_causal)
-        return src + self._ff_block(self.norm2(src))
-    src = self.norm1(src + self._sa_block(src, *masks, is_causal=is_causal))
-    return self.norm2(src + self._ff_block(src))
-
-
-# What their forwards compute, without the branches on masks that choose kernels for inference.
-PLAIN = {
-    nn.TransformerEncoder.forward: _encoder,
-    nn.TransformerEncoderLayer.forward: _encoder_layer,
-}
+        yield
+    finally:
+        del context.__init__
 
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, names: Sequence[str] | None):
+    def __init__(self, names: Collection[str] | None, fixed: Mapping[str, Any]):
         super().__init__()
-        self.names, self.first = names, True
+        self.names, self.fixed, self.first, self.modes = names, fixed, True, _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise TraceFailed("its forward switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, WHOLE)
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         before = next(iter(reversed(self.graph.nodes)))
+        attributes, around = Attributes(module), self.module_stack.copy()
         if plain := PLAIN.get(type(module).forward):
             forward = functools.partial(plain, module)
         try:
-            return super().call_module(module, forward, args, kwargs)
+            outputs = super().call_module(module, forward, args, kwargs)
+            if assigned := attributes.restore():
+                raise TraceFailed(f"its forward assigns {next(iter(assigned))}")
+            return outputs
         except Exception:  # noqa: BLE001 - as in `trace`
+            attributes.restore()
+            self.module_stack = around  # on which torch.fx leaves the module that failed
             for node in reversed(self.graph.nodes):
                 if node is before:
                     break
@@ -195,7 +201,9 @@ class _Tracer(fx.Tracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
         default = () if name.startswith("*") else sig.parameters[name].default
-        given = name in self.names if self.names else self.first or default is sig.empty
+        if name in self.fixed:
+            return self.fixed[name]
+        given = self.first or default is sig.empty if self.names is None else name in self.names
         self.first = False
         if given:
             return self.create_proxy("placeholder", name, (), {})
@@ -218,5 +226,6 @@ def _every_state_requires_grad(module: nn.Module) -> Iterator[None]:
             tensor.requires_grad_(False)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{str(error) or type(error).__name__}".splitlines()[0]
+def _is_constant(name: Any) -> bool:
+    """Whether torch.fx gave the module an attribute of that name, for a tensor of the graph."""
+    return isinstance(name, str) and name.startswith("_tensor_constant")

@@ -73,7 +73,8 @@ def read_state(file: str, module: nn.Module) -> dict[str, Tensor]:
 
     Args:
         file: .safetensors, or what `torch.save` wrote of a state dict: by itself or under the key
-            "state_dict" or "model"; names may begin with "module.". Nothing in it is executed.
+            "state_dict", "model_state_dict" or "model"; names may begin with "module." (of a
+            DataParallel) and "_orig_mod." (of torch.compile). Nothing in it is executed.
         module: of which it must be a state; its own values of buffers that the file lacks are kept.
 
     Raises:
@@ -95,13 +96,15 @@ def read_state(file: str, module: nn.Module) -> dict[str, Tensor]:
                 "torch.save(module.state_dict(), file)"
             )
         raise ValueError(f"cannot read {file}: {reason}") from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{file} holds no state dict (names and tensors)")
-    if all(name.startswith("module.") for name in state):  # of a DataParallel
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = module.state_dict()
+    for prefix in ("module.", "_orig_mod.", "module."):  # one of them around the other, too
+        if all(name.startswith(prefix) and name not in own for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return _fitted(file, state, module)
 
 

@@ -43,10 +43,11 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
 
     def one(n_th: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
         leaves, structure = pytree.tree_flatten(call(own))
+        _check_outputs(leaves)
         form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
         return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-    with no_fast_path():
+    with no_fast_path(), _no_fallback_warnings():
         out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
     structure, *others = form
     return pytree.tree_unflatten(
@@ -64,6 +65,16 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _no_fallback_warnings() -> Iterator[None]:
+    """Without torch's request to report which operations vmap runs one by one."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
@@ -99,7 +110,19 @@ def _one_network(
     return [leaves[i].tensor for i in places], call
 
 
+def _check_outputs(leaves: Iterable[Any]) -> None:
+    """TypeError for tensors inside of what pytree does not look into, a dataclass for one."""
+    for leaf in leaves:
+        inside = pytree.tree_leaves(getattr(leaf, "__dict__", {}))
+        if not torch.is_tensor(leaf) and any(map(torch.is_tensor, inside)):
+            raise TypeError(
+                f"a {type(leaf).__name__} with tensors cannot be joined over networks; return a "
+                "tensor, a tuple or a dict"
+            )
+
+
 def _joined(*values: Any) -> Any:
+    _check_outputs(values)
     if torch.is_tensor(values[0]):
         return Stacked(torch.stack(values))
     if any(value != values[0] for value in values):
@@ -129,11 +152,74 @@ def rank_of(value: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
-def call(module: nn.Module) -> Callable:
-    """The module as a function of (state, args, kwargs)."""
-    return lambda state, args, kwargs: functional_call(
-        module, state, args, kwargs, tie_weights=False
-    )
+def call(module: nn.Module, *, copies: bool = False) -> Callable:
+    """The module as a function of (state, args, kwargs), which updates the buffers in state.
+
+    Args:
+        module: must be given its state under all names.
+        copies: call it on copies of the tensors among args and kwargs.
+    """
+
+    def function(state: Mapping[str, Tensor], args: tuple, kwargs: dict) -> Any:
+        if copies:
+            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+        now = dict(state)  # in which functional_call returns what the forward assigned
+        out = functional_call(module, now, args, kwargs, tie_weights=False)
+        for name, tensor in state.items():
+            if now[name] is not tensor:
+                with torch.no_grad():
+                    tensor.copy_(now[name])
+        return out
+
+    return function
+
+
+def own_buffers(module: nn.Module, n: int) -> dict[str, Stacked | Tensor]:
+    """The module's own buffers by name; in train mode a copy for each network to update."""
+    named = module.named_buffers(remove_duplicate=False)
+    if not any(layer.training for layer in module.modules()):
+        return dict(named)
+    return {name: Stacked(t.expand(n, *t.shape).clone()) for name, t in named}
+
+
+class ChangedInput(Exception):
+    """A module changed its input in place, which other networks or operations use, too."""
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, the stacked ones whole; but those of inference mode, which have no
+    version."""
+    leaves = pytree.tree_leaves(value)
+    leaves = [leaf.tensor if isinstance(leaf, Stacked) else leaf for leaf in leaves]
+    return [leaf for leaf in leaves if torch.is_tensor(leaf) and not leaf.is_inference()]
+
+
+@contextlib.contextmanager
+def refused_in_place(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """ChangedInput if any of the tensors was changed in place."""
+    versions = [tensor._version for tensor in tensors]
+    try:
+        yield
+    finally:
+        if versions != [tensor._version for tensor in tensors]:
+            raise ChangedInput("a module changes its input in place")
+
+
+@contextlib.contextmanager
+def undone_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The tensors as they were before, if an exception ends this."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def forms(names: Iterable[str], make: Callable[[Callable], Callable]) -> dict:

@@ -146,18 +146,69 @@ def test_an_error_of_the_work_itself_is_raised(path, module):
         choice.run(fails)
 
 
-def test_an_engine_that_computes_something_else_is_left_out(path, module, monkeypatch):
+@pytest.mark.parametrize(
+    "change", [lambda t: t * 1.01, lambda t: 2 * t.detach() - t, lambda t: t.detach() + 0 * t]
+)
+def test_an_engine_with_other_outputs_or_gradients_is_not_used(path, module, monkeypatch, change):
     run = StackedModule._run
 
-    def wrong(self, *args):
-        out = run(self, *args)
-        return out if self.engine == "loop" else type(out)(out.tensor * 1.01)
+    def wrong(self, engine, *args):
+        out = run(self, engine, *args)
+        return out if engine == "loop" else type(out)(change(out.tensor))
 
     monkeypatch.setattr(StackedModule, "_run", wrong)
     record = []
-    with pytest.warns(UserWarning, match="engine stacked is left out: its outputs differ"):
+    with pytest.warns(UserWarning, match="engine stacked is left out: its .* differs? from"):
         optimize(path, module, [images()], steps=9, on_choice=record.append)
     assert record[0]["engine"] == "loop"
+    for engine in ("stacked", "vmap"):
+        with pytest.raises(ValueError, match="its .* differs? from the module's"):
+            optimize(path, module, [images()], steps=1, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "stacked"])
+def test_a_frozen_backbone_is_optimised_as_in_the_module(engine):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(Backbone())
+            self.head = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(self.inner(x))
+
+    class Backbone(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5)
+
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    line = Path.linear(Frozen(), Frozen(), 5)
+    got = optimize(line, Frozen(), [torch.randn(16, 6)], steps=2, engine=engine)
+    for name, before in line.interior.items():
+        assert torch.equal(got.interior[name], before) == name.startswith("inner")
+
+
+def test_inputs_that_are_not_all_of_the_batch_are_not_cut():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 4)
+
+        def forward(self, tokens, mask, scale):
+            x = self.embed(tokens)
+            return self.head(nn.functional.scaled_dot_product_attention(x, x, x, mask)) * scale
+
+    tokens = torch.randint(7, (16, 12), generator=torch.Generator().manual_seed(1))
+    mask, scale = torch.ones(12, 12).tril().bool(), torch.tensor(2.0)
+    inputs = {"tokens": tokens, "mask": mask, "scale": scale}
+    line = Path.linear(Masked(), Masked(), 4)
+    paths = [
+        optimize(line, Masked(), [inputs], steps=2, engine=engine) for engine in ("auto", "loop")
+    ]
+    torch.testing.assert_close(*(path.interior for path in paths))
 
 
 @pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])

@@ -263,3 +263,57 @@ def test_batch_norm_trains_like_the_loop(spatial, options, engine, per_point):
     ]
     module = batch_norm_net(spatial, **options).double()
     assert_trains_like_the_loop(module, draws, 3, per_point, engine=engine)
+
+
+def test_an_index_out_of_range_is_not_a_row_of_another_network():
+    module = nn.Embedding(7, 2)
+    params, _ = torch.func.stack_module_state(clones(module, 3))
+    for index in (7, -1):
+        tokens = torch.zeros(3, 4, dtype=torch.long)
+        tokens[1, 2] = index
+        with pytest.raises(IndexError):
+            stack(module, engine="stacked")(params, tokens, per_point=True)
+        with pytest.raises(IndexError):
+            stack(module)(params, tokens, per_point=True)
+
+
+def test_shared_attention_without_dropout_is_computed_once():
+    module = Around(lambda layer, x, shared: F.scaled_dot_product_attention(shared, shared, x))
+    shared = Around(
+        lambda layer, x, shared: x * F.scaled_dot_product_attention(shared, shared, shared)
+    )
+    for one in (module, shared):
+        assert_equals_the_loop(one.double(), sequences(), 3, False)
+
+
+def _causal(length):
+    return nn.Transformer.generate_square_subsequent_mask(length, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "layer, use",
+    [
+        (
+            lambda: nn.Transformer(D, 2, 1, 2, 12, batch_first=True),
+            lambda layer, x, shared: layer(shared, x, tgt_mask=_causal(T)),
+        ),
+        (
+            lambda: nn.Transformer(D, 2, 1, 1, 12, norm_first=True),
+            lambda layer, x, shared: layer(x, 2 * x[:2], src_key_padding_mask=PADDED_FIRST),
+        ),
+        (
+            lambda: nn.TransformerDecoder(
+                nn.TransformerDecoderLayer(D, 2, 12, batch_first=True), 2, nn.LayerNorm(D)
+            ),
+            lambda layer, x, shared: layer(
+                x, shared, _causal(T), memory_key_padding_mask=PADDED, tgt_is_causal=True
+            ),
+        ),
+    ],
+)
+def test_whole_transformers_are_traced(layer, use):
+    network = assert_equals_the_loop(Around(use, layer()).double().eval(), sequences(), 3, False)
+    assert not {"vmap:", "loop:"} & set(network.explain().split())
+
+
+PADDED_FIRST = torch.arange(B) >= torch.tensor([3, 2, 1, 3, 2])[:, None]  # [T, B]: batch is second

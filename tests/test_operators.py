@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, images
+from conftest import assert_equals_the_loop, clones, images
 from torch import nn
 
 from fastgeo import stack
@@ -60,6 +60,8 @@ BEHIND_N = [  # of [B, 4, 6, 6] features
     lambda x, layer: x[:, layer.bias.argsort()],
     lambda x, layer: x[..., torch.ones(6).bool()],
     lambda x, layer: x.softmax(1) + F.log_softmax(x, -1),
+    lambda x, layer: torch.softmax(x, -1, torch.float32).double() + x.log_softmax(1, x.dtype),
+    lambda x, layer: F.softmax(x, 1, 3, torch.float32) + x.double(),
     lambda x, layer: x.cumsum(1),
     lambda x, layer: x.max(1, keepdim=True)[0] + x,
     lambda x, layer: torch.einsum("bchw,c->bchw", x, layer.bias + 1),
@@ -89,6 +91,7 @@ BEHIND_N = [  # of [B, 4, 6, 6] features
     lambda x, layer: x.to(torch.float64).type_as(x).masked_fill(x > 0, 0.5),
     lambda x, layer: x + torch.arange(x.shape[-1], dtype=x.dtype, device=x.device),
     lambda x, layer: F.gelu(F.silu(F.leaky_relu(x, 0.2)), approximate="tanh"),
+    lambda x, layer: x * ((x > 0) & (x < 1)) - x * ((x > 1) | ~(x > 0)),
     lambda x, layer: torch.relu_(x * 2),
     lambda x, layer: (x * 2).clamp_(-1, 1).mul_(3),
 ]
@@ -174,6 +177,13 @@ def test_every_layer_equals_the_loop(layer, shared):
     [
         (lambda x, layer: x[:, layer.bias.argsort()], "vmap: its index differs"),
         (lambda x, layer: x[[0] * 12, :, [5]].repeat(1, 1, 6), "vmap: its indices are not side"),
+        (
+            lambda x, layer: x * (torch.ones(12, 1, 1, 1) > 0).type_as(x),
+            "vmap: its input is one for",
+        ),
+        (lambda x, layer: torch.eye(4).double()[x.argmax(1)].mT, "vmap: it has no"),
+        (lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), "vmap: its stacked form failed"),
+        (lambda x, layer: F.linear(x, layer.weight.repeat(2)[:6])[..., None] * x, "form failed"),
         (lambda x, layer: torch.einsum("bchw,c", x, layer.bias).repeat(1, 4, 1), "not given by"),
     ],
 )
@@ -182,18 +192,114 @@ def test_explain_says_where_values_had_no_stacked_form(function, line):
     assert line in network.explain()
 
 
+def _added_to(x):
+    x += 1.0
+    return x
+
+
+def _add_again(x):
+    y = x * 2
+    y += x
+    z = y
+    y -= 0.5
+    y *= y.sigmoid()
+    y /= 3
+    y **= 2
+    return y + z
+
+
+def _pre_norm(x, layer):
+    x = x * 1
+    x += layer(x.mT).mT
+    x += layer(x.mT).mT
+    return x
+
+
+def _flat(x):
+    y = x.flatten(2).sin()
+    y.mul_(2.0)
+    y = y.view(x.shape)
+    y.clamp_(-1, 1)
+    return y + y.mean()
+
+
 @pytest.mark.parametrize(
     "function, layer",
     [
         (lambda x, layer: layer(x) + x, nn.ReLU(inplace=True)),
         (lambda x, layer: F.relu(x, inplace=True) + x, None),
-        (lambda x, layer: x[:, :2].mul_(2).repeat(1, 2, 1, 1) + x, None),
+        (lambda x, layer: layer(x.flatten(1)) * 2, nn.Dropout(0.5, inplace=True).eval()),
+        (lambda x, layer: layer(x.flatten(1)).view(x.shape) + x, nn.Dropout(inplace=True).eval()),
+        (lambda x, layer: _added_to(layer(x)), nn.Softplus()),
+        (lambda x, layer: _add_again(x), None),
+        (lambda x, layer: _pre_norm(x, layer), nn.Linear(6, 6)),
+        (lambda x, layer: _flat(x), None),
     ],
 )
-def test_a_value_changed_in_place_and_used_again_runs_through_vmap(function, layer):
-    module = Body(function, layer).double()
+def test_what_is_changed_in_place_is_stacked_and_later_uses_see_the_change(function, layer):
+    assert_equals_the_loop(Body(function, layer).double(), images(), 3, False)
+
+
+def _through(view):
+    """Change a view in place and use what it is a view of."""
+
+    def function(x, layer):
+        x = x.sin()
+        v = view(x)
+        v *= 2.0
+        return x * 3
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _through(view)
+        for view in (
+            lambda x: x[:, :3],
+            lambda x: x.mT,
+            lambda x: x.ravel(),
+            lambda x: x.broadcast_to(x.shape),
+            lambda x: x.swapdims(0, 1),
+            lambda x: torch.moveaxis(x, 0, 1),
+            lambda x: torch.atleast_2d(x),
+            lambda x: x.positive(),
+            lambda x: torch.hsplit(x, [2])[0],
+            lambda x: F.dropout2d(x, 0.5, False),
+            lambda x: F.alpha_dropout(x, 0.5, False),
+            lambda x: F.dropout(x, 0.5, False),
+            lambda x: x.detach(),
+            lambda x: x.double(),
+        )
+    ]
+    + [lambda x, layer: x[:, :2].mul_(2).repeat(1, 2, 1, 1) + x],
+)
+def test_a_value_changed_through_a_view_and_used_again_runs_in_a_loop(function):
+    module = Body(function).double()
     assert "in place" in stack(module).reason
-    assert_equals_the_loop(module, images(), 3, False, runs_as="vmap")
+    assert_equals_the_loop(module, images(), 3, False, runs_as="loop")
+
+
+def _to_data(x):
+    x.data = x.data.clamp(-0.1, 0.1)
+    return x
+
+
+def _out_is_given(x):
+    x = x.detach() * 1
+    torch.add(x, 1.0, out=x)
+    return x
+
+
+@pytest.mark.parametrize("function", [_to_data, _out_is_given])
+def test_what_is_assigned_to_the_data_of_a_value_is_not_lost(function):
+    module = Body(lambda x, layer: function(x)).double()
+    assert stack(module).engine != "stacked"
+    x, networks = images(), clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    expected = torch.stack([network(x) for network in networks])
+    torch.testing.assert_close(stack(module)(params, x), expected)
 
 
 class Accumulating(nn.Module):
@@ -212,3 +318,58 @@ class Accumulating(nn.Module):
 
 def test_a_residual_added_in_place_is_stacked():
     assert_equals_the_loop(Accumulating().double(), images(), 3, False)
+
+
+def test_an_input_changed_in_place_is_left_as_it_was():
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 5)).double()
+    params, _ = torch.func.stack_module_state(clones(module, 3))
+    x = images()
+    stack(module, engine="stacked")(params, x)
+    assert torch.equal(x, images())
+
+
+class Scaled(nn.Module):
+    """A scalar of a wider type does not decide the type."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.layer, self.operation = nn.Linear(64, 5), operation
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.operation(self.layer(x.flatten(1)), self.scale)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x, a: x * a, lambda x, a: a - x, lambda x, a: torch.where(x > 0, x, a)],
+)
+def test_a_scalar_parameter_of_another_type_promotes_as_in_one_network(operation):
+    module, x = Scaled(operation), images().float()
+    networks = clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    expected = torch.stack([network(x) for network in networks])
+    torch.testing.assert_close(stack(module)(params, x), expected)  # its type, too
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x[torch.randperm(x.size(0))],
+        lambda x: F.gumbel_softmax(x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+    ],
+)
+def test_what_is_drawn_for_a_shared_input_differs_between_the_networks(draw):
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(draw(x))
+
+    module = Drawing()
+    params = {name: torch.stack([p] * 2) for name, p in module.named_parameters()}
+    first, second = stack(module)(params, torch.randn(16, 8, 8))
+    assert not torch.equal(first, second)

@@ -119,3 +119,12 @@ def test_what_cannot_be_recalibrated_is_named(path):
         recalibrate(line, plain, [torch.randn(5, 4)])
     with pytest.raises(ValueError, match="batchnorm must be 'refuse' or 'recalibrate', got 'yes'"):
         Path.linear(network(1), network(2), 5, batchnorm="yes")
+
+
+def test_an_instance_norm_that_tracks_is_named_with_what_to_do():
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4, track_running_stats=True))
+    with pytest.raises(ValueError, match="1.running_mean .*InstanceNorm.*track_running_stats=Fal"):
+        Path.linear(module, module, 3)
+    path = Path.linear(module, module, 3, batchnorm="recalibrate")
+    with pytest.raises(ValueError, match="layer 1 is InstanceNorm .*track_running_stats=False"):
+        recalibrate(path, module, [torch.randn(4, 1, 6, 6)])

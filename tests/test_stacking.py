@@ -1,14 +1,22 @@
 """Stacked networks against the loop over modules, in float64."""
 
 import copy
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, clones, images, tiny_resnet
+from conftest import (
+    assert_equals_the_loop,
+    assert_trains_like_the_loop,
+    clones,
+    images,
+    tiny_resnet,
+)
 from torch import nn
 
-from fastgeo import models, stack
+from fastgeo import Path, models, stack
 
 
 @pytest.mark.parametrize("norm", ["group", "channel"])
@@ -233,3 +241,381 @@ def test_parameters_that_do_not_fit_are_named(change, words):
 def test_unknown_options_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         stack(tiny_resnet(), **options)
+
+
+class Rotary(nn.Module):
+    """The usual cache of what depends on the length only, here in a dict, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.cosines, self.known, self.shift = None, {}, nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        if self.cosines is None:
+            self.cosines = torch.arange(x.shape[-1]) * 2.0
+            self.known[0] = self.cosines
+        return x + self.cosines + self.known[0] + self.shift
+
+
+class Storing(nn.Module):
+    """Keeps its last features, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls, self.maps = nn.Linear(6, 5), 0, []
+        self.register_buffer("last", torch.zeros(5))
+
+    def forward(self, x):
+        self.features = self.layer(x)
+        self.calls += 1
+        self.maps.append(self.features)
+        self.last = self.features[0]
+        return self.features.sin()
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize("around", [nn.Sequential, lambda *layers: layers[-1]])
+@pytest.mark.parametrize("layer", [Rotary, Storing])
+def test_what_a_forward_assigns_is_not_left_in_the_module(engine, around, layer):
+    module = around(nn.Linear(6, 6), layer()).double()
+    before = [dict(vars(part)) for part in module.modules()]
+    x, networks = torch.randn(4, 6).double(), clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got = stack(module, engine=engine)(params, x)
+    torch.testing.assert_close(got, torch.stack([network(x) for network in networks]))
+    for part, attributes in zip(module.modules(), before, strict=True):
+        assert vars(part) == attributes
+    assert not any(getattr(part, "maps", []) for part in module.modules())
+    assert not any(getattr(part, "known", {}) for part in module.modules())
+    assert type(module(x)) is torch.Tensor
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _without_gradient(layer, x):
+    with torch.no_grad():
+        return layer(x).tanh()
+
+
+def _in_bf16(layer, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return F.linear(x.float(), layer.weight.float()).double()
+
+
+class Between(nn.Module):
+    """A function of a layer and features, before a linear head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.head, self.function = nn.Linear(64, 6), nn.Linear(6, 5), function
+
+    def forward(self, x):
+        return self.head(self.function(self.layer, x.flatten(1)))
+
+
+reverse = Reversed.apply
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _without_gradient,
+        lambda layer, x: Reversed.apply(layer(x)),
+        lambda layer, x: reverse(layer(x) * 2),
+        lambda layer, x: StraightThrough.apply(layer(x)),
+        _in_bf16,
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradients_and_types_that_a_graph_does_not_record_are_not_lost(function, inside):
+    module = Between(function)
+    module = nn.Sequential(module, nn.Tanh()) if inside else module
+    network = stack(module.double())
+    assert (network.engine == "stacked") == inside
+    x, networks = images(), clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got, expected = network(params, x), torch.stack([net(x) for net in networks])
+    tolerance = dict(rtol=1e-2, atol=1e-2) if function is _in_bf16 else {}
+    torch.testing.assert_close(got, expected, **tolerance)
+    upstream = torch.randn_like(expected)
+    for name in params:
+        own = [net.get_parameter(name) for net in networks]
+        got_gradient, gradients = (
+            torch.autograd.grad(outputs, to, upstream, retain_graph=True, materialize_grads=True)
+            for outputs, to in ((got, [params[name]]), (expected, own))
+        )
+        torch.testing.assert_close(got_gradient[0], torch.stack(gradients), **tolerance)
+
+
+def test_what_is_not_traced_takes_its_surroundings_along_no_further():
+    """torch.fx's own record of where it is must survive a submodule that fails."""
+    block = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(Reads(), nn.ReLU()), nn.Tanh())
+    module = nn.Sequential(block, nn.Flatten(), nn.Linear(128, 5)).double()
+    network = assert_equals_the_loop(module, images(), 3, False)
+    ways = [line.split()[:3] for line in network.explain().splitlines()[1:]]
+    assert [(place, way) for place, _, way in ways] == [
+        ("0.0", "stacked"),
+        ("0.1.0", "vmap:"),
+        ("0.1.1", "stacked"),
+        ("0.2", "stacked"),
+        ("1", "stacked"),
+        ("2", "stacked"),
+    ]
+
+
+class Reads(nn.Module):
+    """A branch on a shape."""
+
+    def forward(self, x):
+        return x * 2 if x.shape[-1] > 3 else x
+
+
+class Named(nn.Module):
+    """Branches on what it is given besides tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens, mask=None, scale=1.0, causal=False, gain=None):
+        x = self.embed(tokens)
+        if mask is None:
+            x = x * 0.5
+        if causal:
+            x = x.cumsum(1)
+        if torch.is_tensor(scale):
+            x = x + 1
+        if isinstance(self.gain, torch.Tensor) and gain != "none":
+            x = x * self.gain
+        return self.head(F.scaled_dot_product_attention(x, x, x, attn_mask=mask) * scale)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"mask": None},
+        {"mask": torch.ones(5, 5).tril().bool()},
+        {"scale": 2.0},
+        {"scale": 1, "causal": True, "gain": "none"},
+        {"scale": torch.tensor(2.0).double()},
+    ],
+)
+def test_arguments_that_are_no_tensors_decide_as_in_the_module(named):
+    tokens = torch.arange(20).view(4, 5) % 7
+    assert_equals_the_loop(Named().double(), {"tokens": tokens, **named}, 3, False)
+
+
+def test_each_value_of_an_argument_has_a_graph_of_its_own():
+    network, networks = stack(Named().double()), clones(Named().double(), 2)
+    params, _ = torch.func.stack_module_state(networks)
+    tokens = torch.arange(20).view(4, 5) % 7
+    for named in ({"causal": True}, {"causal": 1}, {"causal": False}, {"scale": 3.0}, {}):
+        got = network(params, {"tokens": tokens, **named})
+        torch.testing.assert_close(got, torch.stack([net(tokens, **named) for net in networks]))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_an_argument_that_the_forward_does_not_have_is_refused(engine):
+    params, _ = torch.func.stack_module_state([Named()] * 2)
+    inputs = {"tokens": torch.zeros(2, 3).long(), "maks": torch.ones(3, 3)}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'maks'"):
+        stack(Named(), engine=engine)(params, inputs)
+    with pytest.raises(ValueError, match="cannot be stacked: its forward has no argument 'maks'"):
+        stack(Named(), engine="stacked")(params, inputs)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+def test_buffers_that_are_left_out_are_the_modules_own(engine):
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double().eval()
+    module[1].running_mean.copy_(torch.randn(4))
+    module[1].running_var.copy_(torch.rand(4) + 0.5)
+    networks = clones(module, 3)
+    params, _ = torch.func.stack_module_state(networks)
+    got = stack(module, engine=engine, batchnorm="recalibrate")(params, images())
+    torch.testing.assert_close(got, torch.stack([network(images()) for network in networks]))
+    before = copy.deepcopy(module.state_dict())
+    got = stack(module.train(), engine=engine, batchnorm="recalibrate")(params, images())
+    torch.testing.assert_close(
+        got, torch.stack([network.train()(images()) for network in networks])
+    )
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+FOLLOWED = [("auto", False), ("auto", True), ("vmap", False), ("loop", False), ("loop", True)]
+
+
+class ChangesItsInput(nn.Module):
+    """Which torch.fx cannot trace; and where `reads`, vmap cannot follow either."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.shift, self.reads = nn.Parameter(torch.ones(64)), reads
+
+    def forward(self, x):
+        x.mul_(2.0)
+        if x.shape[0] > 100 or (self.reads and (x * self.shift).sum().item() > 1e9):
+            return x
+        return (x * self.shift).sin()
+
+
+@pytest.mark.parametrize("engine, reads", FOLLOWED)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("per_point", [False, True])
+def test_networks_do_not_see_what_another_did_to_their_input(engine, reads, inside, per_point):
+    module = ChangesItsInput(reads)
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            x = x * 1.0
+            return self.inner(x) + x
+
+    module = Around() if inside else module
+    x, networks = images().flatten(1), clones(module.double(), 3)
+    params, _ = torch.func.stack_module_state(networks)
+    given = torch.stack([x, x + 1, x + 2]) if per_point else x.clone()
+    kept, network = given.clone(), stack(module, engine=engine)
+    for _ in range(2):
+        got = network(params, given, per_point=per_point)
+        for i, one in enumerate(networks):
+            torch.testing.assert_close(got[i], one((kept[i] if per_point else x).clone()))
+        assert torch.equal(given, kept)
+
+
+class Averaging(nn.Module):
+    """Keeps an average in a buffer, which it assigns, and counts in place."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.layer, self.reads = nn.Linear(64, 5), reads
+        self.register_buffer("average", torch.zeros(5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1))
+        if self.training:
+            self.count.add_(1)
+            self.average = 0.9 * self.average + 0.1 * h.detach().mean(0)
+        if self.reads:
+            assert h.sum().item() < 1e9
+        return h - self.average * self.count
+
+
+@pytest.mark.parametrize("engine, reads", FOLLOWED)
+@pytest.mark.parametrize("around", [nn.Identity, lambda layer: nn.Sequential(layer, nn.Tanh())])
+def test_buffers_that_a_forward_assigns_are_updated_once(engine, reads, around):
+    module = Averaging(reads)
+    module = module if around is nn.Identity else around(module)
+    assert_trains_like_the_loop(module.double(), [images(4, seed=i) for i in range(4)], 3, False)
+
+
+def test_an_input_that_no_engine_takes_changes_no_engine():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+    params, _ = torch.func.stack_module_state(clones(module, 3))
+    network = stack(module)
+    before = network.explain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            network(params, torch.zeros(4, 7).double())
+    assert network.engine == "stacked" and network.explain() == before
+
+
+@dataclass
+class Outputs:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_tensors_that_cannot_be_joined_over_networks_are_refused(engine):
+    module = nn.Linear(6, 3)
+    module.forward = lambda x: Outputs(F.linear(x, module.weight, module.bias))
+    params, _ = torch.func.stack_module_state([module] * 2)
+    with pytest.raises(TypeError, match="a Outputs with tensors cannot be joined"):
+        stack(module, engine=engine)(params, torch.zeros(4, 6))
+
+
+class Permuted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 5)
+        self.register_buffer("order", torch.tensor([3, 0, 4, 1, 2]))
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))[:, self.order]
+
+
+def test_integers_that_all_points_of_a_path_share_are_not_stacked():
+    path = Path.linear(Permuted().double(), Permuted().double(), 5)
+    network = stack(Permuted().double().eval())
+    for params in (path.stacked(), path.stacked_interior()):
+        got = network(params, images())
+        assert "vmap" not in network.explain()
+        networks = [Permuted().double() for _ in range(len(got))]
+        for i, net in enumerate(networks):
+            net.load_state_dict({name: tensor[i] for name, tensor in params.items()})
+        torch.testing.assert_close(got, torch.stack([net(images()) for net in networks]))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_table_is_read_at_the_places_of_each_network(given):
+    class Table(Permuted):
+        def forward(self, x):
+            h = self.layer(x.flatten(1))
+            return h + self.order[h.argmax(-1)][:, None]
+
+    networks = clones(Table().double().eval(), 3)
+    params, buffers = torch.func.stack_module_state(networks)
+    got = stack(networks[0])(params | (buffers if given else {}), images())
+    torch.testing.assert_close(got, torch.stack([net(images()) for net in networks]))
+
+
+def test_explain_says_once_for_all_networks_only_of_what_they_share():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+    params, _ = torch.func.stack_module_state([module] * 2)
+    network = stack(module)
+    for per_point in (False, True, False):
+        network(params, torch.stack([images()] * 2) if per_point else images(), per_point=per_point)
+        assert ("once for all networks" in network.explain()) != per_point
+
+
+def test_the_operations_that_vmap_runs_one_by_one_are_in_explain_and_not_in_warnings():
+    module = Between(lambda layer, x: F.bilinear(layer(x), layer(x), torch.ones(6, 6, 6).double()))
+    params, _ = torch.func.stack_module_state([module.double()] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack(module)(params, images())
+
+
+def test_a_forward_of_several_inputs_says_so_when_given_one():
+    module = nn.Bilinear(3, 3, 2)
+    params, _ = torch.func.stack_module_state([module] * 2)
+    with pytest.raises(TypeError, match="forward needs input1, input2; give a mapping"):
+        stack(module, engine="stacked")(params, torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        stack(module)(params, torch.zeros(4, 3))
