@@ -108,6 +108,24 @@ def memory() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def matching() -> str:
+    """Ways to match trained networks, over pairs."""
+    result = read("matching-digits")
+    columns = {
+        "squared distance": "squared distance",
+        "barrier, train, nats": "barrier, train, nats",
+        "barrier, test, nats": "test",
+        "objective over the usual: higher, lower": "nearer, farther than usual",
+        "barrier lower": "lower barrier",
+        "seconds": "seconds",
+    }
+    rows = [
+        {f"{result['pairs']} pairs": row["way"]} | {new: row[old] for old, new in columns.items()}
+        for row in result["rows"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
+
+
 def _ratio(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
@@ -121,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "grid": grid,
     "memory": memory,
+    "matching": matching,
 }
 
 

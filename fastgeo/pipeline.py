@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -86,7 +86,7 @@ def match_ends(run: Run) -> None:
         write_bytes(run.file("matching.md"), text.encode())
 
 
-def optimize_path(run: Run) -> None:
+def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None) -> None:
     """Optimise the interior of the line from a to the matched b."""
     c = run.config
     with _stage(run, "optimize") as found:
@@ -100,6 +100,7 @@ def optimize_path(run: Run) -> None:
                 steps=c.steps,
                 lr=c.lr,
                 precondition=c.precondition,
+                on_step=on_step,
                 checkpoints=checkpoints,
                 progress=True,
                 **run.engine_options("optimize"),
