@@ -4,11 +4,12 @@ Each measurement is a process of its own. What counts is memory beyond what the 
 its first step: activations, gradients, and whatever the allocator keeps.
 """
 
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 
 import torch
 import tyro
@@ -126,8 +127,9 @@ def _peak() -> int:
     """Bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib if sys.platform == "darwin" else 1024 * kib
+    # Not ru_maxrss, which begins with what the parent process holds.
+    status = FilePath("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
 
 def main() -> None:

@@ -72,17 +72,14 @@ def step() -> str:
         settings.setdefault(row["setting"], {})[row["implementation"]] = row
     rows = []
     for setting, own in settings.items():
-        ours = [name for name in own if name.startswith("fastgeo")]
-        chosen = ours[-1]
-        others = {name: _ratio(own.get(name)) for name in ("loop, channels-last", "loop, compiled")}
+        chosen = _chosen(own)
+        others = ("loop, channels-last", "loop, compiled", "torch.func.vmap", "fastgeo, stacked")
         rows.append(
             {
                 "network": setting,
                 "loop, images·points/s": f"{own['loop over modules']['images·points/s']:,}",
-                **others,
-                "torch.func.vmap": _ratio(own.get("torch.func.vmap")),
-                "fastgeo, stacked": _ratio(own.get("fastgeo, stacked")),
-                "fastgeo, auto": f"{_ratio(own[chosen])} ({chosen.removeprefix('fastgeo, ')})",
+                **{name: f"{_median(own[name]):.2f}" for name in others if name in own},
+                "fastgeo, auto": f"{_median(own[chosen]):.2f} {chosen[len('fastgeo, auto ') :]}",
                 "images·points/s": f"{own[chosen]['images·points/s']:,}",
             }
         )
@@ -92,14 +89,22 @@ def step() -> str:
 def grid() -> str:
     """fastgeo's choice against the loop over width, N and B, in a sentence."""
     result = read("step-grid-cpu")
-    ours = [row for row in result["rows"] if row["implementation"].startswith("fastgeo")]
-    ours.sort(key=lambda row: row["times the loop"]["p50"])
-    slowest, fastest = ours[0], ours[-1]
+    ours = [r for r in result["rows"] if r["implementation"].startswith("fastgeo, auto (")]
+    ours.sort(key=_median)
+    low, high = ours[0], ours[-1]
     return (
         f"Over {len(ours)} settings of width, N and B the engine that `auto` chooses is "
-        f"{_ratio(slowest)} ({slowest['setting']}) to {_ratio(fastest)} ({fastest['setting']}) "
+        f"{_median(low):.2f} ({low['setting']}) to {_median(high):.2f} ({high['setting']}) "
         f"times as fast as the loop.\n{source(result)}"
     )
+
+
+def _chosen(rows: dict[str, dict]) -> str:
+    return next(name for name in rows if name.startswith("fastgeo, auto ("))
+
+
+def _median(row: dict[str, Any]) -> float:
+    return float(row["times the loop (p20/p50/p80)"].split("/")[1])
 
 
 def memory() -> str:
@@ -124,13 +129,6 @@ def matching() -> str:
         for row in result["rows"]
     ]
     return f"{table(rows)}\n\n{source(result)}"
-
-
-def _ratio(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    ratio = row["times the loop"]
-    return ratio if isinstance(ratio, str) else f"{ratio['p50']:.2f}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -216,7 +216,7 @@ def conv_variants(chip: Chip) -> Iterator[Variant]:
             constants["TILES"] = 512
         else:
             ends = (channels, out) if product == "forward" else (out, channels)
-            blocks = conv_kernels.conv_blocks(ends[1], ends[0], BYTES[dtype], precise)
+            blocks = conv_kernels.conv_blocks(ends[1], ends[0], precise)
             sides = sides if product == "forward" else sides[::-1]
             constants = conv_kernels.constants(*sides, *ends, *options)
             constants["MIRRORED"] = product == "input"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import readme
 from fastgeo import models
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,12 @@ def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch, capsys):
     barrier, length, bound = map(float, capsys.readouterr().out.split()[:3])
     assert length >= bound > 0 and barrier < 3
     assert (tmp_path / "path.safetensors").exists()
+
+
+def test_the_readmes_tables_are_those_of_the_result_files():
+    text = (ROOT / "README.md").read_text()
+    assert len(readme.BLOCK.findall(text)) >= 4
+    assert readme.with_tables(text) == text
 
 
 def test_fastgeo_kernels_imports_without_fastgeo():

@@ -201,11 +201,10 @@ def units(x: Tensor) -> Tuple[int, int, int]:
     )
 
 
-def conv_blocks(columns: int, inner: int, bytes_each: int, precise: bool) -> Blocks:
-    """Tiles that spill on no chip (`python -m benchmarks.resources`): up to 64 channels in half
-    precision are one product a tap, more are several of 32."""
+def conv_blocks(columns: int, inner: int, precise: bool) -> Blocks:
+    """Tiles that spill on no chip (`python -m benchmarks.resources`)."""
     columns = min(32 if precise else 64, max(16, power_of_two(columns)))
-    most = 16 if precise else 64 if bytes_each == 2 and inner <= 64 else 32
+    most = 16 if precise else 32
     return Blocks(64, columns, min(most, max(16, power_of_two(inner))), 2)
 
 
@@ -222,7 +221,7 @@ def conv(
     batch, height, width, points, channels = x.shape
     out, size = y.shape[-1], weight.shape[2]
     precise = x.dtype == torch.float32 and not tf32
-    blocks = conv_blocks(out, channels, x.element_size(), precise)
+    blocks = conv_blocks(out, channels, precise)
     rows = batch * y.shape[1] * y.shape[2]
     grid = -(-rows // blocks.rows) * -(-out // blocks.columns), points
     with on_device_of(x):
