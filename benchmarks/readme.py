@@ -122,7 +122,6 @@ def matching() -> str:
         "barrier, test, nats": "test",
         "objective over the usual: higher, lower": "nearer, farther than usual",
         "barrier lower": "lower barrier",
-        "seconds": "seconds",
     }
     rows = [
         {f"{result['pairs']} pairs": row["way"]} | {new: row[old] for old, new in columns.items()}
