@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 import torch
+from fastgeo_kernels import inverse_path_laplacian
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -157,11 +158,12 @@ def optimize(
                     f"optimisation stopped at step {step}: the gradient of {name} is not finite at "
                     f"point {i + 1}, between edges {i} and {i + 1}; lower lr (now {lr})"
                 )
-            metrics = _metrics(step, energies, path)
-            if checkpoints is not None:
-                checkpoints.record(metrics)
-            if on_step is not None:
-                on_step(metrics, path)
+            if checkpoints is not None or on_step is not None:  # or nobody asks for lengths
+                metrics = _metrics(step, energies, path)
+                if checkpoints is not None:
+                    checkpoints.record(metrics)
+                if on_step is not None:
+                    on_step(metrics, path)
             with phase("update"):
                 path = _updated(path, gradient, trained, lr, inverse)
             bar.update()
@@ -204,18 +206,6 @@ def _why_not_finite(path: Path, module: nn.Module, inputs: Inputs, energies: Ten
     return (
         f"the divergence of edge {edge} is {energies[edge].item()}, since at point {point} {reason}"
     )
-
-
-def inverse_path_laplacian(size: int) -> Tensor:
-    """[n, n] fp32, the inverse of tridiag(-1, 2, -1): min(i, j) (n + 1 - max(i, j)) / (n + 1).
-
-    Example:
-        >>> inverse_path_laplacian(2) * 3
-        tensor([[2., 1.],
-                [1., 2.]])
-    """
-    i = torch.arange(1, size + 1, dtype=torch.float32)
-    return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
 
 
 def trained_names(module: nn.Module) -> dict[str, str]:

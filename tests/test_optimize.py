@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import images, tiny_resnet
+from fastgeo_kernels import inverse_path_laplacian
 from torch import nn
 from torch.func import functional_call, jvp
 
 from fastgeo import Path, evaluate, models, optimize
-from fastgeo.optimize import inverse_path_laplacian
 
 
 def loop_energy(module, points, x):
@@ -49,6 +49,11 @@ def test_steps_equal_the_plain_loop(precondition, norm):
     got = optimize(path, module, [x], steps=3, lr=0.1, precondition=precondition)
     for stacked, loop in zip(got.points(), points, strict=True):
         torch.testing.assert_close(stacked, loop, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_that_nobody_watches_measures_no_lengths(path, module, monkeypatch):
+    monkeypatch.setattr(Path, "euclidean", lambda self: pytest.fail("it was measured"))
+    optimize(path, module, [images()], steps=2, engine="stacked")
 
 
 def test_inverse_path_laplacian_inverts():
