@@ -65,6 +65,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each implementation (`fastgeo.profiling.compare`)."""
     depth, width, channels, pixels, points, batch = (SETTINGS | GRID)[name]
+    torch._dynamo.reset()  # or, past its limit of recompilations, the compiled loop is not compiled
     torch.manual_seed(0)
     module, a, b = (models.resnet(depth, width, in_channels=channels).to(device) for _ in range(3))
     x = torch.randn(batch, channels, pixels, pixels, device=device)
