@@ -90,6 +90,7 @@ def _changed(node: fx.Node) -> fx.Node | None:
     else:
         return None
     node.target, node.args, node.kwargs = target, args, kwargs
+    node.meta["in_place"] = 0  # which argument keeps its dtype
     return args[0] if isinstance(args[0], fx.Node) else None
 
 

@@ -12,7 +12,7 @@ from fastgeo import layers, operators
 from fastgeo.attributes import unchanged
 from fastgeo.operators import RANDOM
 from fastgeo.precision import Casts
-from fastgeo.tracing import Trace
+from fastgeo.tracing import Trace, TraceFailed
 from fastgeo.values import (
     NoForm,
     Stacked,
@@ -91,6 +91,8 @@ class Plan:
 
     def _way(self, node: fx.Node) -> tuple[Callable, str]:
         """The function (n, node's arguments) that runs a node, and why it is not a stacked form."""
+        if reason := node.meta.get("loop"):
+            return by_loop, reason
         if node.op == "call_module":
             layer = self.module.get_submodule(node.target)
             handler, given = layers.MODULES.get(type(layer)), (0, layer, {})
@@ -123,6 +125,12 @@ class _Run(fx.Interpreter):
         if node not in self.plan.ways:
             return super().run_node(node)
         args, kwargs = self._cast(node, self.fetch_args_kwargs_from_env(node))
+        out = self._operation(node, args, kwargs)
+        if "in_place" in node.meta:
+            _check_in_place(node, args[node.meta["in_place"]], out)
+        return out
+
+    def _operation(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
         if node.op == "call_module":
             return self._module(node, args, kwargs)
         function = node.target if callable(node.target) else _method(node.target)
@@ -186,6 +194,16 @@ class _Run(fx.Interpreter):
 
     def _own_copy(self, value: Any) -> Any:
         return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
+
+
+def _check_in_place(node: fx.Node, changed: Stacked | Tensor, out: Stacked | Tensor) -> None:
+    """An operation that was in place keeps the dtype and shape of what it changes, or raises."""
+    (before, shape), (after, new_shape) = (
+        (v.tensor.dtype, v.tensor.shape[1:]) if isinstance(v, Stacked) else (v.dtype, v.shape)
+        for v in (changed, out)
+    )
+    if (before, shape) != (after, new_shape):
+        raise TraceFailed(f"{node.name} is in place, and would make {before} {after}")
 
 
 def _method(name: str) -> Callable:

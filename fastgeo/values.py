@@ -7,7 +7,7 @@ other value, the shared input for one, is as in a single network and is computed
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
         form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
         return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-    with no_fast_path(), _no_fallback_warnings():
+    with no_fast_path(), _no_fallback_warnings(), _no_gradient_hooks():
         out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
     structure, *others = form
     return pytree.tree_unflatten(
@@ -77,12 +77,37 @@ def _no_fallback_warnings() -> Iterator[None]:
         torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
+@contextlib.contextmanager
+def _no_gradient_hooks() -> Iterator[None]:
+    """RuntimeError where one is set, which vmap would never call."""
+    before = Tensor.register_hook
+
+    def refuse(self: Tensor, hook: Callable) -> NoReturn:
+        raise RuntimeError("vmap has no gradient hooks")
+
+    Tensor.register_hook = refuse
+    try:
+        yield
+    finally:
+        Tensor.register_hook = before
+
+
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
     """A function of one network's values, called N times."""
     stacked, call = _one_network(function, args, kwargs)
+
+    def i_th(i: int, own: tuple[Tensor, ...]) -> Any:
+        places = [tensor.data_ptr() for tensor in own]
+        out = call(own)
+        for tensor, place, whole in zip(own, places, stacked, strict=True):
+            if tensor.data_ptr() != place:  # its .data was assigned
+                whole.data[i].copy_(tensor)
+        return out
+
     each_own = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
     with no_fast_path():
-        return pytree.tree_map(_joined, *map(call, each_own if stacked else [()] * n))
+        outputs = [i_th(i, own) for i, own in enumerate(each_own if stacked else [()] * n)]
+    return pytree.tree_map(_joined, *outputs)
 
 
 class NoForm(Exception):

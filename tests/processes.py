@@ -5,6 +5,7 @@ a process of its own in every other respect, and runs what the entry point `fast
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -60,7 +61,7 @@ class Parent:
         return json.loads(self._process.stdout.readline())
 
     def start(self, *argv, cwd=None, **limits):
-        """`limits`: largest_file in bytes, user as a number."""
+        """`limits`: largest_file in bytes; bound_by_modes, as a root without capabilities is."""
         argv = list(map(str, argv))
         place = {"cwd": str(cwd or os.getcwd()), "to": str(self._folder)}
         return Fastgeo(self, self.ask(argv=argv, **place, **limits), self._folder)
@@ -82,7 +83,18 @@ def wait_until(condition, seconds=120):
         time.sleep(0.002)
 
 
-def _child(argv, cwd, to, largest_file=None, user=None):
+def drop_capabilities():
+    """Root may write anywhere; without its capabilities it is the owner of its files, no more.
+
+    Another user would do as well, were the interpreter's own files readable to all.
+    """
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the interface, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, in two halves
+    if ctypes.CDLL(None, use_errno=True).capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _child(argv, cwd, to, largest_file=None, bound_by_modes=False):
     from fastgeo.cli import main
 
     os.chdir(cwd)
@@ -91,10 +103,8 @@ def _child(argv, cwd, to, largest_file=None, user=None):
         os.dup2(os.open(f"{to}/{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if user is not None:
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
+    if bound_by_modes:
+        drop_capabilities()
     sys.argv[1:] = argv
     code = 0
     try:

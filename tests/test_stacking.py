@@ -367,6 +367,133 @@ def test_gradients_and_types_that_a_graph_does_not_record_are_not_lost(function,
         torch.testing.assert_close(got_gradient[0], torch.stack(gradients), **tolerance)
 
 
+def _where_gradients_are_enabled(layer, x):
+    return layer(x) * (2 if torch.is_grad_enabled() else 3)
+
+
+def _length(x):
+    try:
+        return len(x)
+    except Exception:
+        return 0
+
+
+def _truth(x):
+    try:
+        return 1 if x.sum() > 0 else 2
+    except Exception:
+        return 3
+
+
+def _number(x):
+    try:
+        return float(x.mean())
+    except Exception:
+        return 0.0
+
+
+def _first(x):
+    try:
+        return next(iter(x))
+    except Exception:
+        return 0.0
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _where_gradients_are_enabled,
+        lambda layer, x: layer(x) * _length(x),
+        lambda layer, x: layer(x) * _truth(x),
+        lambda layer, x: layer(x) + _number(x),
+        lambda layer, x: layer(x + _first(x)),
+        lambda layer, x: layer(x) * (2 if hasattr(x, "tensors") else 1),
+    ],
+    ids="grad len bool float iter hasattr".split(),
+)
+def test_what_a_forward_asks_is_not_answered_by_the_trace(function, inside):
+    module = Between(function)
+    module = nn.Sequential(module, nn.Tanh()) if inside else module
+    x, networks = images(), clones(module.double().eval(), 3)
+    params, _ = torch.func.stack_module_state(networks)
+    network = stack(module)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it runs as loop where vmap cannot
+            got = network(params, x)
+            torch.testing.assert_close(got, torch.stack([net(x) for net in networks]))
+
+
+def _in_place(layer, x):
+    y = layer(x).to(torch.bfloat16)
+    y += x[:, :6].float() / 3
+    return y.to(x.dtype)
+
+
+def _in_place_by_name(layer, x):
+    y = layer(x).to(torch.bfloat16)
+    return y.mul_(x[:, :6].float() / 3).to(x.dtype)
+
+
+@pytest.mark.parametrize("function", [_in_place, _in_place_by_name])
+@pytest.mark.parametrize("inside", [False, True])
+def test_operations_in_place_keep_their_dtype(function, inside):
+    module = Between(function)
+    module = nn.Sequential(module, nn.Tanh()) if inside else module
+    x, networks = images(), clones(module.double(), 3)
+    params, _ = torch.func.stack_module_state(networks)
+    with pytest.warns(
+        UserWarning, match="is in place, and would make torch.bfloat16 torch.float32"
+    ):
+        got = stack(module)(params, x)
+    torch.testing.assert_close(got, torch.stack([net(x) for net in networks]))
+
+
+class HookedInside(nn.Module):
+    """Clips the gradient of its features; where `reads`, torch.fx cannot follow."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.layer, self.reads = nn.Linear(64, 5), reads
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1))
+        if self.reads and x.shape[0] > 100:
+            return h
+        if torch.is_grad_enabled():
+            h.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
+        return h
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+def test_gradient_hooks_of_a_forward_are_called_or_refused(engine, inside, reads):
+    module = HookedInside(reads)
+    module = nn.Sequential(module, nn.Tanh()) if inside else module
+    x, networks = images(), clones(module.double(), 3)
+    params, _ = torch.func.stack_module_state(networks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if engine == "vmap":
+            with pytest.raises(RuntimeError, match="gradient hook"):
+                stack(module, engine=engine)(params, x)
+            return
+        got = stack(module, engine=engine)(params, x)
+    expected = torch.stack([net(x) for net in networks])
+    upstream = torch.randn_like(expected)
+    gradients, loop = (
+        torch.autograd.grad(outputs, parameters, upstream)
+        for outputs, parameters in (
+            (got, list(params.values())),
+            (expected, [parameter for net in networks for parameter in net.parameters()]),
+        )
+    )
+    for i, gradient in enumerate(gradients):
+        torch.testing.assert_close(gradient, torch.stack(loop[i :: len(params)]))
+
+
 def test_what_is_not_traced_takes_its_surroundings_along_no_further():
     """torch.fx's own record of where it is must survive a submodule that fails."""
     block = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(Reads(), nn.ReLU()), nn.Tanh())
@@ -532,6 +659,25 @@ def test_buffers_that_a_forward_assigns_are_updated_once(engine, reads, around):
     module = Averaging(reads)
     module = module if around is nn.Identity else around(module)
     assert_trains_like_the_loop(module.double(), [images(4, seed=i) for i in range(4)], 3, False)
+
+
+class AveragingData(Averaging):
+    """Assigns the values of its buffer."""
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1))
+        if self.training:
+            self.average.data = 0.9 * self.average + 0.1 * h.detach().mean(0)
+        return h - self.average
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("around", [nn.Identity, lambda layer: nn.Sequential(layer, nn.Tanh())])
+def test_values_that_a_forward_assigns_to_a_buffer_are_kept(engine, around):
+    module = AveragingData()
+    module = module if around is nn.Identity else around(module)
+    draws = [images(4, seed=i) for i in range(4)]
+    assert_trains_like_the_loop(module.double(), draws, 3, False, engine=engine)
 
 
 def test_an_input_that_no_engine_takes_changes_no_engine():
