@@ -1,8 +1,11 @@
 """The two halves of the paper's Figure 2."""
 
+import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path as FilePath
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {"linear": "0.6", "matched": "tab:orange", "geodesic": "tab:blue"}
@@ -14,7 +17,10 @@ LABELS = {
 
 
 def loss_figure(report: Mapping) -> Figure:
-    """Loss along the three paths, train solid and test dashed (Figure 2, right)."""
+    """Loss along the three paths, train solid and test dashed (Figure 2, right).
+
+    A run of the paper's network on CIFAR-10 with as many points has the paper's values as markers.
+    """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, path in report["paths"].items():
@@ -23,6 +29,8 @@ def loss_figure(report: Mapping) -> Figure:
             position = [i / (len(loss) - 1) for i in range(len(loss))]
             label = f"{LABELS[name]}, {split}"
             axes.plot(position, loss, style, color=COLOURS[name], label=label, marker=".", ms=4)
+    if _is_of_the_paper(report["config"]):
+        _mark_papers_values(axes)
     axes.set(
         xlabel="position on the path, i / (N − 1) (0: end a, 1: end b)",
         ylabel="cross-entropy (nats)",
@@ -31,8 +39,25 @@ def loss_figure(report: Mapping) -> Figure:
         title=_title(report),
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     return figure
+
+
+def _is_of_the_paper(config: Mapping) -> bool:
+    network = (config["model"], config["width"], config["norm"]) == ("resnet20", 4, "group")
+    return network and config["points"] == 25 and "cifar10" in FilePath(config["data"]).name
+
+
+def _mark_papers_values(axes: Axes) -> None:
+    text = (resources.files("fastgeo") / "assets" / "paper_figure2.json").read_text()
+    for name, values in json.loads(text).items():
+        if name == "source":
+            continue
+        for split, marker in (("augmented_train", "+"), ("test", "x")):
+            points = [(i / 24, loss) for i, loss in enumerate(values[split]) if loss is not None]
+            style = dict(marker=marker, s=24, color=COLOURS[name], alpha=0.45)
+            label = f"paper: {LABELS[name]}, {split.replace('_', ' ')}"
+            axes.scatter(*zip(*points, strict=True), label=label, **style)
 
 
 def length_figure(metrics: Sequence[Mapping], report: Mapping) -> Figure:

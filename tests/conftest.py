@@ -3,6 +3,9 @@
 import copy
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # or every worker starts as many threads as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch.utils._pytree import tree_map

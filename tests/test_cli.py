@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,29 +149,33 @@ def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(ca
     )
 
 
-def test_the_settings_reach_the_stages(run):
-    """Each of these settings changes what its stage leaves."""
+@pytest.mark.parametrize(
+    "stage, file, option",
+    [
+        ("run", "ends.safetensors", "--seed-a=7"),
+        ("run", "ends.safetensors", "--weight-decay=0.1"),
+        ("run", "ends.safetensors", "--norm=channel"),
+        ("match", "permutation.safetensors", "--match-sweeps=1"),
+        ("match", "permutation.safetensors", "--match-seed=6"),
+        ("match", "permutation.safetensors", "--match-restarts=3"),
+        ("match", "permutation.safetensors", "--match-method=activations"),
+        ("optimize", "path.safetensors", "--spacing=release"),
+        ("optimize", "path.safetensors", "--path-seed=3"),
+        ("optimize", "path.safetensors", "--lr=0.2"),
+        ("optimize", "path.safetensors", "--no-precondition"),
+    ],
+)
+def test_the_settings_reach_the_stages(run, stage, file, option):
+    """Each of these settings changes what its stage leaves, and nothing before it."""
     base = {name: (run / name).read_bytes() for name in WEIGHTS}
-    changes = {
-        "ends.safetensors": [["--seed-a", "7"], ["--weight-decay", "0.1"], ["--norm", "channel"]],
-        "permutation.safetensors": [
-            *(["--match-sweeps", "1"], ["--match-seed", "6"], ["--match-restarts", "3"]),
-            ["--match-method", "activations"],
-        ],
-        "path.safetensors": [
-            *(["--spacing", "release"], ["--path-seed", "3"], ["--lr", "0.2"]),
-            ["--no-precondition"],
-        ],
-    }
-    for i, (file, options) in enumerate(changes.items()):
-        for j, option in enumerate(options):
-            folder = f"{i}-{j}"
-            main(["run", "--out", folder, *SMALL, *option])
-            with open(f"{folder}/{file}", "rb") as changed:
-                assert changed.read() != base[file], option
-            for before in list(changes)[:i]:
-                with open(f"{folder}/{before}", "rb") as same:
-                    assert same.read() == base[before], option
+    if stage == "run":
+        main(["run", "--out", "changed", *SMALL, option])
+    else:
+        shutil.copytree(run, "changed")
+        main([stage, "changed", "--overwrite", option])
+    for name in WEIGHTS[: WEIGHTS.index(file) + 1]:
+        with open(f"changed/{name}", "rb") as now:
+            assert (now.read() == base[name]) == (name != file)
 
 
 def test_an_mlp_a_mixed_norm_and_augmentation_run_too():
@@ -226,6 +231,12 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
     expected = [content["paths"][n][s]["loss"] for n in content["paths"] for s in ("train", "test")]
     assert [list(line.get_ydata()) for line in drawn] == expected
     assert list(drawn[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    assert not plot.loss_figure(content).axes[0].collections  # the paper's values are not its own
+    papers = dict(model="resnet20", width=4, points=25, data="npz:/data/cifar10.npz")
+    marks = plot.loss_figure(content | {"config": content["config"] | papers}).axes[0].collections
+    places = {mark.get_label(): dict(mark.get_offsets().tolist()) for mark in marks}
+    assert len(places) == 4 and places["paper: geodesic, test"][0] == 0.277
+    assert places["paper: line after matching, augmented train"][0.5] == 0.793
     left, right = plot.length_figure(metrics, content).axes
     assert list(left.get_lines()[0].get_ydata()) == [line["sqrt_jsd"] for line in metrics]
     assert list(right.get_lines()[0].get_ydata()) == [line["euclidean"] for line in metrics]
@@ -245,7 +256,10 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--preset", "nope"], "preset must be one of digits, cifar10, paper, got 'nope'"),
+        (
+            ["--preset", "nope"],
+            "preset must be one of digits, cifar10, paper-small, paper, got 'nope'",
+        ),
         (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
         (["--model", "vgg"], "model must be resnet8, .* or mlp, .*, got 'vgg'"),
         (["--model", "resnet9"], r"depth must be 6 k \+ 2"),
