@@ -155,6 +155,8 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
             )
         if (self.a is None) != (self.b is None):
             raise ValueError("--a and --b go together; give both files of weights or neither")
+        if self.a is not None and self.count != 2:
+            raise ValueError("--count is of networks to train; --a and --b are given instead")
         if self.chunk is not None and self.memory_budget is not None:
             raise ValueError("chunk and memory-budget both bound the memory; give one of them")
         if self.memory_budget is not None:

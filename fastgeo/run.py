@@ -1,7 +1,7 @@
 """A run folder: its settings, what each stage took and found, and its files.
 
 config.json             every setting, what each stage took and found, the engines chosen, and
-                        the SHA-256 of each stage's files
+                        the SHA-256 of each stage's files and of the data's, if that is an npz
 ends.safetensors        a/NAME and b/NAME (and c/NAME, ... of further networks)
 training.jsonl          a line a training step
 permutation.safetensors    permutation/NAME, which bring b to a
@@ -66,6 +66,7 @@ class Run:
         config: all settings.
         stages: name of each finished stage -> what it took ("seconds") and found.
         engines: name of each stage -> the engine chosen in it, which is kept if it is done again.
+        data: SHA-256 of the file of data npz:PATH, None for other data.
         pace: how often states are saved and when to stop, as `fastgeo.Checkpoints` takes them.
     """
 
@@ -75,9 +76,10 @@ class Run:
         config: Config,
         stages: dict[str, dict] | None = None,
         engines: dict[str, dict] | None = None,
+        data: str | None = None,
     ):
         self.folder, self.config = folder, config
-        self.stages, self.engines = stages or {}, engines or {}
+        self.stages, self.engines, self.data = stages or {}, engines or {}, data
         self.pace: dict[str, float] = {}
         self._lock: lock.Lock | None = None
         self._verified: set[str] = set()
@@ -144,7 +146,7 @@ class Run:
         try:
             content = read_json(file)
             config, stages = Config(**content["config"]), dict(content["stages"])
-            return cls(folder, config, stages, dict(content["engines"]))
+            return cls(folder, config, stages, dict(content["engines"]), content.get("data"))
         except (KeyError, TypeError, ValueError) as error:
             what = str(error) if str(file) in str(error) else f"cannot read {file}: {error}"
             raise ValueError(
@@ -165,6 +167,7 @@ class Run:
         run._lock = lock.Lock(self.folder)
         try:
             run.stages = Run.open(self.folder).stages  # as they are now that no other is at work
+            run.data = self.data
             run.engines = self.engines if run.config == self.config else {}
             if resume:
                 self.refuse_changes(run.config)
@@ -281,7 +284,9 @@ class Run:
             self._verified.add(name)
 
     def check(self) -> None:
-        """ValueError if the settings do not fit the data, the network or the machine."""
+        """ValueError if the settings do not fit the data, the network or the machine, or the data
+        are not what they were."""
+        self._check_data()
         module = self.new_module()
         if self.config.batchnorm == "refuse":
             refuse_batch_norm(module)
@@ -291,6 +296,18 @@ class Run:
             self.given_ends()
         self._check_forward(module)
         self._check_memory(module)
+
+    def _check_data(self) -> None:
+        kind, _, file = self.config.data.partition(":")
+        if kind != "npz":
+            return
+        found = sha256_of(FilePath(file))
+        if self.data not in (None, found):
+            raise ValueError(
+                f"{file} is not what it was when {self.folder} was begun; bring that back, or "
+                "begin anew in another folder"
+            )
+        self.data = found
 
     def _check_memory(self, module: nn.Module) -> None:
         """ValueError, naming the chunk that would fit, if a step will find too little memory."""
@@ -370,7 +387,8 @@ class Run:
         Checkpoints(self.file("checkpoint")).clear()
 
     def save_config(self) -> None:
-        content = {"config": asdict(self.config), "stages": self.stages, "engines": self.engines}
+        names = ("stages", "engines", "data")
+        content = {"config": asdict(self.config), **{name: getattr(self, name) for name in names}}
         write_json(self.file("config.json"), content)
 
     def engine_options(self, stage: str) -> dict[str, object]:

@@ -269,6 +269,7 @@ def test_weights_that_do_not_fit_get_one_sentence(weights, capsys, file, words):
     "options, words",
     [
         (["--a", "a.safetensors"], "--a and --b go together"),
+        (["--a", "a.pt", "--b", "b.pt", "--count", "3"], "--count is of networks to train"),
         (["--model", "nowhere:net"], "nowhere:net cannot be used: ModuleNotFoundError"),
         (["--model", "mine.code:absent"], "cannot be used: AttributeError"),
         (["--model", "mine.code:number"], "it is a int, not a function"),

@@ -6,13 +6,14 @@ import random
 import shutil
 from pathlib import Path as FilePath
 
+import numpy as np
 import pytest
 from test_cli import FILES, refused
 
 from fastgeo import Checkpoints, Path
 from fastgeo.checkpoint import Stopped
 from fastgeo.cli import main
-from fastgeo.files import read_json, read_tensors
+from fastgeo.files import read_json, read_tensors, write_json, write_tensors
 from fastgeo.run import Run
 
 SMALL = [
@@ -95,6 +96,40 @@ def test_no_reader_takes_damage_for_content(runs, name):
             assert f"r/{name}" in str(error)
             refusals += 1
     assert refusals > 0.9 * TIMES
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_a_file_of_a_newer_schema_is_refused_by_its_version(runs, name, monkeypatch):
+    shutil.copytree(runs[0], "r")
+    file = FilePath("r") / name
+    is_json = file.suffix == ".json"
+    content = read_json(file) if is_json else read_tensors(file, file.stem)
+    with monkeypatch.context() as newer:
+        newer.setattr("fastgeo.files.SCHEMA", 2)
+        write_json(file, content) if is_json else write_tensors(file, file.stem, content)
+    with pytest.raises(ValueError, match=f"{name}: it has schema 2, which this fastgeo does not"):
+        READERS[name](FilePath("r"))
+
+
+def test_going_on_with_data_that_changed_is_refused(capsys):
+    def save(seed):
+        draw = np.random.default_rng(seed)
+        arrays = {
+            f"x_{s}": draw.integers(0, 256, (120, 8, 8, 1), np.uint8) for s in ("train", "test")
+        }
+        np.savez("data.npz", **arrays, y_train=np.arange(120) % 3, y_test=np.arange(120) % 3)
+
+    save(0)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--out", "r", *SMALL, "--data", "npz:data.npz", "--max-minutes", "1e-9"])
+    assert stop.value.code == 75
+    save(1)
+    sentence = refused(capsys, "run", "--out", "r", "--resume")
+    assert "data.npz is not what it was when r was begun; bring that back" in sentence
+    save(0)
+    main(["run", "--out", "r", "--resume"])
+    save(1)
+    assert "is not what it was" in refused(capsys, "optimize", "r", "--overwrite")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
