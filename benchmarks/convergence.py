@@ -1,7 +1,8 @@
 """Energy reached against steps and seconds: `python -m benchmarks.convergence`.
 
-Plain SGD (Tan et al.) and the preconditioned step from the same matched line between two networks,
-each at several learning rates, so that each is seen at its best. The engine is the same for all.
+Plain SGD (Tan et al.), the preconditioned step, and that from few points to many, from the same
+matched line between two networks, each at several learning rates, so that each is seen at its best;
+and the last of them for several N. The engine is the same for all.
 """
 
 import time
@@ -14,114 +15,148 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, environment, write_result
-from fastgeo import Path, evaluate, keep_pages, match, optimize
+from fastgeo import Evaluation, Path, evaluate, keep_pages, match, optimize
 from fastgeo.config import PRESETS
 from fastgeo.files import write_figure
 from fastgeo.measure import headline, table
 from fastgeo.run import Run
 from fastgeo.train import train_ends
 
-RATES = {False: (0.05, 0.1, 0.2), True: (0.05, 0.1, 0.2)}  # preconditioned or not
+SGD, PRECONDITIONED, COARSE_TO_FINE = "plain SGD", "preconditioned", "coarse to fine"
+METHODS = {
+    SGD: dict(precondition=False),
+    PRECONDITIONED: dict(),
+    COARSE_TO_FINE: dict(coarse_to_fine=True),
+}
+RATES = (0.1, 0.2, 0.4)
+STYLES = dict(zip(RATES, (":", "--", "-"), strict=True))
+COLOURS = dict(zip(METHODS, ("tab:green", "tab:orange", "tab:blue"), strict=True))
+POINTS = (5, 9, 17, 25)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Optimises one line by SGD and by the preconditioned step at several rates."""
+    """Optimises one line in three ways at several rates, and lines of several N."""
 
     preset: str = "digits"
     """whose ends, data and path"""
+    data: str | None = None
+    """as of `fastgeo run`; the preset's by default"""
     steps: int = 100
     """optimisation steps of each"""
+    run: FilePath | None = None
+    """folder of a finished run of the preset, whose ends are taken instead of training them"""
     save: bool = False
     """write benchmarks/results/convergence-PRESET.json and .png"""
 
 
-def measure(preset: str, steps: int) -> list[dict[str, Any]]:
-    """A row for each method and rate, with the course of the energy in "energies"."""
-    run = Run(FilePath(), replace(PRESETS[preset], steps=steps))
-    c = run.config
-    a, b = train_ends(run.new_module, run.dataset, c.seeds, c, engine="stacked", progress=True)
-    module = run.new_module()
-    matched = match(a, b, module=module, restarts=c.match_restarts).state_dict
-    line = Path.linear(a, matched, c.points)
-    splits = {name: run.dataset.in_order(name, c.eval_batch_size) for name in ("train", "test")}
+class Bench:
+    """The data, the network and the matched ends of a preset."""
+
+    def __init__(self, options: Options):
+        c = PRESETS[options.preset]
+        run = Run(FilePath(), replace(c, data=options.data or c.data, steps=options.steps))
+        self.config, self.dataset, self.module = run.config, run.dataset, run.new_module()
+        c = self.config
+        if options.run is None:
+            how = dict(engine="stacked", progress=True)
+            a, b = train_ends(run.new_module, run.dataset, c.seeds, c, **how)
+        else:
+            a, b = Run.open(options.run).ends()
+        inputs, _ = next(iter(self.dataset.in_order("train", c.eval_batch_size)))
+        matched = match(a, b, inputs, module=self.module, restarts=c.match_restarts)
+        self.a, self.b = a, matched.state_dict
+        names = ("train", "test")
+        self.splits = {name: self.dataset.in_order(name, c.eval_batch_size) for name in names}
+
+    def row(self, points: int, **how: Any) -> dict[str, Any]:
+        """What one optimisation reaches, with the course of energies and seconds."""
+        course: list[dict[str, float]] = []
+
+        def on_step(metrics: dict, path: Path) -> None:
+            course.append({**metrics, "seconds": time.perf_counter() - started})
+
+        line, row = Path.linear(self.a, self.b, points), {}
+        order = torch.Generator().manual_seed(self.config.path_seed)
+        batches = self.dataset.shuffled(self.config.batch_size, order)
+        options = dict(steps=self.config.steps, engine="stacked", on_step=on_step, progress=True)
+        started = time.perf_counter()
+        try:
+            path = optimize(line, self.module, batches, **options, **how)
+            row["seconds"] = time.perf_counter() - started
+            found = evaluate(path, self.module, self.splits, engine="stacked")
+            row |= self._found(found)
+        except ValueError:  # it diverged
+            names = ("energy, nats", "Σ√JSD", "Fisher-Rao, rad", "highest train loss")
+            row |= dict.fromkeys(("seconds", *names, "barrier, train", "test"), "diverged")
+        return row | {"course": course}
+
+    def before(self, points: int) -> dict[str, Any]:
+        """The matched line."""
+        line = Path.linear(self.a, self.b, points)
+        return self._found(evaluate(line, self.module, self.splits, engine="stacked"))
+
+    @staticmethod
+    def _found(found: Evaluation) -> dict[str, float]:
+        return {
+            "energy, nats": found.energy,
+            "Σ√JSD": found.sqrt_jsd,
+            "Fisher-Rao, rad": found.fisher_rao,
+            "highest train loss": max(found.splits["train"].loss),
+            "barrier, train": found.splits["train"].barrier,
+            "test": found.splits["test"].barrier,
+        }
+
+
+def methods(bench: Bench) -> list[dict[str, Any]]:
+    """A row for each method and rate."""
     rows = []
-    for precondition, rates in RATES.items():
-        for lr in rates:
-            energies: list[float] = []
-            seconds: list[float] = []
+    for name, how in METHODS.items():
+        for lr in RATES:
+            row = bench.row(bench.config.points, lr=lr, **how)
+            rows.append({"step": name, "rate": lr, **row})
+    return rows
 
-            def on_step(metrics: dict, path: Path, e=energies, s=seconds) -> None:
-                e.append(metrics["energy"])
-                s.append(time.perf_counter())
 
-            generator = torch.Generator().manual_seed(c.path_seed)
-            row: dict[str, Any] = {
-                "step": "preconditioned" if precondition else "plain SGD",
-                "rate": lr,
-            }
-            try:
-                path = optimize(
-                    *(line, module, run.dataset.shuffled(c.batch_size, generator)),
-                    steps=steps,
-                    lr=lr,
-                    precondition=precondition,
-                    engine="stacked",
-                    on_step=on_step,
-                    progress=True,
-                )
-                found = evaluate(path, module, splits, engine="stacked")
-                row |= {
-                    "energy, nats": found.energy,
-                    "Σ√JSD": found.sqrt_jsd,
-                    "highest train loss": max(found.splits["train"].loss),
-                    "highest test loss": max(found.splits["test"].loss),
-                }
-            except ValueError:  # it diverged
-                names = ("energy, nats", "Σ√JSD", "highest train loss", "highest test loss")
-                row |= dict.fromkeys(names, "diverged")
-            row["ms a step"] = 1e3 * (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1)
-            rows.append(row | {"energies": energies})
+def by_points(bench: Bench) -> list[dict[str, Any]]:
+    """Two rows for each N, the matched line and the geodesic."""
+    rows = []
+    for n in POINTS:
+        rows.append({"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)})
+        how = dict(lr=bench.config.lr, **METHODS[COARSE_TO_FINE])
+        rows.append({"N": n, "path": "geodesic", **bench.row(n, **how)})
     return rows
 
 
 def reached(rows: list[dict[str, Any]]) -> str:
-    """How long the preconditioned step takes to where plain SGD ends, each at its best."""
-    best = {
-        kind: min(
-            (row for row in rows if row["step"] == kind and row["energy, nats"] != "diverged"),
-            key=lambda row: row["energy, nats"],
+    """Where each method ends, at its best rate."""
+    parts = []
+    for name in METHODS:
+        own = [r for r in rows if r["step"] == name and r["energy, nats"] != "diverged"]
+        if not own:
+            parts.append(f"{name} diverges at every rate")
+            continue
+        best = min(own, key=lambda row: row["energy, nats"])
+        parts.append(
+            f"{name} at its best rate, {best['rate']:g}, ends at {best['energy, nats']:.3g} nats "
+            f"after {best['seconds']:.0f} s"
         )
-        for kind in ("plain SGD", "preconditioned")
-    }
-    goal = best["plain SGD"]["energies"][-10:]
-    goal = sum(goal) / len(goal)
-    energies = best["preconditioned"]["energies"]
-    step = next((i for i, energy in enumerate(energies) if energy <= goal), None)
-    if step is None:
-        return "The preconditioned step does not reach the energy at which plain SGD ends."
-    count = len(best["plain SGD"]["energies"])
-    return (
-        f"Plain SGD at its best rate ends at {goal:.4f} nats after {count} steps; the "
-        f"preconditioned step is below that after {step}."
-    )
+    return "; ".join(parts) + "."
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Energy against steps and against seconds."""
+    """Σ√JSD of a batch, which hardly depends on N, against steps and against seconds."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     for row in rows:
-        x = range(len(row["energies"]))
-        color = "tab:orange" if row["step"] == "preconditioned" else "tab:blue"
-        rates = sorted(r["rate"] for r in rows if r["step"] == row["step"])
-        style = (":", "--", "-")[rates.index(row["rate"])]
+        style = dict(linestyle=STYLES[row["rate"]], color=COLOURS[row["step"]], linewidth=1)
         label = f"{row['step']}, rate {row['rate']:g}"
-        axes[0].plot(x, row["energies"], style, color=color, label=label)
-        axes[1].plot([i * row["ms a step"] / 1e3 for i in x], row["energies"], style, color=color)
-    axes[0].set(xlabel="step", ylabel="energy of a batch, nats", yscale="log")
+        lengths = [line["sqrt_jsd"] for line in row["course"]]
+        axes[0].plot(range(len(lengths)), lengths, label=label, **style)
+        axes[1].plot([line["seconds"] for line in row["course"]], lengths, **style)
+    axes[0].set(xlabel="step", ylabel="Σ√JSD of a batch, √nats", yscale="log")
     axes[1].set_xlabel("seconds")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, fontsize="small")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return drawn
@@ -131,13 +166,18 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.convergence")
     keep_pages()
     print(headline(environment()), flush=True)
-    rows = measure(options.preset, options.steps)
-    print(table([{k: v for k, v in row.items() if k != "energies"} for row in rows]))
-    print(f"\n{reached(rows)}")
+    bench = Bench(options)
+    rows = methods(bench)
+    print(table([{k: v for k, v in row.items() if k != "course"} for row in rows]))
+    print(f"\n{reached(rows)}\n", flush=True)
+    points = by_points(bench)
+    print(table([{k: v for k, v in row.items() if k != "course"} for row in points]))
     if options.save:
         name = f"convergence-{options.preset}"
         write_figure(RESULTS / f"{name}.png", figure(rows))
-        print(f"\nwrote {write_result(name, {'rows': rows})}")
+        setting = f"{bench.config.model}, width {bench.config.width:g}, {options.steps} steps"
+        content = {"setting": setting, "rows": rows, "points": points}
+        print(f"\nwrote {write_result(name, content)}")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ class OptimizeConfig(EngineConfig):
     """learning rate, no momentum (paper)"""
     precondition: bool = True
     """multiply the gradient by the inverse path Laplacian; no: plain SGD (paper)"""
+    coarse_to_fine: bool = True
+    """begin with 5 points and insert midpoints on the way to N; no: all N from the start (paper)"""
     path_seed: int = 0
     """order and augmentation of the images in the optimisation"""
     memory_budget: str | None = None
@@ -241,5 +243,6 @@ PRESETS = {
         steps=3920,
         batch_size=256,
         precondition=False,
+        coarse_to_fine=False,
     ),
 }

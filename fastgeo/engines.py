@@ -94,6 +94,7 @@ class EngineChoice:
             module, engine=engine, batchnorm=batchnorm, precision=precision
         )
         self.chosen: Engine | None = None
+        self._points = 0
         self._visits: dict[Engine, list[float]] = {}  # seconds
         self._failed: dict[str, str] = {}  # engine -> why
 
@@ -113,6 +114,7 @@ class EngineChoice:
         """
         if self.chosen or self._visits:
             return
+        self._points = points
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
         on_gpu = next(iter(params.values())).is_cuda
         candidates = list(self._candidates(images, on_gpu, points))
@@ -258,6 +260,7 @@ class EngineChoice:
                     "engine": self.chosen.network.engine,
                     "channels_last": self.chosen.network.channels_last,
                     "chunk": self.chosen.chunk,
+                    "points": self._points,
                     "seconds": {str(engine): s for engine, s in seconds.items()},
                     "failed": self._failed,
                 }

@@ -6,6 +6,7 @@ Multiplying the stacked gradient by the inverse of L, the gradient in the H1 inn
 removes that factor at the same optimum and learning rate.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from itertools import count
 
@@ -19,6 +20,7 @@ from fastgeo.diagnose import all_finite, first_not_finite, where
 from fastgeo.energy import EndLogits, energy_and_gradient
 from fastgeo.engines import EngineChoice
 from fastgeo.inputs import Inputs, Passes, on_device
+from fastgeo.levels import levels
 from fastgeo.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
 from fastgeo.phases import phase
@@ -33,6 +35,7 @@ def optimize(
     steps: int | None = None,
     lr: float = 0.1,
     precondition: bool = True,
+    coarse_to_fine: bool = False,
     engine: str = "auto",
     channels_last: bool | None = None,
     chunk: int | None = None,
@@ -63,6 +66,9 @@ def optimize(
         lr: learning rate.
         precondition: multiply the gradient by the inverse path Laplacian; False is the SGD of
             Tan et al.
+        coarse_to_fine: begin with 5 points along the path, and insert midpoints on the way
+            (`fastgeo.levels`); steps must be given. For a straight line: of any other path, what
+            lies between those points is lost.
         engine: "stacked", "vmap" or "loop" as in `fastgeo.stack`, or "auto": they take turns in the
             first steps until the fastest is known. All compute the same up to rounding, so a run
             repeats itself to the last bit only with an engine that is named.
@@ -79,7 +85,8 @@ def optimize(
         on_choice: called once with {"engine", "channels_last", "chunk", "seconds": measured a step
             of each candidate, "failed": why others were left out} when the engine is known.
         on_step: called before every update with {"step", "energy": nats, "sqrt_jsd",
-            "euclidean"} on the step's batch, and the path that has them, which may be kept.
+            "euclidean", "points": N} on the step's batch, and the path that has them, which may be
+            kept.
         checkpoints: where to save the state now and then, and to go on from if there is one: on a
             CPU, to the same result to the last bit. Batches before it are drawn again and left
             aside; random numbers in them must be torch's.
@@ -101,8 +108,11 @@ def optimize(
         raise ValueError(f"lr must be positive, got {lr}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if coarse_to_fine and steps is None:
+        raise ValueError("coarse_to_fine needs the number of steps")
     check_path_of(path, module)
-    choice = EngineChoice(
+    new_choice = functools.partial(
+        EngineChoice,
         module,
         engine=engine,
         channels_last=channels_last,
@@ -112,16 +122,19 @@ def optimize(
         precision=precision,
         on_choice=on_choice,
     )
+    choice = new_choice()
     mode = evaluation_mode(module)
     if batchnorm == "recalibrate":
         mode = batch_statistics(module, update=False)
     ends = EndLogits(path)
     trained = trained_names(module)
-    inverse = inverse_path_laplacian(len(path) - 2).to(path.device) if precondition else None
+    sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
+    inverse = None
 
     order, first = Passes(batches, repeat=steps is not None), 0
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
-        path, first = _restored(path, saved), saved.step
+        first = saved.step
+        path = _restored(path, saved, sizes[max(s for s in sizes if s <= first)])
         order.load_state_dict(saved.tensors["state"]["order"])
         saved.set_generators()
     step = first
@@ -131,6 +144,12 @@ def optimize(
         tqdm(total=steps, initial=first, desc="optimize", unit="step", disable=not progress) as bar,
     ):
         for step in count(first):
+            if (points := sizes.get(step, len(path))) != len(path):
+                path = path.resample(points)
+                choice.finish()
+                choice = new_choice()
+            if precondition and (step == first or step in sizes):
+                inverse = inverse_path_laplacian(len(path) - 2).to(path.device)
             if checkpoints is not None:
                 place = {"state": {"order": order.state_dict()}}
                 checkpoints.reached(State(step, {"path": path._parts(), **place}))
@@ -181,10 +200,10 @@ def optimize(
     return path
 
 
-def _restored(path: Path, saved: State) -> Path:
-    """The saved path; ValueError unless it is between the same ends and as long."""
+def _restored(path: Path, saved: State, points: int) -> Path:
+    """The saved path; ValueError unless it is between the same ends and has so many points."""
     found = Path(**saved.tensors["path"]).to(path.device)
-    same = len(found) == len(path) and all(
+    same = len(found) == points and all(
         name in found_end and torch.equal(found_end[name], tensor)
         for end, found_end in ((path.start, found.start), (path.end, found.end))
         for name, tensor in end.items()
@@ -243,4 +262,5 @@ def _metrics(step: int, energies: Tensor, path: Path) -> dict:
         "energy": energies.sum().item(),
         "sqrt_jsd": energies.sqrt().sum().item(),
         "euclidean": path.euclidean().sum().item(),
+        "points": len(path),
     }

@@ -124,6 +124,30 @@ class Path:
             for name in low
         }
 
+    def resample(self, n: int) -> "Path":
+        """The same curve with N = n: point i is `at(i / (n - 1))`.
+
+        With 2 N - 1 points, those of the path and the midpoints between them. Shares memory with
+        this path where n is its own N.
+
+        Raises:
+            ValueError: n < 3.
+        """
+        if n < 3:
+            raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
+        if n == len(self):
+            return self
+        edges = len(self) - 1
+        places = torch.arange(1, n - 1, dtype=torch.float64) * edges / (n - 1)
+        edge = places.floor().long().clamp(max=edges - 1)
+        interior = {}
+        for name, between in self.interior.items():
+            whole = torch.cat([self.start[name][None], between, self.end[name][None]])
+            weight = (places - edge).to(whole).view(-1, *(1,) * (whole.ndim - 1))
+            low = edge.to(whole.device)
+            interior[name] = torch.lerp(whole[low], whole[low + 1], weight)
+        return Path(self.start, interior, self.end)
+
     def euclidean(self) -> Tensor:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
         squares = 0

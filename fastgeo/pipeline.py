@@ -100,6 +100,7 @@ def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None)
                 steps=c.steps,
                 lr=c.lr,
                 precondition=c.precondition,
+                coarse_to_fine=c.coarse_to_fine,
                 on_step=on_step,
                 checkpoints=checkpoints,
                 progress=True,

@@ -86,7 +86,8 @@ def markdown(report: Mapping) -> str:
         "# Geodesic between two trained networks",
         f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps of batch "
         f"{c['batch_size']} at rate {c['lr']:g}, "
-        f"{'preconditioned' if c['precondition'] else 'plain'} SGD.",
+        f"{'preconditioned' if c['precondition'] else 'plain'} SGD"
+        f"{', from few points to many' if c['coarse_to_fine'] else ''}.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
