@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastgeo_kernels import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels import channel_norm, conv_kernels, group_norm, jsd_launch
 from fastgeo_kernels.conv_table import TABLE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,9 +27,7 @@ from triton.compiler import ASTSource
 from benchmarks.harness import environment, write_result
 from fastgeo.measure import headline, table
 
-path_js_div, path_update = (
-    importlib.import_module(f"fastgeo_kernels.{name}") for name in ("path_js_div", "path_update")
-)
+path_update = importlib.import_module("fastgeo_kernels.path_update")
 
 
 class Chip(NamedTuple):
@@ -127,8 +125,8 @@ def path_variant(
     wide: bool = False,
 ) -> Variant:
     points, batch, classes = shape
-    blocks = path_js_div.choose_blocks(points, batch, classes, chip.processors)
-    constants = path_js_div.constants(
+    blocks = jsd_launch.choose_blocks(points, batch, classes, chip.processors)
+    constants = jsd_launch.constants(
         points,
         classes,
         blocks,
@@ -142,11 +140,11 @@ def path_variant(
         kernel=name,
         shape="{}, {}, {}".format(*shape),
         tile=f"{blocks.rows} x {blocks.block}, {blocks.segment} points",
-        function=path_js_div.kernel_for(blocks),
+        function=jsd_launch.kernel_for(blocks),
         dtype=dtype,
         pointers={"value_ptr": "fp32", "upstream_ptr": "fp32"},
         constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
-        options=path_js_div.options(blocks, nvidia=chip.target.backend == "cuda"),
+        options=jsd_launch.options(blocks, nvidia=chip.target.backend == "cuda"),
         long=("stride_n", "stride_b") if wide else (),
         # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
         may_spill=wide,

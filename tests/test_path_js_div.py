@@ -11,6 +11,8 @@ import pytest
 import torch
 from fastgeo_kernels import (
     js_div,
+    jsd_launch,
+    launching,
     layers,
     path_fisher_rao,
     path_js_div,
@@ -21,15 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parent.parent
-kernels = importlib.import_module("fastgeo_kernels.path_js_div")
 
 
 @pytest.mark.parametrize("classes", [1, 2, 10, 1000, 1024, 1025, 2048, 2049, 4096, 4097, 262_144])
 @pytest.mark.parametrize("batch", [1, 64, 100_000])
 @pytest.mark.parametrize("processors", [1, 132])
 def test_a_row_is_tiled_only_where_no_tile_holds_it(classes, batch, processors):
-    blocks = kernels.choose_blocks(25, batch, classes, processors)
-    assert blocks.tiled == (classes > kernels.WHOLE_ROW)
+    blocks = jsd_launch.choose_blocks(25, batch, classes, processors)
+    assert blocks.tiled == (classes > jsd_launch.WHOLE_ROW)
     assert blocks.tiled or blocks.block >= classes
     assert blocks.rows == 1 or not blocks.tiled
 
@@ -182,8 +183,8 @@ def test_bad_weights_reductions_and_pairs_are_named():
 
 
 def test_triton_on_a_cpu_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    words = "cannot run: (the logits are on cpu|the package triton is not installed)"
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    words = "cannot run: (the input is on cpu|the package triton is not installed)"
     with pytest.raises(RuntimeError, match=words):
         path_js_div(LOGITS, impl="triton")
 
@@ -219,7 +220,6 @@ def test_triton_kernels_compile_for_gpus_without_spills():
 
 def test_doc_examples_run():
     import doctest
-    import importlib
 
     module = importlib.import_module("fastgeo_kernels.path_js_div")
     results = doctest.testmod(module)

@@ -1,29 +1,32 @@
 """The Triton kernels under the interpreter; `test_path_js_div.py` runs this file in a process
 with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
 
-import importlib
-
 import path_js_div_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import path_js_div, path_js_div_value_and_grad
+from fastgeo_kernels import (
+    jsd_launch,
+    jsd_operators,
+    launching,
+    path_js_div,
+    path_js_div_value_and_grad,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-kernels = importlib.import_module("fastgeo_kernels.path_js_div")
-assert kernels.INTERPRETED, "set TRITON_INTERPRET=1"
+assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy: inf in unused branches
 ]
 
-Blocks = kernels.Blocks
-
 
 @pytest.fixture
 def blocks(monkeypatch):
     """Sets the blocks of every launch."""
-    return lambda *cut: monkeypatch.setattr(kernels, "choose_blocks", lambda *_: Blocks(*cut))
+    return lambda *cut: monkeypatch.setattr(
+        jsd_launch, "choose_blocks", lambda *_: jsd_launch.Blocks(*cut)
+    )
 
 
 # rows, classes of a tile, points a program owns, warps, whether rows are longer than a tile
@@ -112,11 +115,11 @@ def test_energy_of_a_free_point_falls():
 
 def test_operators_pass_opcheck():
     logits, upstream = claims.path(3, 4, 5, 1.0), torch.rand(2, 4)
-    torch.library.opcheck(kernels._rows_op, (logits, 2.0, False))
-    torch.library.opcheck(kernels._rows_op, (logits, 2.0, True))
-    torch.library.opcheck(kernels._grad_op, (logits, upstream, 2.0))
-    torch.library.opcheck(kernels._value_and_grad_op, (logits, None, True, 1.0))
-    torch.library.opcheck(kernels._value_and_grad_op, (logits, upstream, False, 1.0))
+    torch.library.opcheck(jsd_operators.rows_op, (logits, 2.0, False))
+    torch.library.opcheck(jsd_operators.rows_op, (logits, 2.0, True))
+    torch.library.opcheck(jsd_operators.grad_op, (logits, upstream, 2.0))
+    torch.library.opcheck(jsd_operators.value_and_grad_op, (logits, None, True, 1.0))
+    torch.library.opcheck(jsd_operators.value_and_grad_op, (logits, upstream, False, 1.0))
 
 
 def test_forward_saves_the_logits_and_nothing_else():

@@ -1,0 +1,165 @@
+"""How a path of logits is cut into programs, and their launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Dict, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .jsd_rows import path_rows_kernel
+from .jsd_tiles import path_tiles_kernel
+from .launching import on_device_of
+
+
+class Blocks(NamedTuple):
+    """How a path is cut into programs."""
+
+    rows: int  # of the batch, in a tile
+    block: int  # classes in a tile
+    segment: int  # points that a program owns; a whole path where it is N
+    warps: int
+    tiled: bool  # a row is longer than a tile
+
+
+WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps hold it
+TILE = 2048
+
+
+def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
+    """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
+
+    A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row, and 4
+    of a row in tiles, which has more sums to keep (`python -m benchmarks.resources` prints the
+    registers this takes). Tiny problems take the whole batch in one program, which then also
+    sums it. Where a multiprocessor would get less than 16 warps the path is cut; each further
+    piece reads two rows more.
+    """
+    block = max(4, 1 << (classes - 1).bit_length())
+    tiled = block > WHOLE_ROW
+    if tiled:
+        rows, block, warps = 1, TILE, 16
+    elif batch * block <= 4096:
+        rows = 1 << (batch - 1).bit_length()
+        warps = max(1, rows * block // 512)
+    elif block == 1024:
+        rows, warps = 1, 2
+    else:
+        rows = max(1, 1024 // block)
+        warps = max(4, block // 256)
+    programs = -(-batch // rows)
+    pieces = min(points, max(1, 16 * processors // (programs * warps))) if processors > 1 else 1
+    return Blocks(rows, block, -(-points // pieces), warps, tiled)
+
+
+def launch(
+    logits: Tensor,
+    temperature: float,
+    value: str,
+    upstream: Optional[Tensor] = None,
+    grad: bool = False,
+) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    """One launch over [N, B, C] logits; `value` is "none", "rows", "mean" or "fisher"."""
+    points, batch, classes = logits.shape
+    blocks = choose_blocks(points, batch, classes, _processors(logits.device))
+    programs = -(-batch // blocks.rows)
+    shape = {"none": (0,), "mean": (programs, points - 1)}.get(value, (points - 1, batch))
+    values = logits.new_empty(shape, dtype=torch.float32)
+    dlogits = logits.new_empty(logits.shape if grad else (0,))
+    with on_device_of(logits):
+        kernel_for(blocks)[(programs, -(-points // blocks.segment))](
+            logits,
+            logits if upstream is None else upstream,
+            values,
+            dlogits,
+            points,
+            batch,
+            *logits.stride(),
+            *((0, 0) if upstream is None else upstream.stride()),
+            **constants(
+                points,
+                classes,
+                blocks,
+                aligned=_aligned(logits),
+                wide=_wide(logits, blocks.rows),
+                temperature=temperature,
+                value=value,
+                grad=grad,
+                upstream=upstream is not None,
+                mean=value == "mean",
+            ),
+            **options(blocks, nvidia=torch.version.hip is None),
+        )
+    if value == "mean":
+        values = values[0] if programs == 1 else values.sum(0)
+    return values, dlogits
+
+
+def kernel_for(blocks: Blocks):
+    return path_tiles_kernel if blocks.tiled else path_rows_kernel
+
+
+def options(blocks: Blocks, nvidia: bool) -> Dict[str, object]:
+    """How a launch is compiled. Where a product may be fused with a sum is written out, so that
+    the reversed path gives the same bits."""
+    chosen: Dict[str, object] = {"num_warps": blocks.warps, "enable_fp_fusion": False}
+    if nvidia and blocks.warps in (2, 16):
+        # Or the assembler spills a few registers to fit one more program of this size.
+        chosen["maxnreg"] = 248 if blocks.warps == 2 else 128
+    return chosen
+
+
+def constants(
+    points: int,
+    classes: int,
+    blocks: Blocks,
+    *,
+    aligned: int,
+    wide: bool,
+    temperature: float,
+    value: str,
+    grad: bool,
+    upstream: bool,
+    mean: bool,
+) -> Dict[str, object]:
+    """The constexpr arguments of a launch."""
+    whole = blocks.segment >= points
+    return dict(
+        ALIGNED=aligned,
+        WIDE=wide,
+        C=classes,
+        INV_T=1 / temperature,
+        VALUE={"none": 0, "mean": 2}.get(value, 1),
+        FISHER=value == "fisher",
+        GRAD=grad,
+        UPSTREAM=upstream,
+        MEAN=mean,
+        EDGES=points - 1 if whole else blocks.segment + 1,
+        SEGMENT=blocks.segment,
+        HALO=0 if whole else 1,
+        ROWS=blocks.rows,
+        BLOCK=blocks.block,
+    )
+
+
+def _aligned(logits: Tensor) -> int:
+    """The power of two, 16 bytes at most, that divides the strides of points and rows; the
+    compiler itself only sees multiples of 16 elements and would read 1,000 classes one by one."""
+    if logits.stride(2) != 1:
+        return 1
+    return math.gcd(16 // logits.element_size(), *logits.stride()[:2])
+
+
+def _wide(logits: Tensor, rows: int) -> bool:
+    """A program's rows reach further than a 32-bit offset."""
+    _, _, classes = logits.shape
+    return rows * logits.stride(1) + classes * logits.stride(2) >= 1 << 31
+
+
+@functools.lru_cache(maxsize=None)
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
