@@ -31,7 +31,16 @@ def source(result: dict[str, Any]) -> str:
 
 def digits() -> str:
     """The default run, and the same by the paper's plain SGD."""
-    ours, plain = read("digits/report"), read("digits/report-plain-sgd")
+    return _run("digits")
+
+
+def paper_small() -> str:
+    """The same of the paper's experiment in small."""
+    return _run("paper-small")
+
+
+def _run(preset: str) -> str:
+    ours, plain = read(f"{preset}/report"), read(f"{preset}/report-plain-sgd")
     steps, name = ours["config"]["steps"], f"path, N = {ours['config']['points']}"
     paths = {
         "line": ours["paths"]["linear"],
@@ -52,8 +61,45 @@ def digits() -> str:
         }
         for title, path in paths.items()
     ]
-    took = f"`fastgeo run` took {ours['seconds']['total']:.0f} s, by its own clock"
-    return f"{table(rows)}\n\n{ours['environment']['device']}: {took}."
+    seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in ours["seconds"].items())
+    e = ours["environment"]
+    return f"{table(rows)}\n\n{e['device']}, torch {e['torch'].split('+')[0]}; seconds: {seconds}."
+
+
+def convergence() -> str:
+    """What each way to optimise reaches in as many steps, at several rates, on two data sets."""
+    parts = []
+    for preset in ("digits", "paper-small"):
+        result = read(f"convergence-{preset}")
+        rows = [
+            {
+                f"{preset}: {result['setting']}": f"{row['step']}, rate {row['rate']:g}",
+                **{name: _number(row[name]) for name in REACHED},
+            }
+            for row in result["rows"]
+        ]
+        parts.append(f"{table(rows)}\n\n{source(result)}")
+    return "\n\n".join(parts)
+
+
+def points() -> str:
+    """The matched line and the geodesic for several N."""
+    result = read("convergence-paper-small")
+    rows = [
+        {
+            "N": f"{row['N']}, {row['path']}",
+            **{name: _number(row[name]) for name in REACHED},
+        }
+        for row in result["points"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
+
+
+REACHED = ("energy, nats", "Σ√JSD", "highest train loss", "barrier, train", "test", "seconds")
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3g}"
 
 
 def seeds() -> str:
@@ -117,6 +163,12 @@ def memory() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def estimate() -> str:
+    """Memory as a run foresees it, against what it takes."""
+    result = read("memory-estimate-cpu")
+    return f"{table(result['rows'])}\n\n{source(result)}"
+
+
 def matching() -> str:
     """Ways to match trained networks, over pairs."""
     result = read("matching-digits")
@@ -136,10 +188,14 @@ def matching() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits,
+    "paper-small": paper_small,
+    "convergence": convergence,
+    "points": points,
     "seeds": seeds,
     "step": step,
     "grid": grid,
     "memory": memory,
+    "estimate": estimate,
     "matching": matching,
 }
 

@@ -1,11 +1,14 @@
-"""The GPU's benchmark on a small step without one: engines agree, and counts are right."""
+"""Benchmarks in small: engines agree, counts are right, tables say what was measured."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import roofline, step_gpu
+from benchmarks import convergence, roofline, step_gpu
 from fastgeo import models
+from fastgeo.config import PRESETS
 
 TINY = step_gpu.Setting(depth=8, width=0.5, pixels=8, points=4, batch=8)
 
@@ -64,3 +67,22 @@ def test_the_roofline_runs():
     rows = roofline.measure(TINY, "cpu", 1e12, 1)
     assert rows[-1]["kernel"] == "all, as often as in a step"
     assert all(float(row["measured, ms"]) > 0 for row in rows)
+
+
+def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypatch):
+    small = dict(width=0.25, train_subset=200, epochs=2, points=9, batch_size=50)
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
+    monkeypatch.setattr(convergence, "RATES", (0.1, 1e38))
+    monkeypatch.setattr(convergence, "POINTS", (5, 9))
+    bench = convergence.Bench(convergence.Options(preset="tiny", steps=3))
+    rows = convergence.methods(bench)
+    assert [row["energy, nats"] == "diverged" for row in rows] == 3 * [False, True]
+    sound = rows[::2]
+    first = [row["course"][0] for row in sound]
+    assert first[0]["energy"] == first[1]["energy"] and first[2]["points"] == 5
+    assert all(row["energy, nats"] < bench.before(9)["energy, nats"] for row in sound)
+    assert "coarse to fine at its best rate, 0.1, ends at" in convergence.reached(rows)
+    points = convergence.by_points(bench)
+    assert [(row["N"], row["path"]) for row in points] == [
+        *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
+    ]
