@@ -118,6 +118,9 @@ class OptimizeConfig(EngineConfig):
     """multiply the gradient by the inverse path Laplacian; no: plain SGD (paper)"""
     coarse_to_fine: bool = True
     """begin with 5 points and insert midpoints on the way to N; no: all N from the start (paper)"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """of convolutions and products in the optimisation; bf16: of all layers but the last, with the
+    weights of the path and the divergence in fp32"""
     path_seed: int = 0
     """order and augmentation of the images in the optimisation"""
     memory_budget: str | None = None

@@ -101,6 +101,7 @@ def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None)
                 lr=c.lr,
                 precondition=c.precondition,
                 coarse_to_fine=c.coarse_to_fine,
+                precision=c.precision,
                 on_step=on_step,
                 checkpoints=checkpoints,
                 progress=True,

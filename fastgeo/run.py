@@ -15,7 +15,7 @@ checkpoint/             where a stage that is not finished goes on from
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -24,21 +24,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo import lock, models, user
+from fastgeo import lock, models, preflight, user
 from fastgeo.checkpoint import Checkpoints
 from fastgeo.config import Config, flag
 from fastgeo.data import Dataset, load
-from fastgeo.energy import logits_of
-from fastgeo.engines import size_of, step_memory
-from fastgeo.evaluate import label_rows
 from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
-from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
-from fastgeo.memory import ROOM, free_bytes
-from fastgeo.modes import refuse_batch_norm
-from fastgeo.stacking import StackedModule
 from fastgeo.symmetry import permutation_spec
-from fastgeo.train import training_steps
 
 WRITES = {
     "train": ("ends.safetensors", "training.jsonl"),
@@ -286,85 +278,7 @@ class Run:
     def check(self) -> None:
         """ValueError if the settings do not fit the data, the network or the machine, or the data
         are not what they were."""
-        self._check_data()
-        module = self.new_module()
-        if self.config.batchnorm == "refuse":
-            refuse_batch_norm(module)
-        if self.config.a is None:
-            training_steps(self.dataset, self.config)
-        else:
-            self.given_ends()
-        self._check_forward(module)
-        self._check_memory(module)
-
-    def _check_data(self) -> None:
-        kind, _, file = self.config.data.partition(":")
-        if kind != "npz":
-            return
-        found = sha256_of(FilePath(file))
-        if self.data not in (None, found):
-            raise ValueError(
-                f"{file} is not what it was when {self.folder} was begun; bring that back, or "
-                "begin anew in another folder"
-            )
-        self.data = found
-
-    def _check_memory(self, module: nn.Module) -> None:
-        """ValueError, naming the chunk that would fit, if a step will find too little memory."""
-        c, free = self.config, free_bytes(self.device)
-        if free is None or c.memory_budget is not None:
-            return
-        inputs, labels = next(iter(self.dataset.in_order("train", 8)))
-        inputs = on_device(inputs, torch.device("cpu"))
-        network = StackedModule(module.eval(), engine=c.engine, batchnorm="recalibrate")
-        params = {name: tensor[None] for name, tensor in module.state_dict().items()}
-        own = isinstance(self.dataset, LoaderData)
-        steps = {
-            "training": (c.train_batch_size, c.count, 6, False, True),
-            "optimisation": (c.batch_size, c.points - 2, 5, True, True),
-            "evaluation": (c.eval_batch_size, c.points, 2, False, False),
-        }
-        if c.a is not None:
-            del steps["training"]
-        for what, (batch, networks, copies, streamed, kept) in steps.items():
-            need = step_memory(
-                network,
-                params,
-                inputs,
-                networks=networks,
-                copies=copies,
-                batch=len(labels) if own else batch,
-            )
-            need = replace(need, room=ROOM[self.device.type], kept=kept)
-            chunk = 1 if c.chunk is None and c.engine == "auto" else c.chunk  # auto finds one
-            peak = need.peak(networks, chunk, streamed=streamed)
-            if peak > free:
-                fits = need.fitting(networks, free, streamed=streamed)
-                advice = "smaller batches" if fits is None else f"--chunk {fits}"
-                raise ValueError(
-                    f"a step of the {what} would take about {size_of(peak)}, and {size_of(free)} "
-                    f"are free on {self.device}; give {advice}"
-                )
-
-    @torch.no_grad()
-    def _check_forward(self, module: nn.Module) -> None:
-        """ValueError unless the network gives logits for the data's inputs, and labels fit them."""
-        c = self.config
-        inputs, labels = next(iter(self.dataset.in_order("train", 2)))
-        inputs = on_device(inputs, torch.device("cpu"))
-        try:
-            named = isinstance(inputs, Mapping)
-            outputs = module.eval()(**inputs) if named else module.eval()(inputs)
-        except Exception as error:
-            raise ValueError(
-                f"model {c.model} cannot be evaluated on inputs of {c.data}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        try:
-            logits_of(outputs[None] if isinstance(outputs, Tensor) else outputs)
-            label_rows(f"data {c.data}", labels, outputs[None])
-        except TypeError as error:
-            raise ValueError(f"model {c.model}: {error}") from error
+        preflight.check(self)
 
     def drop(self, stage: str) -> None:
         """Remove what this stage and later ones wrote."""

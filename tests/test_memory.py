@@ -71,7 +71,7 @@ def test_the_estimate_is_within_30_percent_of_a_measured_peak(setting):
 
 def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgeo.run.free_bytes", lambda device: 2**31)
+    monkeypatch.setattr("fastgeo.preflight.free_bytes", lambda device: 2**31)
     sentence = refused(capsys, "run", "--out", "r", "--points", "2000")
     start = "fastgeo: a step of the optimisation would take about "
     assert sentence.startswith(start) and "2GiB are free on cpu; give --chunk " in sentence
@@ -83,7 +83,7 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     config = replace(PRESETS["digits"], points=2000)
     Run.create(tmp_path / "r", replace(config, chunk=chunk), overwrite=False)
     Run.create(tmp_path / "s", replace(config, engine="auto"), overwrite=False)
-    monkeypatch.setattr("fastgeo.run.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("fastgeo.preflight.free_bytes", lambda device: 2**20)
     sentence = refused(capsys, "run", "--out", "t", "--engine", "auto")
     assert "a step of the training" in sentence and sentence.endswith("give smaller batches")
     assert not (tmp_path / "t").exists()

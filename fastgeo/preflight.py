@@ -1,0 +1,113 @@
+"""What is looked at before a run begins or goes on: settings that cannot work are refused early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastgeo.energy import logits_of
+from fastgeo.engines import size_of, step_memory
+from fastgeo.evaluate import label_rows
+from fastgeo.files import sha256_of
+from fastgeo.inputs import on_device
+from fastgeo.loaders import LoaderData
+from fastgeo.memory import ROOM, free_bytes
+from fastgeo.modes import refuse_batch_norm
+from fastgeo.stacking import StackedModule
+from fastgeo.train import training_steps
+
+if TYPE_CHECKING:
+    from fastgeo.run import Run
+
+
+def check(run: Run) -> None:
+    """ValueError if the settings do not fit the data, the network or the machine, or the data are
+    not what they were."""
+    _data(run)
+    module = run.new_module()
+    if run.config.batchnorm == "refuse":
+        refuse_batch_norm(module)
+    if run.config.a is None:
+        training_steps(run.dataset, run.config)
+    else:
+        run.given_ends()
+    _forward(run, module)
+    _memory(run, module)
+
+
+def _data(run: Run) -> None:
+    """ValueError if an npz is not what it was when the run was begun."""
+    kind, _, file = run.config.data.partition(":")
+    if kind != "npz":
+        return
+    found = sha256_of(FilePath(file))
+    if run.data not in (None, found):
+        raise ValueError(
+            f"{file} is not what it was when {run.folder} was begun; bring that back, or "
+            "begin anew in another folder"
+        )
+    run.data = found
+
+
+def _memory(run: Run, module: nn.Module) -> None:
+    """ValueError, naming the chunk that would fit, if a step will find too little memory."""
+    c, free = run.config, free_bytes(run.device)
+    if free is None or c.memory_budget is not None:
+        return
+    inputs, labels = next(iter(run.dataset.in_order("train", 8)))
+    inputs = on_device(inputs, torch.device("cpu"))
+    network = StackedModule(module.eval(), engine=c.engine, batchnorm="recalibrate")
+    params = {name: tensor[None] for name, tensor in module.state_dict().items()}
+    own = isinstance(run.dataset, LoaderData)
+    steps = {
+        "training": (c.train_batch_size, c.count, 6, False, True),
+        "optimisation": (c.batch_size, c.points - 2, 5, True, True),
+        "evaluation": (c.eval_batch_size, c.points, 2, False, False),
+    }
+    if c.a is not None:
+        del steps["training"]
+    for what, (batch, networks, copies, streamed, kept) in steps.items():
+        need = step_memory(
+            network,
+            params,
+            inputs,
+            networks=networks,
+            copies=copies,
+            batch=len(labels) if own else batch,
+        )
+        need = replace(need, room=ROOM[run.device.type], kept=kept)
+        chunk = 1 if c.chunk is None and c.engine == "auto" else c.chunk  # auto finds one
+        peak = need.peak(networks, chunk, streamed=streamed)
+        if peak > free:
+            fits = need.fitting(networks, free, streamed=streamed)
+            advice = "smaller batches" if fits is None else f"--chunk {fits}"
+            raise ValueError(
+                f"a step of the {what} would take about {size_of(peak)}, and {size_of(free)} "
+                f"are free on {run.device}; give {advice}"
+            )
+
+
+@torch.no_grad()
+def _forward(run: Run, module: nn.Module) -> None:
+    """ValueError unless the network gives logits for the data's inputs, and labels fit them."""
+    c = run.config
+    inputs, labels = next(iter(run.dataset.in_order("train", 2)))
+    inputs = on_device(inputs, torch.device("cpu"))
+    try:
+        named = isinstance(inputs, Mapping)
+        outputs = module.eval()(**inputs) if named else module.eval()(inputs)
+    except Exception as error:
+        raise ValueError(
+            f"model {c.model} cannot be evaluated on inputs of {c.data}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    try:
+        logits_of(outputs[None] if isinstance(outputs, Tensor) else outputs)
+        label_rows(f"data {c.data}", labels, outputs[None])
+    except TypeError as error:
+        raise ValueError(f"model {c.model}: {error}") from error
