@@ -26,7 +26,7 @@ class Options:
     """Energies along a run and barriers behind it, in fp32, TF32 (on a GPU) and bf16."""
 
     preset: str = "digits"
-    """digits, cifar10 or paper"""
+    """digits, paper-small, cifar10 or paper"""
     data: str | None = None
     """as of `fastgeo run`; the preset's by default"""
     steps: int | None = None
@@ -47,6 +47,7 @@ def curve(
         steps=config.steps,
         lr=config.lr,
         precondition=config.precondition,
+        coarse_to_fine=config.coarse_to_fine,
         engine="stacked",
         precision=precision,
         on_step=lambda metrics, _: energies.append(metrics["energy"]),
@@ -66,7 +67,8 @@ def main() -> None:
     config = PRESETS[options.preset]
     config = replace(config, data=options.data or config.data, steps=options.steps or config.steps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset = data.load(config.data, augment=config.augment).to(device)
+    how = dict(augment=config.augment, train_subset=config.train_subset)
+    dataset = data.load(config.data, **how).to(device)
     channels = dataset.image_shape[0]
 
     def make() -> nn.Module:
