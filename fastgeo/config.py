@@ -4,6 +4,9 @@
 "Git Re-Basin" is Ainsworth et al. (2022).
 """
 
+import ast
+import functools
+import inspect
 import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -209,6 +212,18 @@ def flag(field: str) -> str:
 def select(config: Any, part: type) -> dict[str, Any]:
     """The fields of `config` that the dataclass `part` has."""
     return {f.name: getattr(config, f.name) for f in fields(part)}
+
+
+@functools.cache
+def about() -> dict[str, str]:
+    """Setting -> what it means and where its default is from: the docstring of the field."""
+    found = {}
+    for part in Config.__mro__[:-1]:
+        body = ast.parse(inspect.getsource(part)).body[0].body
+        for statement, behind in zip(body, body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(behind, ast.Expr):
+                found[statement.target.id] = " ".join(behind.value.value.split())
+    return {field.name: found[field.name] for field in fields(Config)}
 
 
 PRESETS = {

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastgeo.config import Config
+from fastgeo.config import Config, about
 from fastgeo.permutation import PermutationSpec
 
 TITLES = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
@@ -107,7 +107,12 @@ def markdown(report: Mapping) -> str:
         _table([["stage", "seconds"], *([name, f"{s:.1f}"] for name, s in seconds.items())]),
         ", ".join(f"{key} {value}" for key, value in e.items()),
         "## Settings",
-        _table([["setting", "value"], *([f"`{key}`", f"`{c[key]}`"] for key in c)]),
+        _table(
+            [
+                ["setting", "value", "meaning"],
+                *([f"`{key}`", f"`{c[key]}`", about()[key]] for key in c),
+            ]
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
 """A run folder: its settings, what each stage took and found, and its files.
 
-config.json             every setting, what each stage took and found, the engines chosen, and
-                        the SHA-256 of each stage's files and of the data's, if that is an npz
+config.json             every setting and where it is from, what each stage took and found, the
+                        engines chosen, and the SHA-256 of each stage's files and of the data's,
+                        if that is an npz
 ends.safetensors        a/NAME and b/NAME (and c/NAME, ... of further networks)
 training.jsonl          a line a training step
 permutation.safetensors    permutation/NAME, which bring b to a
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from fastgeo import lock, models, preflight, user
 from fastgeo.checkpoint import Checkpoints
-from fastgeo.config import Config, flag
+from fastgeo.config import Config, about, flag
 from fastgeo.data import Dataset, load
 from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
 from fastgeo.loaders import LoaderData
@@ -303,6 +304,7 @@ class Run:
     def save_config(self) -> None:
         names = ("stages", "engines", "data")
         content = {"config": asdict(self.config), **{name: getattr(self, name) for name in names}}
+        content["about"] = about()
         write_json(self.file("config.json"), content)
 
     def engine_options(self, stage: str) -> dict[str, object]:

@@ -401,7 +401,17 @@ def test_the_paper_preset_is_the_papers_experiment():
     assert (c.data, c.model, c.width, c.norm) == ("cifar10", "resnet20", 4, "group")
     assert (c.points, c.steps, c.batch_size, c.lr, c.precondition) == (25, 3920, 256, 0.1, False)
     assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
-    assert (c.seed_a, c.seed_b, c.spacing) == (0, 1, "even")
+    assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
+
+
+def test_config_json_says_where_every_setting_is_from(run):
+    content = json.loads((run / "config.json").read_text())
+    assert content["about"].keys() == content["config"].keys()
+    assert content["about"]["train_lr"] == "peak of the one-cycle rate (paper)"
+    assert (
+        "| `points` | `5` | N, networks on the path with both ends (paper) |"
+        in (run / "report.md").read_text()
+    )
 
 
 def test_matched_end_computes_what_b_computes(run):
