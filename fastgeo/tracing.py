@@ -122,11 +122,21 @@ class _Strict:
         super().__setattr__(name, value)
 
 
+# Fields of what functions of torch and torch.linalg return.
+OF_NAMED_TUPLES = set(
+    """
+    L LU P Q R S U V Vh X eigenvalues eigenvectors exponent info inverse_indices logabsdet mantissa
+    pivots rank residuals sign singular_values solution
+    """.split()
+)
+
+
 class _Proxy(_Strict, fx.Proxy):
     _is_param = False  # asked for by isinstance(..., nn.Parameter)
 
     def __getattr__(self, name: str) -> fx.Proxy:
-        if not hasattr(Tensor, name):
+        known = hasattr(Tensor, name) or name in OF_NAMED_TUPLES
+        if not known and self.node.op != "call_module":
             error = AttributeError(f"a tensor has no attribute {name!r}")
             if self.node.op not in ("placeholder", "get_attr"):  # it may be something else
                 self.tracer.refused = error

@@ -182,6 +182,10 @@ def test_every_layer_equals_the_loop(layer, shared):
             "vmap: its input is one for",
         ),
         (lambda x, layer: torch.eye(4).double()[x.argmax(1)].mT, "vmap: it has no"),
+        (
+            lambda x, layer: x * torch.linalg.slogdet(x.mT @ x + 2).logabsdet.mean(),
+            "vmap: it has no",
+        ),
         (lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), "vmap: its stacked form failed"),
         (lambda x, layer: F.linear(x, layer.weight.repeat(2)[:6])[..., None] * x, "form failed"),
         (lambda x, layer: torch.einsum("bchw,c", x, layer.bias).repeat(1, 4, 1), "not given by"),
