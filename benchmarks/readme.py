@@ -171,7 +171,16 @@ def estimate() -> str:
 
 def matching() -> str:
     """Ways to match trained networks, over pairs."""
-    result = read("matching-digits")
+    return _matching("matching-digits")
+
+
+def matching_cifar() -> str:
+    """The same of CIFAR-10's."""
+    return _matching("matching-cifar10")
+
+
+def _matching(name: str) -> str:
+    result = read(name)
     columns = {
         "squared distance": "squared distance",
         "barrier, train, nats": "barrier, train, nats",
@@ -186,6 +195,12 @@ def matching() -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
+def matching_speed() -> str:
+    """Seconds of matching large networks."""
+    result = read("matching-speed")
+    return f"{table(result['rows'])}\n\n{source(result)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits,
     "paper-small": paper_small,
@@ -197,6 +212,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "estimate": estimate,
     "matching": matching,
+    "matching-cifar10": matching_cifar,
+    "matching-speed": matching_speed,
 }
 
 
