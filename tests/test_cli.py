@@ -378,7 +378,7 @@ def test_ctrl_c_keeps_what_was_finished_and_says_where():
     assert "interrupted: finishing the step; once more to stop at once" in errors
     assert "fastgeo: interrupted; go on with: fastgeo run --out r --resume" in errors
     (saved,) = glob.glob("r/checkpoint/*/path.safetensors")
-    assert len(Path.load(saved)) == 25
+    assert len(Path.load(saved)) == 5  # of 25, at the beginning
     assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
 
 

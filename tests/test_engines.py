@@ -116,9 +116,8 @@ def test_an_engine_and_format_that_are_named_are_not_measured(engine):
     record = []
     options = dict(engine=engine, channels_last=True, chunk=2, on_choice=record.append)
     EngineChoice(tiny_resnet(), **options).prepare(one_network(tiny_resnet()), images(), points=5)
-    assert record == [
-        {"engine": engine, "channels_last": True, "chunk": 2, "seconds": {}, "failed": {}}
-    ]
+    named = {"engine": engine, "channels_last": True, "chunk": 2}
+    assert record == [{**named, "points": 5, "seconds": {}, "failed": {}}]
 
 
 def test_an_engine_that_fails_in_its_turn_is_left_out():
