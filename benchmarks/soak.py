@@ -1,6 +1,7 @@
 """A long run in one process: memory and open files stay as they are: `python -m benchmarks.soak`.
 
-The digits preset with many optimisation steps, whose states are saved every few seconds.
+The digits preset with many optimisation steps, all of them on N points, whose states are saved every
+few seconds.
 """
 
 import os
@@ -65,7 +66,7 @@ def main() -> None:
     keep_pages()
     print(headline(environment()))
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(PRESETS["digits"], steps=options.steps)
+        config = replace(PRESETS["digits"], steps=options.steps, coarse_to_fine=False)
         rows = soak(config, FilePath(folder) / "run", max(1, options.steps // 20))
     print(table(rows))
     if options.save:
