@@ -1,7 +1,7 @@
 """A long run in one process: memory and open files stay as they are: `python -m benchmarks.soak`.
 
-The digits preset with many optimisation steps, all of them on N points, whose states are saved every
-few seconds.
+The digits preset with many optimisation steps, all of them on N points, whose states are saved
+every few seconds.
 """
 
 import os
