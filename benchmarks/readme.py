@@ -31,16 +31,7 @@ def source(result: dict[str, Any]) -> str:
 
 def digits() -> str:
     """The default run, and the same by the paper's plain SGD."""
-    return _run("digits")
-
-
-def paper_small() -> str:
-    """The same of the paper's experiment in small."""
-    return _run("paper-small")
-
-
-def _run(preset: str) -> str:
-    ours, plain = read(f"{preset}/report"), read(f"{preset}/report-plain-sgd")
+    ours, plain = read("digits/report"), read("digits/report-plain-sgd")
     steps, name = ours["config"]["steps"], f"path, N = {ours['config']['points']}"
     paths = {
         "line": ours["paths"]["linear"],
@@ -67,32 +58,28 @@ def _run(preset: str) -> str:
 
 
 def convergence() -> str:
-    """What each way to optimise reaches in as many steps, at several rates, on two data sets."""
-    parts = []
-    for preset in ("digits", "paper-small"):
-        result = read(f"convergence-{preset}")
-        rows = [
-            {
-                f"{preset}: {result['setting']}": f"{row['step']}, rate {row['rate']:g}",
-                **{name: _number(row[name]) for name in REACHED},
-            }
-            for row in result["rows"]
-        ]
-        parts.append(f"{table(rows)}\n\n{source(result)}")
-    return "\n\n".join(parts)
+    """What each way to optimise reaches in as many steps, at several rates."""
+    result = read("convergence-digits")
+    rows = [
+        {
+            result["setting"]: f"{row['step']}, rate {row['rate']:g}",
+            **{name: _number(row[name]) for name in REACHED},
+        }
+        for row in result["rows"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
 
 
 def points() -> str:
     """The matched line and the geodesic for several N."""
-    result = read("convergence-paper-small")
     rows = [
         {
             "N": f"{row['N']}, {row['path']}",
             **{name: _number(row[name]) for name in REACHED},
         }
-        for row in result["points"]
+        for row in read("convergence-digits")["points"]
     ]
-    return f"{table(rows)}\n\n{source(result)}"
+    return table(rows)
 
 
 REACHED = ("energy, nats", "Σ√JSD", "highest train loss", "barrier, train", "test", "seconds")
@@ -203,7 +190,6 @@ def matching_speed() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits,
-    "paper-small": paper_small,
     "convergence": convergence,
     "points": points,
     "seeds": seeds,
