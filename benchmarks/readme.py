@@ -54,7 +54,12 @@ def digits() -> str:
     ]
     seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in ours["seconds"].items())
     e = ours["environment"]
-    return f"{table(rows)}\n\n{e['device']}, torch {e['torch'].split('+')[0]}; seconds: {seconds}."
+    bound = ours["paths"]["geodesic"]["fisher_rao_lower_bound"]
+    return (
+        f"{table(rows)}\n\nNo path between these two ends can be shorter than {bound:.3f} rad, the "
+        f"Fisher-Rao distance of their predictions.\n{e['device']}, torch "
+        f"{e['torch'].split('+')[0]}; seconds: {seconds}."
+    )
 
 
 def convergence() -> str:
