@@ -161,7 +161,7 @@ def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(ca
         ("match", "permutation.safetensors", "--match-method=activations"),
         ("optimize", "path.safetensors", "--spacing=release"),
         ("optimize", "path.safetensors", "--path-seed=3"),
-        ("optimize", "path.safetensors", "--lr=0.2"),
+        ("optimize", "path.safetensors", "--lr=0.3"),
         ("optimize", "path.safetensors", "--precision=bf16"),
         ("optimize", "path.safetensors", "--no-precondition"),
     ],

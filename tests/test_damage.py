@@ -259,8 +259,8 @@ def test_a_stage_that_was_begun_is_not_begun_anew_unasked(stopped, capsys):
     shutil.copytree(stopped, "r")
     sentence = refused(capsys, "optimize", "r")
     assert "is where an unfinished optimize goes on from; give --resume to do so, or" in sentence
-    assert "--lr is 0.4 in r, not 0.2; --resume goes on with" in refused(
-        capsys, "optimize", "r", "--resume", "--lr", "0.2"
+    assert "--lr is 0.2 in r, not 0.3; --resume goes on with" in refused(
+        capsys, "optimize", "r", "--resume", "--lr", "0.3"
     )
     assert "give one of them" in refused(capsys, "optimize", "r", "--resume", "--overwrite")
     main(["optimize", "r", "--overwrite", "--lr", "0.2"])
