@@ -1,7 +1,7 @@
 """Is the stacked step still faster than the loop? `python -m benchmarks.regression`, for CI.
 
-A ratio measured in one run, never a time, with a margin that noise does not reach: 2.3 was measured
-on two idle cores (benchmarks/results/step-cpu.json), and 1.2 is asked for.
+A ratio measured in one run, never a time, with a margin that noise does not reach: 1.7 to 1.9 were
+measured on two cores (benchmarks/results/step-cpu.json), and 1.2 is asked for.
 """
 
 import sys
