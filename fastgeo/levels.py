@@ -4,14 +4,14 @@ The long waves of a path, which take the most steps, can be had on few points, w
 little; the points in between then start near to where they end. Each level inserts midpoints.
 """
 
-COARSEST = 5  # points; with three, the two halves of a path learn too little of each other
+COARSEST = 5  # points; from three the path of the digits preset ended far longer
 
 
 def levels(points: int, steps: int) -> dict[int, int]:
     """First step -> the number of points from it on, as in {0: 5, 40: 9, 70: 17, 90: 25}.
 
-    The k levels have k, ..., 2, 1 parts of the steps; so, of 25 points, the whole takes 0.37 times
-    as long as that many steps on all points.
+    The k levels have k, ..., 2, 1 parts of the steps; so, of 25 points, the whole is 0.37 times
+    the work of that many steps on all points.
 
     Args:
         points: N at the end.
