@@ -198,7 +198,7 @@ def test_npz_data_runs():
         noise = rng.integers(0, 50, (count, 8, 8, 3))
         arrays[f"x_{split}"] = (noise + 60 * arrays[f"y_{split}"][:, None, None, None]).astype("u1")
     np.savez("data.npz", **arrays)
-    options = ["--epochs", "20", "--points", "5", "--steps", "4"]
+    options = ["--epochs", "20", "--points", "5", "--steps", "4", "--seed-a", "4", "--seed-b", "5"]
     small = ["--width", "0.25", "--batch-size", "50", "--train-batch-size", "20"]
     main(["run", "--data", "npz:data.npz", "--out", "r", *small, *options])
     report = json.loads(open("r/report.json").read())["paths"]["geodesic"]

@@ -16,6 +16,7 @@ EXACT = ("ends.safetensors", "permutation.safetensors", "path.safetensors") + (
 COLOUR = [
     *("--data", "npz:colour.npz", "--augment", "flip-crop", "--width", "1", "--epochs", "1"),
     *("--train-batch-size", "12", "--batch-size", "12", "--points", "4", "--steps", "2"),
+    *("--train-subset", "24"),
 ]
 SMALL = {"digits": ["--epochs", "2", "--steps", "5"]}
 
