@@ -44,8 +44,6 @@ class Options:
     """as of `fastgeo run`; the preset's by default"""
     steps: int = 100
     """optimisation steps of each"""
-    run: FilePath | None = None
-    """folder of a finished run of the preset, whose ends are taken instead of training them"""
     save: bool = False
     """write benchmarks/results/convergence-PRESET.json and .png"""
 
@@ -58,11 +56,7 @@ class Bench:
         run = Run(FilePath(), replace(c, data=options.data or c.data, steps=options.steps))
         self.config, self.dataset, self.module = run.config, run.dataset, run.new_module()
         c = self.config
-        if options.run is None:
-            how = dict(engine="stacked", progress=True)
-            a, b = train_ends(run.new_module, run.dataset, c.seeds, c, **how)
-        else:
-            a, b = Run.open(options.run).ends()
+        a, b = train_ends(run.new_module, run.dataset, c.seeds, c, engine="stacked", progress=True)
         inputs, _ = next(iter(self.dataset.in_order("train", c.eval_batch_size)))
         matched = match(a, b, inputs, module=self.module, restarts=c.match_restarts)
         self.a, self.b = a, matched.state_dict
@@ -145,7 +139,7 @@ def reached(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Σ√JSD of a batch, which hardly depends on N, against steps and against seconds."""
+    """Σ√JSD of a batch against steps and against seconds; of few points it is somewhat less."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     for row in rows:

@@ -63,8 +63,8 @@ class _FromPreset:
     settings: ClassVar[type]
 
     preset: str = "digits"
-    """digits (bundled data, under a minute on a CPU), paper-small (5,000 images of CIFAR-10, ten
-    minutes or so on a CPU), cifar10, or paper (both for a GPU)"""
+    """digits (bundled data, under a minute on a CPU), paper-small (5,000 images of CIFAR-10, for a
+    CPU), cifar10, or paper (both for a GPU)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,8 +239,8 @@ PRESETS = {
         steps=400,
         batch_size=256,
     ),
-    # The paper's experiment in minutes on two cores. The ends must fit their data, or there is no
-    # bump, so there is no augmentation.
+    # The paper's experiment in small, for a CPU. The ends must fit their data, or there is no bump,
+    # so there is no augmentation.
     "paper-small": Config(
         data="cifar10",
         train_subset=5000,

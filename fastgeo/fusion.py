@@ -77,7 +77,7 @@ def _fuse_run(graph: fx.Graph, function: Callable, norm: list[fx.Node], given: t
         fused = graph.call_function(function, args)
     fused.meta = dict(next(n for n in norm if n.meta.get("nn_module_stack")).meta)
     if residual is not None and "in_place" in following.meta:
-        fused.meta["in_place"] = args.index(residual) if following.args[0] is residual else 0
+        fused.meta["in_place"] = len(given) if following.args[0] is residual else 0
     run[-1].replace_all_uses_with(fused)
     for node in reversed(run):
         graph.erase_node(node)

@@ -4,7 +4,7 @@ The long waves of a path, which take the most steps, can be had on few points, w
 little; the points in between then start near to where they end. Each level inserts midpoints.
 """
 
-COARSEST = 5  # points; from three the path of the digits preset ended far longer
+COARSEST = 5  # points
 
 
 def levels(points: int, steps: int) -> dict[int, int]:

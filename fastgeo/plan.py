@@ -196,8 +196,13 @@ class _Run(fx.Interpreter):
         return Stacked(each(value, self.n).clone()) if isinstance(value, Tensor) else value
 
 
-def _check_in_place(node: fx.Node, changed: Stacked | Tensor, out: Stacked | Tensor) -> None:
-    """An operation that was in place keeps the dtype and shape of what it changes, or raises."""
+def _check_in_place(node: fx.Node, changed: Any, out: Any) -> None:
+    """An operation that was in place keeps the dtype and shape of a tensor it changes, or raises.
+
+    Numbers, as of a shape, are new ones after `n += 1` in Python, too.
+    """
+    if not isinstance(changed, Stacked | Tensor):
+        return
     (before, shape), (after, new_shape) = (
         (v.tensor.dtype, v.tensor.shape[1:]) if isinstance(v, Stacked) else (v.dtype, v.shape)
         for v in (changed, out)

@@ -314,8 +314,8 @@ class Run:
         options = {name: getattr(c, name) for name in names}
         if stage == "optimize":
             options["memory_budget"] = c.memory_budget
-        last = c.points - 2 if stage == "optimize" else known.get("points")
-        known = known if known.get("points") == last else {}  # of a coarser path
+        if stage == "optimize" and known.get("points") != c.points - 2:
+            known = {}  # of a coarser path
         if known.get("device") == str(self.device):
             options = {name: known[name] for name in names}
 

@@ -209,9 +209,11 @@ SETS_HOOKS = (
 
 
 class _Tracer(fx.Tracer):
-    """Attributes:
-    refused: the last error for which there is no graph, also where the forward caught it.
-    whole: names of the submodules that are one node each, because they cannot be traced.
+    """Records a forward, strictly.
+
+    Attributes:
+        refused: the last error for which there is no graph, also where the forward caught it.
+        whole: names of the submodules that are one node each, because they cannot be traced.
     """
 
     proxy_buffer_attributes = True

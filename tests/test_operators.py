@@ -212,6 +212,13 @@ def _add_again(x):
     return y + z
 
 
+def _counted(x):
+    n = x.shape[1]
+    n += 1
+    n *= 2
+    return x * n
+
+
 def _pre_norm(x, layer):
     x = x * 1
     x += layer(x.mT).mT
@@ -238,6 +245,7 @@ def _flat(x):
         (lambda x, layer: _add_again(x), None),
         (lambda x, layer: _pre_norm(x, layer), nn.Linear(6, 6)),
         (lambda x, layer: _flat(x), None),
+        (lambda x, layer: _counted(x), None),
     ],
 )
 def test_what_is_changed_in_place_is_stacked_and_later_uses_see_the_change(function, layer):

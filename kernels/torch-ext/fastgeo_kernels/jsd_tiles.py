@@ -174,7 +174,7 @@ def path_tiles_kernel(
     ROWS: tl.constexpr,  # 1
     BLOCK: tl.constexpr,
 ):
-    """Rows longer than a tile, one at a time; arguments as of `_path_rows_kernel`."""
+    """Rows longer than a tile, one at a time; arguments as of `path_rows_kernel`."""
     if WIDE:
         stride_c = tl.cast(stride_c, tl.int64)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
