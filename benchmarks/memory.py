@@ -112,7 +112,7 @@ SETTINGS = {
 
 
 def compare(setting: str, processes: int = 3) -> dict[str, object]:
-    """A row: the median peak of so many processes, because the allocator's own varies by a fifth."""
+    """A row: the median peak of so many processes, because one varies by a fifth."""
     command = [sys.executable, "-m", "benchmarks.memory", "--one", setting]
     peaks = []
     for _ in range(processes):

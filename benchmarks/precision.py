@@ -44,12 +44,8 @@ def curve(
     energies: list[float] = []
     path = optimize(
         *(path, module, dataset.shuffled(config.batch_size, torch.Generator().manual_seed(seed))),
-        steps=config.steps,
-        lr=config.lr,
-        precondition=config.precondition,
-        coarse_to_fine=config.coarse_to_fine,
+        **{**config.descent, "precision": precision},
         engine="stacked",
-        precision=precision,
         on_step=lambda metrics, _: energies.append(metrics["energy"]),
     )
     found = evaluate(path, module, {"train": dataset.in_order("train", 256)}, engine="stacked")

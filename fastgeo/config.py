@@ -116,7 +116,11 @@ class OptimizeConfig(EngineConfig):
     batch_size: int = 128
     """images in an optimisation step (paper: 256)"""
     lr: float = 0.1
-    """learning rate, no momentum (paper)"""
+    """learning rate of the path (paper: 0.1)"""
+    momentum: float = 0.0
+    """Nesterov momentum of the path, on the preconditioned gradient (paper: none)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """the path's rate stays (paper), or falls to 0 in the step or as half a cosine wave"""
     precondition: bool = True
     """multiply the gradient by the inverse path Laplacian; no: plain SGD (paper)"""
     coarse_to_fine: bool = True
@@ -128,6 +132,11 @@ class OptimizeConfig(EngineConfig):
     """order and augmentation of the images in the optimisation"""
     memory_budget: str | None = None
     """choose the chunk so that the activations kept take at most so much, as in 8GiB"""
+
+    @property
+    def descent(self) -> dict[str, Any]:
+        """The arguments of `fastgeo.optimize` that say how a path is optimised."""
+        return {name: getattr(self, name) for name in DESCENT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +189,7 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
         return [self.seed_a, *range(self.seed_b, self.seed_b + self.count - 1)]
 
 
+DESCENT = ("steps", "lr", "momentum", "lr_schedule", "precondition", "coarse_to_fine", "precision")
 POSITIVE = ("train_lr", "lr", "lr_start_divisor", "lr_end_divisor", "width")
 RANGES = {
     "width": (0, 1000),
@@ -187,6 +197,7 @@ RANGES = {
     "warmup_fraction": (0, 1),
     "momentum_low": (0, 1),
     "momentum_high": (0, 1),
+    "momentum": (0, 0.999),
     "count": (2, 26),
 } | dict.fromkeys(
     (

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from itertools import count
 
 import torch
-from fastgeo_kernels import inverse_path_laplacian
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.checkpoint import Checkpoints, State
+from fastgeo.descent import Descent
 from fastgeo.diagnose import all_finite, first_not_finite, where
 from fastgeo.energy import EndLogits, energy_and_gradient
 from fastgeo.engines import EngineChoice
@@ -34,6 +34,8 @@ def optimize(
     *,
     steps: int | None = None,
     lr: float = 0.1,
+    momentum: float = 0.0,
+    lr_schedule: str = "constant",
     precondition: bool = True,
     coarse_to_fine: bool = False,
     engine: str = "auto",
@@ -64,6 +66,10 @@ def optimize(
             Gone through again, if it can be, until all steps are done.
         steps: how many; one pass over the batches by default.
         lr: learning rate.
+        momentum: of Nesterov, on the gradient as it is multiplied below; 0 for none. In the long
+            run, steps are 1 / (1 - momentum) times as long, so the rate is to be smaller.
+        lr_schedule: "constant", or the rate falls to 0 behind the last step, "linear" in the step
+            or as half a wave, "cosine"; steps must be given for these.
         precondition: multiply the gradient by the inverse path Laplacian; False is the SGD of
             Tan et al.
         coarse_to_fine: begin with 5 points along the path, and insert midpoints on the way
@@ -104,8 +110,6 @@ def optimize(
         >>> path = Path.linear(a, b, 25)
         >>> path = optimize(path, module, [inputs], steps=100)
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if coarse_to_fine and steps is None:
@@ -128,14 +132,23 @@ def optimize(
         mode = batch_statistics(module, update=False)
     ends = EndLogits(path)
     trained = trained_names(module)
+    descent = Descent(
+        trained,
+        lr=lr,
+        momentum=momentum,
+        lr_schedule=lr_schedule,
+        precondition=precondition,
+        steps=steps,
+    )
     sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
-    inverse = None
 
     order, first = Passes(batches, repeat=steps is not None), 0
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
         first = saved.step
         path = _restored(path, saved, sizes[max(s for s in sizes if s <= first)])
         order.load_state_dict(saved.tensors["state"]["order"])
+        velocity = saved.tensors["state"].get("velocity", {})
+        descent.velocity = {name: tensor.to(path.device) for name, tensor in velocity.items()}
         saved.set_generators()
     step = first
     with (
@@ -146,13 +159,12 @@ def optimize(
         for step in count(first):
             if (points := sizes.get(step, len(path))) != len(path):
                 path = path.resample(points)
+                descent.resample(points)
                 choice.finish()
                 choice = new_choice()
-            if precondition and (step == first or step in sizes):
-                inverse = inverse_path_laplacian(len(path) - 2).to(path.device)
             if checkpoints is not None:
-                place = {"state": {"order": order.state_dict()}}
-                checkpoints.reached(State(step, {"path": path._parts(), **place}))
+                place = {"order": order.state_dict(), "velocity": dict(descent.velocity)}
+                checkpoints.reached(State(step, {"path": path._parts(), "state": place}))
             with phase("data"):
                 given = None if step == steps else next(order, None)
             if given is None:
@@ -184,7 +196,7 @@ def optimize(
                 if on_step is not None:
                     on_step(metrics, path)
             with phase("update"):
-                path = _updated(path, gradient, trained, lr, inverse)
+                path = descent.update(path, gradient, step)
             bar.update()
             bar.set_postfix_str(f"energy {energies.sum():.4f} nats", refresh=False)
     choice.finish()
@@ -235,25 +247,6 @@ def trained_names(module: nn.Module) -> dict[str, str]:
     if not trained:
         raise ValueError("the module has no parameter with requires_grad to train")
     return trained
-
-
-def _updated(
-    path: Path,
-    gradient: dict[str, Tensor],
-    trained: dict[str, str],
-    lr: float,
-    inverse: Tensor | None,
-) -> Path:
-    """The path after one SGD step; tied parameters stay tied."""
-    moved = {}
-    for name, grad in gradient.items():
-        if inverse is not None:
-            precision = torch.promote_types(grad.dtype, inverse.dtype)  # at least fp32
-            rows = grad.reshape(len(grad), -1).to(precision)
-            grad = (inverse.to(precision) @ rows).view_as(grad).to(grad)
-        moved[name] = path.interior[name] - lr * grad
-    tied = {name: moved[first] for name, first in trained.items()}
-    return Path(path.start, path.interior | tied, path.end)
 
 
 def _metrics(step: int, energies: Tensor, path: Path) -> dict:

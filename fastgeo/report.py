@@ -85,7 +85,7 @@ def markdown(report: Mapping) -> str:
     parts = [
         "# Geodesic between two trained networks",
         f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps of batch "
-        f"{c['batch_size']} at rate {c['lr']:g}, "
+        f"{c['batch_size']} at {_rate(c)}, "
         f"{'preconditioned' if c['precondition'] else 'plain'} SGD"
         f"{', from few points to many' if c['coarse_to_fine'] else ''}.",
         "![Loss along the paths](path_loss.png)",
@@ -115,6 +115,12 @@ def markdown(report: Mapping) -> str:
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rate(config: Mapping) -> str:
+    falling = "" if config["lr_schedule"] == "constant" else f", falling ({config['lr_schedule']})"
+    momentum = f", momentum {config['momentum']:g}" if config["momentum"] else ""
+    return f"rate {config['lr']:g}{falling}{momentum}"
 
 
 def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:

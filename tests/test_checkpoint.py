@@ -57,10 +57,12 @@ def shuffling(x):
     return DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=4, shuffle=True)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("batches", [lambda x: list(x.split(4)), shuffling])
-def test_a_path_goes_on_to_the_last_bit(batches, path, module, tmp_path):
+def test_a_path_goes_on_to_the_last_bit(batches, momentum, path, module, tmp_path):
     def loop(**options):
-        return optimize(path, module, batches(images()), steps=9, engine="stacked", **options)
+        how = dict(steps=9, momentum=momentum, lr_schedule="cosine", engine="stacked")
+        return optimize(path, module, batches(images()), **how, **options)
 
     torch.manual_seed(3)
     expected = loop()

@@ -5,6 +5,7 @@ import torch
 from conftest import images, tiny_resnet
 
 from fastgeo import Checkpoints, Path, optimize
+from fastgeo.descent import Descent
 from fastgeo.levels import levels
 
 
@@ -60,13 +61,25 @@ def test_coarse_to_fine_is_optimisation_at_each_number_of_points(module):
     torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
 
 
+def test_the_velocity_is_a_curve_that_rests_at_the_ends():
+    descent = Descent({}, lr=1, momentum=0.9, lr_schedule="constant", precondition=True, steps=None)
+    descent.resample(9)
+    assert descent.velocity == {}
+    descent.velocity = {"w": torch.tensor([[1.0, 10], [3, 20], [2, 40]])}
+    descent.resample(9)
+    expected = [[0.5, 5], [1, 10], [2, 15], [3, 20], [2.5, 30], [2, 40], [1, 20]]
+    torch.testing.assert_close(descent.velocity["w"], torch.tensor(expected))
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_it_goes_on_at_every_level_to_the_last_bit(module, tmp_path, stop):
     path, batches = (
         Path.linear(tiny_resnet(1), tiny_resnet(2), 9),
         [images(seed=i) for i in range(6)],
     )
-    options = dict(steps=6, coarse_to_fine=True, engine="stacked")
+    options = dict(
+        steps=6, coarse_to_fine=True, engine="stacked", momentum=0.9, lr_schedule="linear"
+    )
     uncut = optimize(path, module, batches, **options)
 
     def interrupt(metrics, now):

@@ -65,8 +65,8 @@ def test_activations_are_counted_on_a_few_inputs(module):
 
 @pytest.mark.parametrize("setting", ["cifar10 preset at N = 9, B = 32, stacked"])
 def test_the_estimate_is_within_30_percent_of_a_measured_peak(setting, monkeypatch):
-    """One of the settings of `python -m benchmarks.memory --estimate`: the median of three processes
-    with as many threads as they like, as one process's peak varies by a fifth."""
+    """A setting of `python -m benchmarks.memory --estimate`: the median of three processes,
+    with as many threads as they like, because one peak varies by a fifth."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert 0.7 <= compare(setting)["estimated / measured"] <= 1.3
 

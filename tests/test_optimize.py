@@ -51,6 +51,43 @@ def test_steps_equal_the_plain_loop(precondition, norm):
         torch.testing.assert_close(stacked, loop, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "momentum, lr_schedule, factors",
+    [
+        (0.9, "constant", [1, 1, 1, 1]),
+        (0.9, "linear", [1, 0.75, 0.5, 0.25]),
+        (0.0, "cosine", [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
+    ],
+)
+@pytest.mark.parametrize("precondition", [False, True])
+def test_momentum_and_falling_rates_equal_torchs_optimizer(
+    precondition, momentum, lr_schedule, factors
+):
+    module, x = tiny_resnet(), images(6)
+    path = Path.linear(tiny_resnet(1), tiny_resnet(2), 5)
+    laplacian = torch.tensor([[2.0, -1, 0], [-1, 2, -1], [0, -1, 2]]).double()
+    points = [{k: v.clone() for k, v in point.items()} for point in path.points()]
+    leaves = [{k: v.requires_grad_() for k, v in point.items()} for point in points[1:-1]]
+    flat = [tensor for leaf in leaves for tensor in leaf.values()]
+    optimizer = torch.optim.SGD(flat, 0.2, momentum=momentum, nesterov=momentum > 0)
+    for factor in factors:
+        optimizer.zero_grad()
+        loop_energy(module, [points[0], *leaves, points[-1]], x).backward()
+        if precondition:
+            for name in points[0]:
+                grad = torch.stack([leaf[name].grad for leaf in leaves])
+                solved = torch.linalg.solve(laplacian, grad.flatten(1)).view_as(grad)
+                for leaf, own in zip(leaves, solved, strict=True):
+                    leaf[name].grad = own
+        optimizer.param_groups[0]["lr"] = 0.2 * factor
+        optimizer.step()
+
+    how = dict(lr=0.2, momentum=momentum, lr_schedule=lr_schedule, precondition=precondition)
+    got = optimize(path, module, [x], steps=4, **how)
+    for stacked, loop in zip(got.points(), points, strict=True):
+        torch.testing.assert_close(stacked, {k: v.detach() for k, v in loop.items()})
+
+
 def test_a_step_that_nobody_watches_measures_no_lengths(path, module, monkeypatch):
     monkeypatch.setattr(Path, "euclidean", lambda self: pytest.fail("it was measured"))
     optimize(path, module, [images()], steps=2, engine="stacked")
@@ -241,6 +278,10 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
         (dict(lr=-0.1), "lr must be positive, got -0.1"),
         (dict(lr=math.nan), "lr must be positive, got nan"),
         (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(momentum=1.0), "momentum must be within 0..1, and less than 1, got 1.0"),
+        (dict(momentum=-0.1), "momentum must be within 0..1, and less than 1, got -0.1"),
+        (dict(lr_schedule="step"), "must be one of constant, linear, cosine: 'step'"),
+        (dict(lr_schedule="linear"), "lr_schedule 'linear' needs the number of steps"),
     ],
 )
 def test_bad_settings_are_refused(path, module, options, words):
