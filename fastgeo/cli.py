@@ -63,7 +63,7 @@ class _FromPreset:
     settings: ClassVar[type]
 
     preset: str = "digits"
-    """digits (bundled data, under a minute on a CPU), paper-small (5,000 images of CIFAR-10, for a
+    """digits (bundled data, under a minute on a CPU), paper-small (1,000 images of CIFAR-10, for a
     CPU), cifar10, or paper (both for a GPU)"""
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastgeo import lock, models, preflight, user
 from fastgeo.checkpoint import Checkpoints
-from fastgeo.config import Config, about, flag
+from fastgeo.config import BEFORE, Config, about, flag
 from fastgeo.data import Dataset, load
 from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
 from fastgeo.loaders import LoaderData
@@ -138,7 +138,7 @@ class Run:
             raise ValueError(f"{folder} holds no run (no config.json); start one with: fastgeo run")
         try:
             content = read_json(file)
-            config, stages = Config(**content["config"]), dict(content["stages"])
+            config, stages = Config(**{**BEFORE, **content["config"]}), dict(content["stages"])
             return cls(folder, config, stages, dict(content["engines"]), content.get("data"))
         except (KeyError, TypeError, ValueError) as error:
             what = str(error) if str(file) in str(error) else f"cannot read {file}: {error}"

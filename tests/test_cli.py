@@ -399,9 +399,10 @@ def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):
 def test_the_paper_preset_is_the_papers_experiment():
     c = PRESETS["paper"]
     assert (c.data, c.model, c.width, c.norm) == ("cifar10", "resnet20", 4, "group")
-    assert (c.points, c.steps, c.batch_size, c.lr, c.precondition) == (25, 3920, 256, 0.1, False)
+    assert (c.points, c.steps, c.batch_size) == (25, 3920, 256)
     assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
     assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
+    assert (c.lr, c.momentum, c.lr_schedule, c.precondition) == (0.1, 0.0, "constant", False)
 
 
 def test_config_json_says_where_every_setting_is_from(run):
