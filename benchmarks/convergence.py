@@ -1,8 +1,9 @@
 """Energy reached against steps and seconds: `python -m benchmarks.convergence`.
 
-Plain SGD (Tan et al.), the preconditioned step, and that from few points to many, from the same
-matched line between two networks, each at several learning rates, so that each is seen at its best;
-and the last of them for several N. The engine is the same for all.
+Plain SGD (Tan et al.), the preconditioned step, and on top of it a falling rate, momentum, and few
+points before many, from the same matched line between two networks, each at several learning rates,
+so that each is seen at its best; and lines of several N as the preset optimises them. The engine is
+the same for all.
 """
 
 import time
@@ -22,26 +23,33 @@ from fastgeo.measure import headline, table
 from fastgeo.run import Run
 from fastgeo.train import train_ends
 
-SGD, PRECONDITIONED, COARSE_TO_FINE = "plain SGD", "preconditioned", "coarse to fine"
+FALLING = dict(lr_schedule="linear")
+MOMENTUM = dict(momentum=0.9, **FALLING)
 METHODS = {
-    SGD: dict(precondition=False),
-    PRECONDITIONED: dict(),
-    COARSE_TO_FINE: dict(coarse_to_fine=True),
+    "plain SGD": dict(precondition=False),
+    "preconditioned": dict(),
+    "preconditioned, falling rate": FALLING,
+    "preconditioned, falling rate, momentum": MOMENTUM,
+    "coarse to fine": dict(coarse_to_fine=True),
+    "coarse to fine, falling rate, momentum": dict(coarse_to_fine=True, **MOMENTUM),
 }
 RATES = (0.1, 0.2, 0.4)
-STYLES = dict(zip(RATES, (":", "--", "-"), strict=True))
-COLOURS = dict(zip(METHODS, ("tab:green", "tab:orange", "tab:blue"), strict=True))
+MOMENTUM_RATES = (0.025, 0.05, 0.1)  # momentum makes ten times as much of them, in the long run
+STYLES = (":", "--", "-")  # of the rates
+COLOURS = ("tab:green", "tab:orange", "tab:olive", "tab:red", "tab:cyan", "tab:blue")
 POINTS = (5, 9, 17, 25)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Optimises one line in three ways at several rates, and lines of several N."""
+    """Optimises one line in several ways at several rates, and lines of several N."""
 
     preset: str = "digits"
     """whose ends, data and path"""
     data: str | None = None
     """as of `fastgeo run`; the preset's by default"""
+    run: FilePath | None = None
+    """folder of a run of that preset, whose ends are taken instead of training them anew"""
     steps: int = 100
     """optimisation steps of each"""
     save: bool = False
@@ -53,13 +61,21 @@ class Bench:
 
     def __init__(self, options: Options):
         c = PRESETS[options.preset]
-        run = Run(FilePath(), replace(c, data=options.data or c.data, steps=options.steps))
-        self.config, self.dataset, self.module = run.config, run.dataset, run.new_module()
-        c = self.config
-        a, b = train_ends(run.new_module, run.dataset, c.seeds, c, engine="stacked", progress=True)
-        inputs, _ = next(iter(self.dataset.in_order("train", c.eval_batch_size)))
-        matched = match(a, b, inputs, module=self.module, restarts=c.match_restarts)
-        self.a, self.b = a, matched.state_dict
+        run = Run(FilePath(), replace(c, data=options.data or c.data))
+        if options.run is not None:
+            run = Run.open(options.run)
+        self.config = c = replace(run.config, steps=options.steps)
+        self.dataset, self.module = run.dataset, run.new_module()
+        if options.run is not None:
+            self.a, b = run.ends()
+            self.b = run.matched(b)
+        else:
+            self.a, b = train_ends(
+                *(run.new_module, run.dataset, c.seeds, c), engine="stacked", progress=True
+            )
+            inputs, _ = next(iter(self.dataset.in_order("train", c.eval_batch_size)))
+            matched = match(self.a, b, inputs, module=self.module, restarts=c.match_restarts)
+            self.b = matched.state_dict
         names = ("train", "test")
         self.splits = {name: self.dataset.in_order(name, c.eval_batch_size) for name in names}
 
@@ -106,7 +122,7 @@ def methods(bench: Bench) -> list[dict[str, Any]]:
     """A row for each method and rate."""
     rows = []
     for name, how in METHODS.items():
-        for lr in RATES:
+        for lr in MOMENTUM_RATES if "momentum" in how else RATES:
             row = bench.row(bench.config.points, lr=lr, **how)
             rows.append({"step": name, "rate": lr, **row})
     return rows
@@ -117,7 +133,7 @@ def by_points(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for n in POINTS:
         rows.append({"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)})
-        how = dict(lr=bench.config.lr, **METHODS[COARSE_TO_FINE])
+        how = {name: value for name, value in bench.config.descent.items() if name != "steps"}
         rows.append({"N": n, "path": "geodesic", **bench.row(n, **how)})
     return rows
 
@@ -140,17 +156,20 @@ def reached(rows: list[dict[str, Any]]) -> str:
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """Σ√JSD of a batch against steps and against seconds; of few points it is somewhat less."""
-    drawn = Figure(figsize=(10, 4), layout="constrained")
+    drawn = Figure(figsize=(12, 6), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
+    colours = dict(zip(METHODS, COLOURS, strict=True))
+    rates = {name: [r["rate"] for r in rows if r["step"] == name] for name in METHODS}
     for row in rows:
-        style = dict(linestyle=STYLES[row["rate"]], color=COLOURS[row["step"]], linewidth=1)
+        line = STYLES[rates[row["step"]].index(row["rate"])]
+        style = dict(linestyle=line, color=colours[row["step"]], linewidth=1)
         label = f"{row['step']}, rate {row['rate']:g}"
         lengths = [line["sqrt_jsd"] for line in row["course"]]
         axes[0].plot(range(len(lengths)), lengths, label=label, **style)
         axes[1].plot([line["seconds"] for line in row["course"]], lengths, **style)
     axes[0].set(xlabel="step", ylabel="Σ√JSD of a batch, √nats", yscale="log")
     axes[1].set_xlabel("seconds")
-    axes[0].legend(frameon=False, fontsize="small")
+    drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return drawn

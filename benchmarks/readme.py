@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.harness import RESULTS
 from fastgeo.measure import table
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def source(result: dict[str, Any]) -> str:
     return f"{machine}, {e['date']}, torch {e['torch'].split('+')[0]}: `{e['command']}`"
 
 
-def digits() -> str:
-    """The default run, and the same by the paper's plain SGD."""
-    ours, plain = read("digits/report"), read("digits/report-plain-sgd")
+def run(preset: str) -> str:
+    """A preset's run, and the same by the paper's plain SGD."""
+    ours, plain = read(f"{preset}/report"), read(f"{preset}/report-plain-sgd")
     steps, name = ours["config"]["steps"], f"path, N = {ours['config']['points']}"
     paths = {
         "line": ours["paths"]["linear"],
@@ -62,9 +63,9 @@ def digits() -> str:
     )
 
 
-def convergence() -> str:
+def convergence(preset: str) -> str:
     """What each way to optimise reaches in as many steps, at several rates."""
-    result = read("convergence-digits")
+    result = read(f"convergence-{preset}")
     rows = [
         {
             result["setting"]: f"{row['step']}, rate {row['rate']:g}",
@@ -75,14 +76,14 @@ def convergence() -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
-def points() -> str:
+def points(preset: str) -> str:
     """The matched line and the geodesic for several N."""
     rows = [
         {
             "N": f"{row['N']}, {row['path']}",
             **{name: _number(row[name]) for name in REACHED},
         }
-        for row in read("convergence-digits")["points"]
+        for row in read(f"convergence-{preset}")["points"]
     ]
     return table(rows)
 
@@ -194,9 +195,12 @@ def matching_speed() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "digits": digits,
-    "convergence": convergence,
-    "points": points,
+    **{preset: partial(run, preset) for preset in ("digits", "paper-small")},
+    **{
+        f"{made.__name__} {preset}": partial(made, preset)
+        for made in (convergence, points)
+        for preset in ("digits", "paper-small")
+    },
     "seeds": seeds,
     "step": step,
     "grid": grid,
