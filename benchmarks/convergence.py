@@ -2,8 +2,7 @@
 
 Plain SGD (Tan et al.), the preconditioned step, and on top of it a falling rate, momentum, and few
 points before many, from the same matched line between two networks, each at several learning rates,
-so that each is seen at its best; and lines of several N as the preset optimises them. The engine is
-the same for all.
+so that each is seen at its best. The engine is the same for all.
 """
 
 import time
@@ -37,12 +36,11 @@ RATES = (0.1, 0.2, 0.4)
 MOMENTUM_RATES = (0.025, 0.05, 0.1)  # momentum makes ten times as much of them, in the long run
 STYLES = (":", "--", "-")  # of the rates
 COLOURS = ("tab:green", "tab:orange", "tab:olive", "tab:red", "tab:cyan", "tab:blue")
-POINTS = (5, 9, 17, 25)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Optimises one line in several ways at several rates, and lines of several N."""
+    """Between which ends, and how long."""
 
     preset: str = "digits"
     """whose ends, data and path"""
@@ -53,7 +51,7 @@ class Options:
     steps: int = 100
     """optimisation steps of each"""
     save: bool = False
-    """write benchmarks/results/convergence-PRESET.json and .png"""
+    """write benchmarks/results/BENCHMARK-PRESET.json"""
 
 
 class Bench:
@@ -128,16 +126,6 @@ def methods(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def by_points(bench: Bench) -> list[dict[str, Any]]:
-    """Two rows for each N, the matched line and the geodesic."""
-    rows = []
-    for n in POINTS:
-        rows.append({"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)})
-        how = {name: value for name, value in bench.config.descent.items() if name != "steps"}
-        rows.append({"N": n, "path": "geodesic", **bench.row(n, **how)})
-    return rows
-
-
 def reached(rows: list[dict[str, Any]]) -> str:
     """Where each method ends, at its best rate."""
     parts = []
@@ -176,21 +164,18 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python -m benchmarks.convergence")
+    options = tyro.cli(Options, prog="python -m benchmarks.convergence", description=__doc__)
     keep_pages()
     print(headline(environment()), flush=True)
     bench = Bench(options)
     rows = methods(bench)
     print(table([{k: v for k, v in row.items() if k != "course"} for row in rows]))
-    print(f"\n{reached(rows)}\n", flush=True)
-    points = by_points(bench)
-    print(table([{k: v for k, v in row.items() if k != "course"} for row in points]))
+    print(f"\n{reached(rows)}", flush=True)
     if options.save:
         name = f"convergence-{options.preset}"
         write_figure(RESULTS / f"{name}.png", figure(rows))
         setting = f"{bench.config.model}, width {bench.config.width:g}, {options.steps} steps"
-        content = {"setting": setting, "rows": rows, "points": points}
-        print(f"\nwrote {write_result(name, content)}")
+        print(f"\nwrote {write_result(name, {'setting': setting, 'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -78,14 +78,15 @@ def convergence(preset: str) -> str:
 
 def points(preset: str) -> str:
     """The matched line and the geodesic for several N."""
+    result = read(f"points-{preset}")
     rows = [
         {
-            "N": f"{row['N']}, {row['path']}",
+            f"{result['setting']}, N": f"{row['N']}, {row['path']}",
             **{name: _number(row[name]) for name in REACHED},
         }
-        for row in read(f"convergence-{preset}")["points"]
+        for row in result["rows"]
     ]
-    return table(rows)
+    return f"{table(rows)}\n\n{source(result)}"
 
 
 REACHED = ("energy, nats", "Σ√JSD", "highest train loss", "barrier, train", "test", "seconds")

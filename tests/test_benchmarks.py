@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import convergence, roofline, step_gpu
+from benchmarks import convergence, points, roofline, step_gpu
 from fastgeo import models
 from fastgeo.config import PRESETS
 
@@ -74,7 +74,7 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
     monkeypatch.setattr(convergence, "RATES", (0.1, 1e38))
     monkeypatch.setattr(convergence, "MOMENTUM_RATES", (0.1,))
-    monkeypatch.setattr(convergence, "POINTS", (5, 9))
+    monkeypatch.setattr(points, "POINTS", (5, 9))
     bench = convergence.Bench(convergence.Options(preset="tiny", steps=3))
     rows = convergence.methods(bench)
     assert [row["step"] for row in rows if row["energy, nats"] == "diverged"] == [
@@ -87,7 +87,6 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     assert [line["points"] for line in first] == [9, 9, 9, 9, 5, 5]
     assert all(row["energy, nats"] < bench.before(9)["energy, nats"] for row in sound)
     assert "coarse to fine at its best rate, 0.1, ends at" in convergence.reached(rows)
-    points = convergence.by_points(bench)
-    assert [(row["N"], row["path"]) for row in points] == [
+    assert [(row["N"], row["path"]) for row in points.by_points(bench)] == [
         *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
     ]

@@ -22,6 +22,7 @@ from fastgeo.cli import main
 from fastgeo.config import PRESETS
 from fastgeo.data import load
 from fastgeo.files import read_tensors
+from fastgeo.run import Run
 
 SMALL = [
     *("--width", "0.25", "--train-subset", "200", "--epochs", "2", "--points", "5"),
@@ -405,6 +406,15 @@ def test_the_paper_preset_is_the_papers_experiment():
     assert (c.lr, c.momentum, c.lr_schedule, c.precondition) == (0.1, 0.0, "constant", False)
 
 
+def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
+    content = json.loads((run / "config.json").read_text())
+    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
+        del content["config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    c = Run.open(tmp_path).config
+    assert (c.coarse_to_fine, c.momentum, c.lr_schedule) == (False, 0.0, "constant")
+
+
 def test_config_json_says_where_every_setting_is_from(run):
     content = json.loads((run / "config.json").read_text())
     assert content["about"].keys() == content["config"].keys()
@@ -416,8 +426,6 @@ def test_config_json_says_where_every_setting_is_from(run):
 
 
 def test_matched_end_computes_what_b_computes(run):
-    from fastgeo.pipeline import Run
-
     opened = Run.open(run)
     _, b = opened.ends()
     path, module = Path.load(run / "path.safetensors"), opened.new_module()
