@@ -16,7 +16,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, environment, write_result
-from fastgeo import Evaluation, Path, evaluate, keep_pages, match, optimize
+from fastgeo import Path, evaluate, keep_pages, match, optimize
 from fastgeo.config import PRESETS
 from fastgeo.files import write_figure
 from fastgeo.measure import headline, table
@@ -35,6 +35,10 @@ METHODS = {
 }
 RATES = (0.1, 0.2, 0.4)
 MOMENTUM_RATES = (0.025, 0.05, 0.1)  # momentum makes ten times as much of them, in the long run
+FOUND = (
+    *("energy, nats", "Σ√JSD", "Fisher-Rao, rad"),
+    *("highest train loss", "between the points", "barrier, train", "test"),
+)
 TEST_IMAGES = 2048  # at most
 STYLES = (":", "--", "-")  # of the rates
 COLOURS = ("tab:green", "tab:orange", "tab:olive", "tab:red", "tab:cyan", "tab:blue")
@@ -95,28 +99,25 @@ class Bench:
         try:
             path = optimize(line, self.module, batches, **options, **how)
             row["seconds"] = time.perf_counter() - started
-            found = evaluate(path, self.module, self.splits, engine="stacked")
-            row |= self._found(found)
+            row |= self._found(path)
         except ValueError:  # it diverged
-            names = ("energy, nats", "Σ√JSD", "Fisher-Rao, rad", "highest train loss")
-            row |= dict.fromkeys(("seconds", *names, "barrier, train", "test"), "diverged")
+            row |= dict.fromkeys(("seconds", *FOUND), "diverged")
         return row | {"course": course}
 
     def before(self, points: int) -> dict[str, Any]:
         """The matched line."""
-        line = Path.linear(self.a, self.b, points)
-        return self._found(evaluate(line, self.module, self.splits, engine="stacked"))
+        return self._found(Path.linear(self.a, self.b, points))
 
-    @staticmethod
-    def _found(found: Evaluation) -> dict[str, float]:
-        return {
-            "energy, nats": found.energy,
-            "Σ√JSD": found.sqrt_jsd,
-            "Fisher-Rao, rad": found.fisher_rao,
-            "highest train loss": max(found.splits["train"].loss),
-            "barrier, train": found.splits["train"].barrier,
-            "test": found.splits["test"].barrier,
-        }
+    def _found(self, path: Path) -> dict[str, float]:
+        found = evaluate(path, self.module, self.splits, engine="stacked")
+        fine, train = path.resample(2 * len(path) - 1), {"train": self.splits["train"]}
+        between = evaluate(fine, self.module, train, engine="stacked").splits["train"].loss[1::2]
+        values = (
+            *(found.energy, found.sqrt_jsd, found.fisher_rao),
+            *(max(found.splits["train"].loss), max(between)),
+            *(found.splits["train"].barrier, found.splits["test"].barrier),
+        )
+        return dict(zip(FOUND, values, strict=True))
 
 
 def methods(bench: Bench) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """How many points are enough: `python -m benchmarks.points`.
 
 Barrier and lengths of the matched line and of the geodesic, as a preset optimises it, for several N
-between the same ends. The losses are taken at the points only, so few points may miss a bump.
+between the same ends. Few points may miss a bump, so the loss is also taken in the middles between.
 """
 
 from typing import Any

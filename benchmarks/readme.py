@@ -89,7 +89,10 @@ def points(preset: str) -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
-REACHED = ("energy, nats", "Σ√JSD", "highest train loss", "barrier, train", "test", "seconds")
+REACHED = (
+    *("energy, nats", "Σ√JSD", "highest train loss", "between the points"),
+    *("barrier, train", "test", "seconds"),
+)
 
 
 def _number(value: float | str) -> str:
