@@ -21,7 +21,7 @@ from fastgeo import Path, evaluate, models
 from fastgeo.cli import main
 from fastgeo.config import PRESETS
 from fastgeo.data import load
-from fastgeo.files import read_tensors
+from fastgeo.files import read_json, read_tensors, write_json
 from fastgeo.run import Run
 
 SMALL = [
@@ -407,10 +407,10 @@ def test_the_paper_preset_is_the_papers_experiment():
 
 
 def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
-    content = json.loads((run / "config.json").read_text())
+    content = read_json(run / "config.json")
     for name in ("coarse_to_fine", "momentum", "lr_schedule"):
         del content["config"][name]
-    (tmp_path / "config.json").write_text(json.dumps(content))
+    write_json(tmp_path / "config.json", content)
     c = Run.open(tmp_path).config
     assert (c.coarse_to_fine, c.momentum, c.lr_schedule) == (False, 0.0, "constant")
 
