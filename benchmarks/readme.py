@@ -31,17 +31,15 @@ def source(result: dict[str, Any]) -> str:
 
 
 def run(preset: str) -> str:
-    """A preset's run, and the same by the paper's plain SGD."""
-    ours, plain = read(f"{preset}/report"), read(f"{preset}/report-plain-sgd")
+    """A preset's run, and the same by the paper's plain SGD where there is one."""
+    ours = read(f"{preset}/report")
     steps, name = ours["config"]["steps"], f"path, N = {ours['config']['points']}"
-    paths = {
-        "line": ours["paths"]["linear"],
-        "matched line": ours["paths"]["matched"],
-        f"geodesic, {steps} steps of plain SGD at rate {plain['config']['lr']:g}, the paper's": (
-            plain["paths"]["geodesic"]
-        ),
-        f"geodesic, {steps} steps, the default": ours["paths"]["geodesic"],
-    }
+    paths = {"line": ours["paths"]["linear"], "matched line": ours["paths"]["matched"]}
+    if (RESULTS / preset / "report-plain-sgd.json").exists():
+        plain = read(f"{preset}/report-plain-sgd")
+        how = f"plain SGD at rate {plain['config']['lr']:g}, the paper's"
+        paths[f"geodesic, {steps} steps of {how}"] = plain["paths"]["geodesic"]
+    paths[f"geodesic, {steps} steps, the default"] = ours["paths"]["geodesic"]
     rows = [
         {
             name: title,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo.data import Dataset
+from fastgeo.descent import Descent
 from fastgeo.energy import energy_and_gradient, logits_of
 from fastgeo.engines import Engine, EngineChoice
 from fastgeo.inputs import Inputs, Passes
@@ -76,8 +77,10 @@ class StaticStep:
         source: Augmented | Given,
         *,
         lr: float = 0.1,
-        precondition: bool = True,
         momentum: float = 0.0,
+        lr_schedule: str = "constant",
+        steps: int | None = None,
+        precondition: bool = True,
         precision: str = "fp32",
         channels_last: bool | None = None,
         chunk: int | None = None,
@@ -89,6 +92,14 @@ class StaticStep:
         self.module, self.source, self.read_every = module, source, read_every
         self.precondition, self.momentum, self.precision = precondition, momentum, precision
         self.trained = trained_names(module)
+        self.descent = Descent(
+            self.trained,
+            lr=lr,
+            momentum=momentum,
+            lr_schedule=lr_schedule,
+            precondition=precondition,
+            steps=steps,
+        )
         self.start, self.end, self.fixed = path.start, path.end, dict(path.interior)
         firsts = list(dict.fromkeys(self.trained.values()))
         dtypes = {path.interior[name].dtype for name in firsts}
@@ -119,11 +130,12 @@ class StaticStep:
         for name, view in self.views.items():
             view.copy_(path.interior[name])
         precise = torch.promote_types(dtype, torch.float32)
-        self.rate = torch.full((), lr, dtype=precise, device=device)
+        self.rates = torch.zeros(read_every, dtype=precise, device=device)
         self.turn = torch.zeros(1, dtype=torch.long, device=device)
         self.energies = torch.zeros(read_every, points + 1, dtype=precise, device=device)
         self.kept = None  # [K, ...] of every tensor that the source gives
         self.captured: torch.cuda.CUDAGraph | None = None
+        self.taken = 0  # steps whose inputs were put on the device
         self.filled = self.fill(read_every)
         if self.filled == 0:
             raise ValueError("there are no batches")
@@ -145,7 +157,7 @@ class StaticStep:
         }
 
     def fill(self, count: int) -> int:
-        """Put the inputs of the following steps on the device, `read_every` at most; how many."""
+        """Put what the following steps need on the device, `read_every` at most; how many."""
         found = list(self.source.take(min(count, self.read_every)))
         if not found:
             return 0
@@ -164,6 +176,9 @@ class StaticStep:
                     f"{list(buffer.shape[1:])}"
                 )
             buffer[: len(t)].copy_(t)
+        rates = [self.descent.rate(self.taken + i) for i in range(len(found))]
+        self.rates[: len(found)].copy_(torch.tensor(rates, dtype=self.rates.dtype))
+        self.taken += len(found)
         self.turn.zero_()
         return len(found)
 
@@ -180,9 +195,10 @@ class StaticStep:
                 list(self.gradients.values()), [gradient[name] for name in self.gradients]
             )
             path_update(
-                *(self.weight, self.gradient, self.rate),
+                *(self.weight, self.gradient, self.rates.index_select(0, self.turn)[0]),
                 precondition=self.precondition,
                 momentum=self.momentum,
+                nesterov=self.momentum > 0,
                 velocity=self.velocity,
                 copy=self.copy,
             )
@@ -191,8 +207,8 @@ class StaticStep:
 
     def capture(self) -> None:
         """Record the step as a CUDA graph, which `step` then replays; leaves the weights alone."""
-        rate = self.rate.clone()
-        self.rate.zero_()
+        rates = self.rates.clone()
+        self.rates.zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -204,7 +220,7 @@ class StaticStep:
         self.turn.zero_()
         with torch.cuda.graph(graph):
             self.run()
-        self.rate.copy_(rate)
+        self.rates.copy_(rates)
         if self.velocity is not None:
             self.velocity.zero_()
         self.energies.zero_()
@@ -238,8 +254,9 @@ def optimize_static(
     *,
     steps: int,
     lr: float = 0.1,
-    precondition: bool = True,
     momentum: float = 0.0,
+    lr_schedule: str = "constant",
+    precondition: bool = True,
     precision: str = "fp32",
     channels_last: bool | None = None,
     chunk: int | None = None,
@@ -253,12 +270,11 @@ def optimize_static(
     The steps are the same up to rounding.
 
     Args:
-        path, module, lr, precondition, precision, chunk, memory_budget: as in `fastgeo.optimize`;
-            the module must be one that can be traced.
+        path, module, lr, momentum, lr_schedule, precondition, precision, chunk, memory_budget: as
+            in `fastgeo.optimize`; the module must be one that can be traced.
         batches: `Augmented`, whose batches are made on the device, or inputs as in
             `fastgeo.optimize`, all of one shape, of which `read_every` are copied at a time.
         steps: how many.
-        momentum: of SGD.
         channels_last: memory format of images and weights; by default on a GPU.
         capture: whether the step is captured in a CUDA graph; by default on a GPU.
         read_every: steps between two looks at the energies, and for which inputs are kept.
@@ -278,15 +294,15 @@ def optimize_static(
         >>> batches = Augmented(digits, 128, torch.Generator().manual_seed(0))
         >>> path = optimize_static(path, module, batches, steps=100)
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
     if steps < 1 or read_every < 1:
         raise ValueError(f"steps and read_every must be at least 1, got {steps} and {read_every}")
     static = StaticStep(
         *(path, module, batches if isinstance(batches, Augmented) else Given(batches)),
         lr=lr,
-        precondition=precondition,
         momentum=momentum,
+        lr_schedule=lr_schedule,
+        steps=steps,
+        precondition=precondition,
         precision=precision,
         channels_last=channels_last,
         chunk=chunk,

@@ -138,7 +138,7 @@ def check_norm_keeps_a_nan(kind, device="cpu"):
 # --- The update of a path -------------------------------------------------------------------------
 
 
-def update_by_definition(weight, grad, lr, precondition, momentum, velocity):
+def update_by_definition(weight, grad, lr, precondition, momentum, nesterov, velocity):
     """float64: the Laplacian itself is solved for, and SGD as in torch.optim.SGD."""
     step, points = grad.double(), len(grad)
     if precondition:
@@ -147,8 +147,9 @@ def update_by_definition(weight, grad, lr, precondition, momentum, velocity):
         laplacian -= torch.diag(laplacian.new_ones(points - 1), -1)
         step = torch.linalg.solve(laplacian, step)
     if momentum:
-        step = momentum * velocity.double() + step
-    return weight.double() - lr * step, step
+        velocity = momentum * velocity.double() + step
+        step = step + momentum * velocity if nesterov else velocity
+    return weight.double() - lr * step, velocity
 
 
 def check_update(
@@ -158,6 +159,7 @@ def check_update(
     impl="triton",
     precondition=True,
     momentum=0.0,
+    nesterov=False,
     dtype=torch.float32,
     copy=None,
     device="cpu",
@@ -171,12 +173,13 @@ def check_update(
     for seed in (2, 3):
         grad = random(points, size, seed=seed, device=device, dtype=dtype)
         expected, expected_velocity = update_by_definition(
-            expected, grad, 0.3, precondition, momentum, expected_velocity
+            expected, grad, 0.3, precondition, momentum, nesterov, expected_velocity
         )
         path_update(
             *(weight, grad, rate),
             precondition=precondition,
             momentum=momentum,
+            nesterov=nesterov,
             velocity=velocity,
             copy=rounded,
             impl=impl,

@@ -70,9 +70,10 @@ def test_norm_of_many_pixels_has_several_programs(monkeypatch):
 
 @pytest.mark.parametrize("points, size", [(1, 3), (2, 300), (23, 9)])
 @pytest.mark.parametrize("precondition", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_path_update_is_the_float64_definition(points, size, precondition, momentum):
-    claims.check_update(points, size, precondition=precondition, momentum=momentum)
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+def test_path_update_is_the_float64_definition(points, size, precondition, momentum, nesterov):
+    how = dict(precondition=precondition, momentum=momentum, nesterov=nesterov)
+    claims.check_update(points, size, **how)
 
 
 def test_path_update_of_126_points_keeps_its_digits():

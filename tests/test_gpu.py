@@ -76,9 +76,10 @@ def test_a_captured_step_is_the_step_that_was_captured(precision, chunk):
 def test_captured_steps_are_those_of_optimize():
     digits, module, path = digits_path()
     batches = digits.shuffled(64, torch.Generator().manual_seed(0))
-    expected = optimize(path, module, batches, steps=5, engine="stacked", channels_last=True)
+    how = dict(steps=5, momentum=0.9, lr_schedule="linear")
+    expected = optimize(path, module, batches, **how, engine="stacked", channels_last=True)
     batches = Augmented(digits, 64, torch.Generator().manual_seed(0))
-    got = optimize_static(path, module, batches, steps=5)
+    got = optimize_static(path, module, batches, read_every=2, **how)
     torch.testing.assert_close(got.interior, expected.interior, rtol=1e-4, atol=1e-5)
 
 

@@ -69,22 +69,23 @@ def test_norms_say_why_they_cannot_run_in_triton(norm, monkeypatch):
 
 
 @pytest.mark.parametrize("points, size", [(1, 3), (23, 300), (126, 9)])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_path_update_in_pytorch_is_the_float64_definition(points, size, momentum):
-    claims.check_update(points, size, impl="torch", momentum=momentum)
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
+def test_path_update_in_pytorch_is_the_float64_definition(points, size, momentum, nesterov):
+    claims.check_update(points, size, impl="torch", momentum=momentum, nesterov=nesterov)
     claims.check_update(points, size, impl="torch", precondition=False, copy=torch.bfloat16)
 
 
-def test_path_update_is_sgd():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_path_update_is_sgd(nesterov):
     """Without the Laplacian: torch.optim.SGD, over several steps."""
     weight, velocity = claims.random(3, 7), torch.zeros(3, 7)
     leaf = weight.clone().requires_grad_()
-    optimizer = torch.optim.SGD([leaf], 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([leaf], 0.1, momentum=0.9, nesterov=nesterov)
     for seed in range(3):
         leaf.grad = claims.random(3, 7, seed=seed)
         optimizer.step()
-        options = dict(precondition=False, momentum=0.9, velocity=velocity, impl="torch")
-        path_update(weight, leaf.grad, 0.1, **options)
+        options = dict(momentum=0.9, nesterov=nesterov, velocity=velocity, impl="torch")
+        path_update(weight, leaf.grad, 0.1, precondition=False, **options)
     torch.testing.assert_close(weight, leaf.detach())
 
 

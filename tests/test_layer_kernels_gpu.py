@@ -61,13 +61,16 @@ def test_norm_is_one_launch_without_a_copy(monkeypatch):
 
 @pytest.mark.parametrize("points, size", [(1, 3), (23, 1_000_003), (126, 50_000)])
 @pytest.mark.parametrize("precondition", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_path_update_is_the_float64_definition(points, size, precondition, momentum, dtype):
+def test_path_update_is_the_float64_definition(
+    points, size, precondition, momentum, nesterov, dtype
+):
     claims.check_update(
         *(points, size),
         precondition=precondition,
         momentum=momentum,
+        nesterov=nesterov,
         dtype=dtype,
         copy=torch.bfloat16,
         device="cuda",

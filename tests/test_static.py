@@ -16,7 +16,14 @@ def recorded(log):
 @pytest.mark.parametrize("norm", ["group", "channel"])
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(precondition=False), dict(channels_last=True), dict(chunk=2)],
+    [
+        {},
+        dict(precondition=False),
+        dict(channels_last=True),
+        dict(chunk=2),
+        dict(momentum=0.9, lr_schedule="linear"),
+        dict(lr_schedule="cosine", precondition=False),
+    ],
     ids=str,
 )
 def test_every_step_is_that_of_optimize(norm, options):
@@ -27,7 +34,9 @@ def test_every_step_is_that_of_optimize(norm, options):
         *(path, module, batches),
         steps=5,
         engine="stacked",
-        precondition=options.get("precondition", True),
+        **{
+            name: value for name, value in options.items() if name not in ("chunk", "channels_last")
+        },
         on_step=recorded(expected_log),
     )
     got = optimize_static(
@@ -42,10 +51,10 @@ def test_every_step_is_that_of_optimize(norm, options):
 
 
 def test_momentum_is_that_of_torch(path, module):
-    """torch.optim.SGD on the interior, with the gradients that plain steps have."""
+    """torch.optim.SGD on the interior, with the gradients that plain steps have; Nesterov's."""
     batches, lr = [images(), images(seed=4)], 0.05
     leaves = {name: t.clone() for name, t in path.interior.items()}
-    optimizer = torch.optim.SGD(leaves.values(), lr, momentum=0.9)
+    optimizer = torch.optim.SGD(leaves.values(), lr, momentum=0.9, nesterov=True)
     for x in batches:
         now = Path(path.start, leaves, path.end)
         after = optimize(now, module, [x], steps=1, lr=1.0, precondition=False, engine="stacked")

@@ -45,6 +45,7 @@ def path_update_kernel(
     P,
     M: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
     PRECONDITION: tl.constexpr,
     VELOCITY: tl.constexpr,
     COPY: tl.constexpr,
@@ -72,8 +73,9 @@ def path_update_kernel(
             beyond, lost = _add(beyond, lost, step * (i - M))
             step = (before * (M - i) + (beyond + lost) * (i + 1)) * (1.0 / (M + 1))
         if VELOCITY:
-            step += MOMENTUM * tl.load(velocity_ptr + at, mask=mask, other=0.0)
-            tl.store(velocity_ptr + at, step, mask=mask)
+            velocity = step + MOMENTUM * tl.load(velocity_ptr + at, mask=mask, other=0.0)
+            tl.store(velocity_ptr + at, velocity, mask=mask)
+            step = step + MOMENTUM * velocity if NESTEROV else velocity
         weight = tl.load(weight_ptr + at, mask=mask, other=0.0) - rate * step
         tl.store(weight_ptr + at, weight, mask=mask)
         if COPY:
@@ -82,12 +84,13 @@ def path_update_kernel(
 
 
 def constants(
-    points: int, precondition: bool, momentum: float, velocity: bool, copy: bool
+    points: int, precondition: bool, momentum: float, nesterov: bool, velocity: bool, copy: bool
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch."""
     return dict(
         M=points,
         MOMENTUM=momentum,
+        NESTEROV=nesterov,
         PRECONDITION=precondition,
         VELOCITY=velocity,
         COPY=copy,
@@ -103,6 +106,7 @@ def path_update(
     *,
     precondition: bool = True,
     momentum: float = 0.0,
+    nesterov: bool = False,
     velocity: Optional[Tensor] = None,
     copy: Optional[Tensor] = None,
     impl: str = "auto",
@@ -113,7 +117,8 @@ def path_update(
 
         step = inverse_path_laplacian(M) @ grad if precondition else grad
         if momentum:
-            step = velocity.mul_(momentum).add_(step)
+            velocity.mul_(momentum).add_(step)
+            step = step + momentum * velocity if nesterov else velocity
         weight -= lr * step
         copy.copy_(weight)  # if one is given
 
@@ -124,6 +129,7 @@ def path_update(
             anew at every replay.
         precondition: multiply by the inverse of tridiag(-1, 2, -1) along the path.
         momentum: of SGD, 0 for none.
+        nesterov: of the momentum, as of `torch.optim.SGD`.
         velocity: [M, P] as weight, the state of the momentum, zeros at first; changed.
         copy: [M, P] in another dtype, receives the new weights.
         impl: "triton" (fp32 weights; on a CPU under TRITON_INTERPRET=1), "torch", or "auto".
@@ -150,9 +156,10 @@ def path_update(
     if (momentum != 0) != (velocity is not None):
         raise ValueError(f"momentum {momentum} needs {'a' if momentum else 'no'} velocity")
     if not use_triton("path_update", impl, weight, dtypes=(torch.float32,)):
-        return _plain(weight, grad, lr, precondition, momentum, velocity, copy)
+        return _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy)
     points, size = weight.shape
     rate = torch.as_tensor(lr, dtype=torch.float32, device=weight.device)
+    given = (velocity is not None, copy is not None)
     with on_device_of(weight):
         path_update_kernel[(-(-size // BLOCK),)](
             grad,
@@ -161,18 +168,19 @@ def path_update(
             weight if copy is None else copy,
             rate,
             size,
-            **constants(points, precondition, momentum, velocity is not None, copy is not None),
+            **constants(points, precondition, momentum, nesterov, *given),
             **OPTIONS,
         )
 
 
-def _plain(weight, grad, lr, precondition, momentum, velocity, copy) -> None:
+def _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy) -> None:
     precision = torch.promote_types(weight.dtype, torch.float32)
     step = grad.to(precision)
     if precondition:
         step = inverse_path_laplacian(len(grad)).to(step) @ step
     if velocity is not None:
-        step = velocity.mul_(momentum).add_(step)
+        velocity.mul_(momentum).add_(step)
+        step = step + momentum * velocity if nesterov else velocity
     weight.sub_(step.mul(lr))
     if copy is not None:
         copy.copy_(weight)
