@@ -27,21 +27,30 @@ FALLING = dict(lr_schedule="linear")
 MOMENTUM = dict(momentum=0.9, **FALLING)
 METHODS = {
     "plain SGD": dict(precondition=False),
+    "plain SGD, falling rate, momentum": dict(precondition=False, **MOMENTUM),
     "preconditioned": dict(),
     "preconditioned, falling rate": FALLING,
     "preconditioned, falling rate, momentum": MOMENTUM,
     "coarse to fine": dict(coarse_to_fine=True),
     "coarse to fine, falling rate, momentum": dict(coarse_to_fine=True, **MOMENTUM),
 }
-RATES = (0.1, 0.2, 0.4)
-MOMENTUM_RATES = (0.025, 0.05, 0.1)  # momentum makes ten times as much of them, in the long run
+RATES = (0.1, 0.2, 0.4, 0.8)
+MOMENTUM_RATES = (
+    0.025,
+    0.05,
+    0.1,
+    0.2,
+)  # momentum makes ten times as much of them, in the long run
 FOUND = (
     *("energy, nats", "Σ√JSD", "Fisher-Rao, rad"),
     *("highest train loss", "between the points", "barrier, train", "test"),
 )
 TEST_IMAGES = 2048  # at most
-STYLES = (":", "--", "-")  # of the rates
-COLOURS = ("tab:green", "tab:orange", "tab:olive", "tab:red", "tab:cyan", "tab:blue")
+STYLES = (":", "--", "-.", "-")  # of the rates
+COLOURS = (
+    *("tab:green", "tab:olive", "tab:orange", "tab:red"),
+    *("tab:purple", "tab:cyan", "tab:blue"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Options:
     steps: int = 100
     """optimisation steps of each"""
     save: bool = False
-    """write benchmarks/results/BENCHMARK-PRESET.json"""
+    """write benchmarks/results/BENCHMARK-PRESET.json, and the figure if there is one"""
 
 
 class Bench:
@@ -65,10 +74,14 @@ class Bench:
 
     def __init__(self, options: Options):
         c = PRESETS[options.preset]
-        run = Run(FilePath(), replace(c, data=options.data or c.data))
-        if options.run is not None:
+        if options.run is None:
+            run = Run(FilePath(), replace(c, data=options.data or c.data))
+        else:
             run = Run.open(options.run)
+            if run.config != replace(c, data=run.config.data) or options.data is not None:
+                raise ValueError(f"{options.run} is not a run of preset {options.preset} as it is")
         self.config = c = replace(run.config, steps=options.steps)
+        self.setting = f"{c.model}, width {c.width:g}, {c.steps} steps"
         self.dataset, self.module = run.dataset, run.new_module()
         if options.run is not None:
             self.a, b = run.ends()
@@ -100,7 +113,9 @@ class Bench:
             path = optimize(line, self.module, batches, **options, **how)
             row["seconds"] = time.perf_counter() - started
             row |= self._found(path)
-        except ValueError:  # it diverged
+        except ValueError as error:
+            if "lower lr" not in str(error):
+                raise
             row |= dict.fromkeys(("seconds", *FOUND), "diverged")
         return row | {"course": course}
 
@@ -153,8 +168,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     colours = dict(zip(METHODS, COLOURS, strict=True))
     rates = {name: [r["rate"] for r in rows if r["step"] == name] for name in METHODS}
     for row in rows:
-        line = STYLES[rates[row["step"]].index(row["rate"])]
-        style = dict(linestyle=line, color=colours[row["step"]], linewidth=1)
+        dashes = STYLES[rates[row["step"]].index(row["rate"])]
+        style = dict(linestyle=dashes, color=colours[row["step"]], linewidth=1)
         label = f"{row['step']}, rate {row['rate']:g}"
         lengths = [line["sqrt_jsd"] for line in row["course"]]
         axes[0].plot(range(len(lengths)), lengths, label=label, **style)
@@ -178,8 +193,7 @@ def main() -> None:
     if options.save:
         name = f"convergence-{options.preset}"
         write_figure(RESULTS / f"{name}.png", figure(rows))
-        setting = f"{bench.config.model}, width {bench.config.width:g}, {options.steps} steps"
-        print(f"\nwrote {write_result(name, {'setting': setting, 'rows': rows})}")
+        print(f"\nwrote {write_result(name, {'setting': bench.setting, 'rows': rows})}")
 
 
 if __name__ == "__main__":

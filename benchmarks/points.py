@@ -1,7 +1,8 @@
 """How many points are enough: `python -m benchmarks.points`.
 
-Barrier and lengths of the matched line and of the geodesic, as a preset optimises it, for several N
-between the same ends. Few points may miss a bump, so the loss is also taken in the middles between.
+Barrier and lengths of the matched line and of the geodesic, optimised as a preset does (but for
+the steps), for several N between the same ends. Few points may miss a bump, so the loss is also
+taken in the middles between them.
 """
 
 from typing import Any
@@ -34,9 +35,8 @@ def main() -> None:
     rows = by_points(bench)
     print(table(rows))
     if options.save:
-        setting = f"{bench.config.model}, width {bench.config.width:g}, {options.steps} steps"
         name = f"points-{options.preset}"
-        print(f"\nwrote {write_result(name, {'setting': setting, 'rows': rows})}")
+        print(f"\nwrote {write_result(name, {'setting': bench.setting, 'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ def run(preset: str) -> str:
     paths = {"line": ours["paths"]["linear"], "matched line": ours["paths"]["matched"]}
     if (RESULTS / preset / "report-plain-sgd.json").exists():
         plain = read(f"{preset}/report-plain-sgd")
-        how = f"plain SGD at rate {plain['config']['lr']:g}, the paper's"
-        paths[f"geodesic, {steps} steps of {how}"] = plain["paths"]["geodesic"]
-    paths[f"geodesic, {steps} steps, the default"] = ours["paths"]["geodesic"]
+        p = plain["config"]
+        how = f"{p['steps']} steps of plain SGD at rate {p['lr']:g}, the paper's"
+        paths[f"geodesic, {how}"] = plain["paths"]["geodesic"]
+    paths[f"geodesic, {steps} steps, the preset's"] = ours["paths"]["geodesic"]
     rows = [
         {
             name: title,

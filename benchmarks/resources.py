@@ -236,7 +236,7 @@ def conv_variants(chip: Chip) -> Iterator[Variant]:
 def update_variants(chip: Chip) -> Iterator[Variant]:
     """The update of a path of 25 and of 128 points."""
     for points, dtype, momentum in itertools.product((23, 126), ("bf16", "fp32"), (0.0, 0.9)):
-        kinds = (momentum, momentum > 0, momentum > 0, dtype == "bf16")
+        flags = dict(nesterov=momentum > 0, velocity=momentum > 0, copy=dtype == "bf16")
         yield Variant(
             kernel=f"path update{', momentum' if momentum else ''}, {dtype} gradient",
             shape=f"N = {points + 2}",
@@ -244,7 +244,7 @@ def update_variants(chip: Chip) -> Iterator[Variant]:
             function=path_update.path_update_kernel,
             dtype="fp32",
             pointers={"grad_ptr": dtype, "copy_ptr": "bf16"},
-            constants=path_update.constants(points, True, *kinds),
+            constants=path_update.constants(points, True, momentum, **flags),
             options=path_update.OPTIONS,
             extra=bool(momentum) or points == 126,
         )

@@ -98,6 +98,7 @@ class Checkpoints:
         seconds: between two states. More where saving takes more than a twentieth of the time.
         max_minutes: the loop stops with its state saved once so many have passed.
         of: what the states belong to, as JSON; states of anything else are refused.
+        before: entries of `of` for states from before there were these.
         log: JSON Lines, which grows by a line a step and is cut back to the step that is gone on
             from.
         started: what `time.monotonic` returned when the minutes began; now by default.
@@ -114,11 +115,13 @@ class Checkpoints:
         seconds: float = 60.0,
         max_minutes: float | None = None,
         of: Mapping[str, Any] | None = None,
+        before: Mapping[str, Any] | None = None,
         log: str | os.PathLike | None = None,
         started: float | None = None,
     ):
         self.folder, self.seconds = FilePath(folder), seconds
         self.of = json.loads(json.dumps(of or {}))
+        self.before = dict(before or {})
         self.log = None if log is None else StepLog(FilePath(log))
         self.seconds_before = 0.0  # that earlier processes spent on the states gone on from
         self._started = self._saved = time.monotonic()
@@ -305,7 +308,7 @@ class Checkpoints:
             step, tensors = content["step"], {}
             if folder != self._folder_of(step):
                 raise ValueError(f"{file} is of another stage or step: it was moved here")
-            if difference := _difference(content["of"], self.of):
+            if difference := _difference({**self.before, **content["of"]}, self.of):
                 raise ValueError(f"{folder} belongs to another run: {difference}")
             for kind, checksum in content["files"].items():
                 named = folder / f"{kind}.safetensors"

@@ -122,7 +122,7 @@ class OptimizeConfig(EngineConfig):
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """the path's rate falls to 0, linearly or as half a cosine wave; constant: it stays (paper)"""
     precondition: bool = True
-    """multiply the gradient by the inverse path Laplacian; no: plain SGD (paper)"""
+    """multiply the gradient by the inverse path Laplacian; no: the gradient itself (paper)"""
     coarse_to_fine: bool = True
     """begin with 5 points and insert midpoints on the way to N; no: all N from the start (paper)"""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -189,7 +189,7 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
         return [self.seed_a, *range(self.seed_b, self.seed_b + self.count - 1)]
 
 
-# What runs did whose config.json is from before there were these settings.
+# Settings that an older config.json lacks, and what its run did.
 BEFORE = {"coarse_to_fine": False, "momentum": 0.0, "lr_schedule": "constant"}
 DESCENT = ("steps", "lr", "momentum", "lr_schedule", "precondition", "coarse_to_fine", "precision")
 POSITIVE = ("train_lr", "lr", "lr_start_divisor", "lr_end_divisor", "width")
@@ -252,7 +252,7 @@ PRESETS = {
         steps=400,
         batch_size=256,
     ),
-    # The paper's experiment in small, for a CPU. The ends must fit their data, or no path between
+    # What the paper shows, in small, for a CPU. The ends must fit their data, or no path between
     # them has a low loss: few images, small batches, and no augmentation.
     "paper-small": Config(
         data="cifar10",

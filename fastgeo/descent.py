@@ -54,8 +54,8 @@ class Descent:
         self._inverse: Tensor | None = None
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step; it is 0 only behind the last one."""
-        return self.lr * self.factor(step / self.steps if self.steps else 0.0)
+        """The learning rate of a step; 0 from behind the last one on."""
+        return self.lr * self.factor(min(step / self.steps, 1.0) if self.steps else 0.0)
 
     def resample(self, points: int) -> None:
         """Go on with so many points: the velocity, too, is a curve, which is 0 at the ends."""

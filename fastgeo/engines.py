@@ -317,8 +317,8 @@ def step_memory(
         inputs: [B, ...], or [1, B, ...] if per_point.
         networks: how many there are in a step.
         copies: of all weights that are alive at once: on a path they are those of this step, the
-            step before and the next one, the gradient, and the preconditioned gradient; momentum is
-            one more.
+            step before and the next one, the gradient, and the preconditioned gradient; with
+            momentum, its three velocities as well.
         batch: inputs in a step, if they are not as many as there are here.
     """
     few, scale = first_few(inputs, FEW_INPUTS, int(per_point))

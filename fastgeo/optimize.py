@@ -51,7 +51,7 @@ def optimize(
 ) -> Path:
     """Move the interior of a path towards the geodesic between its ends.
 
-    Each step is equivalent to::
+    Without momentum, and at a constant rate, each step is equivalent to::
 
         p = [functional_call(module, point, inputs).softmax(-1) for point in path.points()]
         energy = sum(js_div(p[i], p[i + 1]) for i in range(N - 1))
@@ -66,12 +66,12 @@ def optimize(
             Gone through again, if it can be, until all steps are done.
         steps: how many; one pass over the batches by default.
         lr: learning rate.
-        momentum: of Nesterov, on the gradient as it is multiplied below; 0 for none. In the long
-            run, steps are 1 / (1 - momentum) times as long, so the rate is to be smaller.
+        momentum: of Nesterov, on the preconditioned gradient; 0 for none. In the long run, steps
+            are 1 / (1 - momentum) times as long, so the rate is to be smaller.
         lr_schedule: "constant", or the rate falls to 0 behind the last step, "linear" in the step
             or as half a wave, "cosine"; steps must be given for these.
-        precondition: multiply the gradient by the inverse path Laplacian; False is the SGD of
-            Tan et al.
+        precondition: multiply the gradient by the inverse path Laplacian; False, without momentum
+            and at a constant rate, is the SGD of Tan et al.
         coarse_to_fine: begin with 5 points along the path, and insert midpoints on the way
             (`fastgeo.levels`); steps must be given. For a straight line: of any other path, what
             lies between those points is lost.
@@ -103,8 +103,9 @@ def optimize(
 
     Raises:
         TypeError: a path, module or batches of another type.
-        ValueError: a path that is not of this module, no parameter to train, lr <= 0, too few
-            batches, an energy or gradient that stops being finite, or checkpoints of another path.
+        ValueError: a path that is not of this module, no parameter to train, lr <= 0, momentum
+            outside [0, 1), an unknown lr_schedule, too few batches or no number of steps, an
+            energy or gradient that stops being finite, or checkpoints of another path.
 
     Example:
         >>> path = Path.linear(a, b, 25)
@@ -147,8 +148,9 @@ def optimize(
         first = saved.step
         path = _restored(path, saved, sizes[max(s for s in sizes if s <= first)])
         order.load_state_dict(saved.tensors["state"]["order"])
-        velocity = saved.tensors["state"].get("velocity", {})
-        descent.velocity = {name: tensor.to(path.device) for name, tensor in velocity.items()}
+        if momentum:
+            velocity = saved.tensors["state"].get("velocity", {})
+            descent.velocity = {name: tensor.to(path.device) for name, tensor in velocity.items()}
         saved.set_generators()
     step = first
     with (

@@ -207,7 +207,7 @@ def profile(
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, engine=engine)
     setting = f"{c.model}, {c.data}, N = {c.points}, B = {c.batch_size}"
     print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
-    options = dict(lr=c.lr, precondition=c.precondition, trace=trace)
+    options = dict(lr=c.lr, momentum=c.momentum, precondition=c.precondition, trace=trace)
     print(breakdown(module, path, batches, engine=engine, **options))
     if rows_file is not None:
         rows = [{"setting": setting, **row} for row in rows]

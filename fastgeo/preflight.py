@@ -66,7 +66,7 @@ def _memory(run: Run, module: nn.Module) -> None:
     own = isinstance(run.dataset, LoaderData)
     steps = {
         "training": (c.train_batch_size, c.count, 6, False, True),
-        "optimisation": (c.batch_size, c.points - 2, 6 if c.momentum else 5, True, True),
+        "optimisation": (c.batch_size, c.points - 2, 8 if c.momentum else 5, True, True),
         "evaluation": (c.eval_batch_size, c.points, 2, False, False),
     }
     if c.a is not None:

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastgeo.config import Config, about
+from fastgeo.config import BEFORE, Config, about
 from fastgeo.permutation import PermutationSpec
 
 TITLES = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
@@ -80,14 +80,12 @@ def summary(report: Mapping) -> str:
 
 def markdown(report: Mapping) -> str:
     """report.md."""
-    c, e, seconds = report["config"], report["environment"], report["seconds"]
+    c, e, seconds = BEFORE | report["config"], report["environment"], report["seconds"]
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
         f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps of batch "
-        f"{c['batch_size']} at {_rate(c)}, "
-        f"{'preconditioned' if c['precondition'] else 'plain'} SGD"
-        f"{', from few points to many' if c['coarse_to_fine'] else ''}.",
+        f"{c['batch_size']}, {_descent(c)}.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
@@ -117,10 +115,14 @@ def markdown(report: Mapping) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _rate(config: Mapping) -> str:
-    falling = "" if config["lr_schedule"] == "constant" else f", falling ({config['lr_schedule']})"
-    momentum = f", momentum {config['momentum']:g}" if config["momentum"] else ""
-    return f"rate {config['lr']:g}{falling}{momentum}"
+def _descent(config: Mapping) -> str:
+    c = config
+    words = f"{'preconditioned' if c['precondition'] else 'plain'} SGD at rate {c['lr']:g}"
+    if c["lr_schedule"] != "constant":
+        words += f" falling to 0 ({c['lr_schedule']})"
+    if c["momentum"]:
+        words += f" with Nesterov momentum {c['momentum']:g}"
+    return words + (", from few points to many" if c["coarse_to_fine"] else "")
 
 
 def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:

@@ -246,6 +246,7 @@ class Run:
         return Checkpoints(
             self.file("checkpoint"),
             of={**asdict(self.config), **files},
+            before=BEFORE,
             log=None if log is None else self.file(log),
             **self.pace,
         )

@@ -191,6 +191,18 @@ def test_states_of_something_else_are_refused(path, module, tmp_path):
         optimize(path, module, [images()], checkpoints=Checkpoints(tmp_path, of={"batch": 12}))
 
 
+def test_states_from_before_an_entry_are_those_that_it_had_then(path, module, tmp_path):
+    options = dict(steps=3, engine="stacked")
+    with pytest.raises(Cut), Checkpoints(tmp_path, seconds=0, of={"a": 1}) as states:
+        states._pause = 0
+        optimize(path, module, [images()], checkpoints=states, on_step=cut_at(2), **options)
+    with Checkpoints(tmp_path, of={"a": 1, "b": 0}, before={"b": 0}) as states:
+        assert states.load("optimize").step == 2
+    with Checkpoints(tmp_path, of={"a": 1, "b": 2}, before={"b": 0}) as states:
+        with pytest.raises(ValueError, match="b is 0 there and 2 here"):
+            states.load("optimize")
+
+
 def test_a_log_that_was_changed_is_refused(path, module, tmp_path):
     options = dict(log=tmp_path / "log.jsonl", seconds=0)
     with pytest.raises(Cut), Checkpoints(tmp_path / "states", **options) as checkpoints:

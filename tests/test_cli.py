@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch.func import functional_call
 
-from fastgeo import Path, evaluate, models
+from fastgeo import Path, evaluate, models, plot, report
 from fastgeo.cli import main
 from fastgeo.config import PRESETS
 from fastgeo.data import load
@@ -163,6 +163,8 @@ def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(ca
         ("optimize", "path.safetensors", "--spacing=release"),
         ("optimize", "path.safetensors", "--path-seed=3"),
         ("optimize", "path.safetensors", "--lr=0.3"),
+        ("optimize", "path.safetensors", "--momentum=0"),
+        ("optimize", "path.safetensors", "--lr-schedule=constant"),
         ("optimize", "path.safetensors", "--precision=bf16"),
         ("optimize", "path.safetensors", "--no-precondition"),
     ],
@@ -225,8 +227,6 @@ def test_the_match_stage_refuses_a_permutation_that_changes_the_function(capsys,
 
 
 def test_figures_and_summary_show_the_numbers_of_the_report(run):
-    from fastgeo import plot, report
-
     content = json.loads((run / "report.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     drawn = plot.loss_figure(content).axes[0].get_lines()
@@ -268,6 +268,7 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
         (["--data", "npz:none.npz"], "none.npz: there is no such file"),
         (["--points", "2"], "points must be at least 3"),
         (["--lr", "0"], "lr must be positive, got 0"),
+        (["--momentum", "1"], "momentum must be within 0..0.999, got 1"),
         (["--train-lr", "-1"], "train-lr must be positive, got -1"),
         (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
         (["--train-batch-size", "-3"], "train-batch-size must be at least 1, got -3"),
@@ -403,7 +404,11 @@ def test_the_paper_preset_is_the_papers_experiment():
     assert (c.points, c.steps, c.batch_size) == (25, 3920, 256)
     assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
     assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
-    assert (c.lr, c.momentum, c.lr_schedule, c.precondition) == (0.1, 0.0, "constant", False)
+    plain = dict(lr=0.1, momentum=0.0, lr_schedule="constant", precondition=False)
+    plain |= dict(steps=3920, coarse_to_fine=False, precision="fp32")
+    assert c.descent == plain
+    others = dict(momentum=0.9, lr_schedule="linear", precondition=True, coarse_to_fine=True)
+    assert PRESETS["digits"].descent == plain | others | dict(steps=100)
 
 
 def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
@@ -413,6 +418,10 @@ def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
     write_json(tmp_path / "config.json", content)
     c = Run.open(tmp_path).config
     assert (c.coarse_to_fine, c.momentum, c.lr_schedule) == (False, 0.0, "constant")
+    content = read_json(run / "report.json")
+    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
+        del content["config"][name]
+    assert "SGD at rate 0.1.\n" in report.markdown(content)
 
 
 def test_config_json_says_where_every_setting_is_from(run):

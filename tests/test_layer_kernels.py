@@ -97,6 +97,8 @@ def test_path_update_names_what_does_not_fit():
         path_update(weight, torch.zeros(4, 3).T, 0.1)
     with pytest.raises(ValueError, match="momentum 0.9 needs a velocity"):
         path_update(weight, weight, 0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        path_update(weight, weight, 0.1, nesterov=True)
     with pytest.raises(ValueError, match="momentum 0.0 needs no velocity"):
         path_update(weight, weight, 0.1, velocity=weight)
     with pytest.raises(ValueError, match=r"weight must be \[M, P\] and contiguous, got \[3\]"):

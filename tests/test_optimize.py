@@ -181,7 +181,8 @@ def test_batches_are_gone_through_once_or_until_the_steps_are_done(path, module)
         steps_taken([])
 
 
-def test_tied_and_frozen_parameters():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_tied_and_frozen_parameters(momentum):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -195,7 +196,7 @@ def test_tied_and_frozen_parameters():
 
     a, b, x = Tied().double(), Tied().double(), torch.randn(8, 4).double()
     path = Path.linear(a, b, 5)
-    got = optimize(path, a, [x], steps=1, precondition=False)
+    got = optimize(path, a, [x], steps=1, precondition=False, momentum=momentum)
     assert torch.equal(got.interior["first.weight"], got.interior["second.weight"])
     assert torch.equal(got.interior["frozen.weight"], path.interior["frozen.weight"])
 
@@ -204,7 +205,7 @@ def test_tied_and_frozen_parameters():
     for point, weight in zip(points[1:-1], shared, strict=True):
         point["second.weight"] = weight
     gradient = torch.autograd.grad(loop_energy(a, points, x), shared)
-    expected = path.interior["first.weight"] - 0.1 * torch.stack(gradient)
+    expected = path.interior["first.weight"] - 0.1 * (1 + momentum) * torch.stack(gradient)
     torch.testing.assert_close(got.interior["first.weight"], expected, rtol=1e-6, atol=1e-9)
 
 

@@ -136,7 +136,7 @@ def path_update(
 
     Raises:
         ValueError: tensors of another shape or layout than weight, a velocity without momentum or
-            the other way round, an unknown impl.
+            the other way round, nesterov without momentum, an unknown impl.
         RuntimeError: impl="triton" where it cannot run; the message says what is missing.
 
     Example:
@@ -155,6 +155,8 @@ def path_update(
             )
     if (momentum != 0) != (velocity is not None):
         raise ValueError(f"momentum {momentum} needs {'a' if momentum else 'no'} velocity")
+    if nesterov and not momentum:
+        raise ValueError("nesterov needs a momentum")
     if not use_triton("path_update", impl, weight, dtypes=(torch.float32,)):
         return _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy)
     points, size = weight.shape
