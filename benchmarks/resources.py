@@ -246,7 +246,7 @@ def update_variants(chip: Chip) -> Iterator[Variant]:
             pointers={"grad_ptr": dtype, "copy_ptr": "bf16"},
             constants=path_update.constants(points, True, momentum, **flags),
             options=path_update.OPTIONS,
-            extra=bool(momentum) or points == 126,
+            extra=points == 126,
         )
 
 
@@ -315,7 +315,7 @@ FAMILIES = (path_variants, norm_variants, conv_variants, update_variants)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a spill")
-    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--only", default="", help="kernels whose name holds this; writes nothing")
     arguments = parser.parse_args()
     rows, bad = [], []
     for target, chip in CHIPS.items():
@@ -338,7 +338,7 @@ def main() -> None:
     print(headline(environment()), end="\n\n")
     print(table(rows))
     print(f"\n{len(rows)} kernels: {len(bad) or 'none'} spills or is too large")
-    if not arguments.check:
+    if not (arguments.check or arguments.only):
         write_result("resources", {"kernels": rows})
     if bad:
         raise SystemExit(f"these spill or do not fit: {bad}")
