@@ -46,7 +46,7 @@ FOUND = (
     *("highest train loss", "between the points", "barrier, train", "test"),
 )
 TEST_IMAGES = 2048  # at most
-STYLES = (":", "--", "-.", "-")  # of the rates
+SMOOTH = 5  # steps
 COLOURS = (
     *("tab:green", "tab:olive", "tab:orange", "tab:red"),
     *("tab:purple", "tab:cyan", "tab:blue"),
@@ -145,38 +145,42 @@ def methods(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def reached(rows: list[dict[str, Any]]) -> str:
-    """Where each method ends, at its best rate."""
-    parts = []
+def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of each method with its lowest energy; none of one that diverges at every rate."""
+    found = []
     for name in METHODS:
         own = [r for r in rows if r["step"] == name and r["energy, nats"] != "diverged"]
-        if not own:
-            parts.append(f"{name} diverges at every rate")
-            continue
-        best = min(own, key=lambda row: row["energy, nats"])
-        parts.append(
-            f"{name} at its best rate, {best['rate']:g}, ends at {best['energy, nats']:.3g} nats "
-            f"after {best['seconds']:.0f} s"
-        )
+        found += sorted(own, key=lambda row: row["energy, nats"])[:1]
+    return found
+
+
+def reached(rows: list[dict[str, Any]]) -> str:
+    """Where each method ends, at its best rate."""
+    parts = [
+        f"{row['step']} at its best rate, {row['rate']:g}, ends at {row['energy, nats']:.3g} nats "
+        f"after {row['seconds']:.0f} s"
+        for row in best(rows)
+    ]
     return "; ".join(parts) + "."
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Σ√JSD of a batch against steps and against seconds; of few points it is somewhat less."""
-    drawn = Figure(figsize=(12, 6), layout="constrained")
+    """Σ√JSD, the mean of `SMOOTH` batches, against steps and against seconds; of few points it is
+    somewhat less than of many."""
+    drawn = Figure(figsize=(10, 5), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     colours = dict(zip(METHODS, COLOURS, strict=True))
-    rates = {name: [r["rate"] for r in rows if r["step"] == name] for name in METHODS}
-    for row in rows:
-        dashes = STYLES[rates[row["step"]].index(row["rate"])]
-        style = dict(linestyle=dashes, color=colours[row["step"]], linewidth=1)
+    for row in best(rows):
+        lengths = torch.tensor([line["sqrt_jsd"] for line in row["course"]])
+        window = min(SMOOTH, len(lengths))
+        lengths = lengths.unfold(0, window, 1).mean(1)
+        seconds = [line["seconds"] for line in row["course"]][window - 1 :]
         label = f"{row['step']}, rate {row['rate']:g}"
-        lengths = [line["sqrt_jsd"] for line in row["course"]]
-        axes[0].plot(range(len(lengths)), lengths, label=label, **style)
-        axes[1].plot([line["seconds"] for line in row["course"]], lengths, **style)
-    axes[0].set(xlabel="step", ylabel="Σ√JSD of a batch, √nats", yscale="log")
+        axes[0].plot(range(window - 1, len(row["course"])), lengths, color=colours[row["step"]])
+        axes[1].plot(seconds, lengths, color=colours[row["step"]], label=label)
+    axes[0].set(xlabel="step", ylabel=f"Σ√JSD, mean of {SMOOTH} batches, √nats", yscale="log")
     axes[1].set_xlabel("seconds")
-    drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return drawn

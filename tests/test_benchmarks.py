@@ -87,6 +87,10 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     assert [line["points"] for line in first] == [9] * 5 + [5] * 2
     assert all(row["energy, nats"] < bench.before(9)["energy, nats"] for row in sound)
     assert "coarse to fine at its best rate, 0.1, ends at" in convergence.reached(rows)
+    drawn = convergence.figure(rows).axes[0].get_lines()
+    assert [line.get_ydata()[0] for line in drawn] == pytest.approx(
+        [sum(line["sqrt_jsd"] for line in row["course"]) / 3 for row in sound], rel=1e-6
+    )
     assert [(row["N"], row["path"]) for row in points.by_points(bench)] == [
         *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
     ]
