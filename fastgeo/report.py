@@ -108,7 +108,7 @@ def markdown(report: Mapping) -> str:
         _table(
             [
                 ["setting", "value", "meaning"],
-                *([f"`{key}`", f"`{c[key]}`", about()[key]] for key in c),
+                *([f"`{key}`", f"`{c[key]}`", text] for key, text in about().items() if key in c),
             ]
         ),
     ]
