@@ -35,12 +35,7 @@ METHODS = {
     "coarse to fine, falling rate, momentum": dict(coarse_to_fine=True, **MOMENTUM),
 }
 RATES = (0.1, 0.2, 0.4, 0.8)
-MOMENTUM_RATES = (
-    0.025,
-    0.05,
-    0.1,
-    0.2,
-)  # momentum makes ten times as much of them, in the long run
+MOMENTUM_RATES = (0.025, 0.05, 0.1, 0.2)  # in the long run, momentum makes ten times as much
 FOUND = (
     *("energy, nats", "Σ√JSD", "Fisher-Rao, rad"),
     *("highest train loss", "between the points", "barrier, train", "test"),

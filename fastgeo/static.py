@@ -90,7 +90,7 @@ class StaticStep:
         """Arguments as of `optimize_static`."""
         check_path_of(path, module)
         self.module, self.source, self.read_every = module, source, read_every
-        self.precondition, self.momentum, self.precision = precondition, momentum, precision
+        self.precision = precision
         self.trained = trained_names(module)
         self.descent = Descent(
             self.trained,
@@ -196,9 +196,9 @@ class StaticStep:
             )
             path_update(
                 *(self.weight, self.gradient, self.rates.index_select(0, self.turn)[0]),
-                precondition=self.precondition,
-                momentum=self.momentum,
-                nesterov=self.momentum > 0,
+                precondition=self.descent.precondition,
+                momentum=self.descent.momentum,
+                nesterov=self.descent.momentum > 0,
                 velocity=self.velocity,
                 copy=self.copy,
             )
