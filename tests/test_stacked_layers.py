@@ -9,6 +9,7 @@ from fastgeo_kernels import (
     stacked_conv_transpose,
     stacked_group_norm,
     stacked_layer_norm,
+    stacked_layers,
     stacked_linear,
     stacked_rms_norm,
 )
@@ -137,3 +138,38 @@ def test_stacked_layers_name_what_does_not_fit():
         stacked_conv(torch.zeros(2, 4, 3), torch.zeros(2, 5, 3))
     with pytest.raises(ValueError, match=r"stacked_linear: weight .* N as in x \[2, 4, 3\]"):
         stacked_linear(torch.zeros(2, 4, 3), torch.zeros(3, 5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer", ["conv", "conv_transpose", "linear"])
+def test_products_in_half_precision_are_rounded_once(monkeypatch, dtype, layer):
+    """Against float64 of the same halves: half a unit in the last place, and fp32's own errors."""
+    monkeypatch.setattr(stacked_layers, "WIDENS", True)  # as on a CPU without AVX-512
+    x, weight, bias = (
+        random(*shape).detach().to(dtype).requires_grad_()
+        for shape in {
+            "conv": [(3, 4, 16, 8, 8), (3, 8, 16, 3, 3), (3, 8)],
+            "conv_transpose": [(3, 4, 16, 8, 8), (3, 16, 8, 3, 3), (3, 8)],
+            "linear": [(3, 4, 144), (3, 8, 144), (3, 8)],
+        }[layer]
+    )
+    function = {
+        "conv": stacked_conv,
+        "conv_transpose": stacked_conv_transpose,
+        "linear": stacked_linear,
+    }[layer]
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    got, expected = function(x, weight, bias), function(*exact)
+    upstream = random(*expected.shape, seed=2).detach().to(dtype)
+    found = (got, *torch.autograd.grad(got, (x, weight, bias), upstream))
+    wanted = (expected, *torch.autograd.grad(expected, exact, upstream.double()))
+    close = dict(rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=2e-5)
+    for tensor, reference in zip(found, wanted, strict=True):
+        assert tensor.dtype == dtype
+        torch.testing.assert_close(tensor.double(), reference, **close)
+
+
+def test_halves_and_singles_are_not_mixed():
+    x, weight = torch.randn(3, 4, 6).bfloat16(), torch.randn(3, 5, 6)
+    with pytest.raises(RuntimeError, match="BFloat16 but found Float"):
+        stacked_linear(x, weight)
