@@ -6,22 +6,18 @@ so that each is seen at its best. The engine is the same for all.
 """
 
 import time
-from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
 import tyro
 from matplotlib.figure import Figure
 
+from benchmarks.ends import Ends, Options
 from benchmarks.harness import RESULTS, environment, write_result
-from fastgeo import Path, evaluate, keep_pages, match, optimize
-from fastgeo.config import PRESETS
+from fastgeo import Path, evaluate, keep_pages, optimize
 from fastgeo.files import write_figure
 from fastgeo.measure import headline, table
-from fastgeo.run import Run
-from fastgeo.train import train_ends
 
 FALLING = dict(lr_schedule="linear")
 MOMENTUM = dict(momentum=0.9, **FALLING)
@@ -48,49 +44,14 @@ COLOURS = (
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """Between which ends, and how long."""
-
-    preset: str = "digits"
-    """whose ends, data and path"""
-    data: str | None = None
-    """as of `fastgeo run`; the preset's by default"""
-    run: FilePath | None = None
-    """folder of a run of that preset, whose ends are taken instead of training them anew"""
-    steps: int = 100
-    """optimisation steps of each"""
-    save: bool = False
-    """write benchmarks/results/BENCHMARK-PRESET.json, and the figure if there is one"""
-
-
-class Bench:
-    """The data, the network and the matched ends of a preset."""
+class Bench(Ends):
+    """What optimisations between two ends reach, on their data."""
 
     def __init__(self, options: Options):
-        c = PRESETS[options.preset]
-        if options.run is None:
-            run = Run(FilePath(), replace(c, data=options.data or c.data))
-        else:
-            run = Run.open(options.run)
-            if run.config != replace(c, data=run.config.data) or options.data is not None:
-                raise ValueError(f"{options.run} is not a run of preset {options.preset} as it is")
-        self.config = c = replace(run.config, steps=options.steps)
-        self.setting = f"{c.model}, width {c.width:g}, {c.steps} steps"
-        self.dataset, self.module = run.dataset, run.new_module()
-        if options.run is not None:
-            self.a, b = run.ends()
-            self.b = run.matched(b)
-        else:
-            self.a, b = train_ends(
-                *(run.new_module, run.dataset, c.seeds, c), engine="stacked", progress=True
-            )
-            inputs, _ = next(iter(self.dataset.in_order("train", c.eval_batch_size)))
-            matched = match(self.a, b, inputs, module=self.module, restarts=c.match_restarts)
-            self.b = matched.state_dict
-        few = max(1, TEST_IMAGES // c.eval_batch_size)
-        test = list(islice(self.dataset.in_order("test", c.eval_batch_size), few))
-        self.splits = {"train": self.dataset.in_order("train", c.eval_batch_size), "test": test}
+        super().__init__(options)
+        size = self.config.eval_batch_size
+        test = islice(self.dataset.in_order("test", size), max(1, TEST_IMAGES // size))
+        self.splits = {"train": self.dataset.in_order("train", size), "test": list(test)}
 
     def row(self, points: int, **how: Any) -> dict[str, Any]:
         """What one optimisation reaches, with the course of energies and seconds."""
@@ -99,9 +60,8 @@ class Bench:
         def on_step(metrics: dict, path: Path) -> None:
             course.append({**metrics, "seconds": time.perf_counter() - started})
 
-        line, row = Path.linear(self.a, self.b, points), {}
-        order = torch.Generator().manual_seed(self.config.path_seed)
-        batches = self.dataset.shuffled(self.config.batch_size, order)
+        line, row = self.line(points), {}
+        batches = self.batches(self.config.path_seed)
         options = dict(steps=self.config.steps, engine="stacked", on_step=on_step, progress=True)
         started = time.perf_counter()
         try:
@@ -116,7 +76,7 @@ class Bench:
 
     def before(self, points: int) -> dict[str, Any]:
         """The matched line."""
-        return self._found(Path.linear(self.a, self.b, points))
+        return self._found(self.line(points))
 
     def _found(self, path: Path) -> dict[str, float]:
         found = evaluate(path, self.module, self.splits, engine="stacked")

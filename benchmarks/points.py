@@ -9,7 +9,8 @@ from typing import Any
 
 import tyro
 
-from benchmarks.convergence import Bench, Options
+from benchmarks.convergence import Bench
+from benchmarks.ends import Options
 from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
 from fastgeo.measure import headline, table

@@ -7,48 +7,43 @@ order changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import ends
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo import Path, data, evaluate, keep_pages, match, models, optimize
-from fastgeo.config import PRESETS
+from fastgeo import evaluate, keep_pages, optimize
 from fastgeo.measure import headline, table
-from fastgeo.train import train_ends
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ends.Options):
     """Energies along a run and barriers behind it, in fp32, TF32 (on a GPU) and bf16."""
 
-    preset: str = "digits"
-    """digits, paper-small, cifar10 or paper"""
-    data: str | None = None
-    """as of `fastgeo run`; the preset's by default"""
     steps: int | None = None
     """the preset's by default"""
     orders: int = 4
-    """of the images, in fp32"""
+    """of the images, in fp32; two at least"""
     save: bool = False
     """write benchmarks/results/precision-PRESET-DEVICE.json"""
 
 
-def curve(
-    path: Path, module: nn.Module, dataset: data.Dataset, config, precision: str, seed: int
-) -> dict[str, Tensor]:
+def curve(between: ends.Ends, precision: str, seed: int) -> dict[str, Tensor]:
     """Of one run: energies [steps], and of the path behind it losses [N] and energy in fp32."""
-    energies: list[float] = []
+    c, energies = between.config, []
     path = optimize(
-        *(path, module, dataset.shuffled(config.batch_size, torch.Generator().manual_seed(seed))),
-        **{**config.descent, "precision": precision},
+        *(between.line(c.points), between.module, between.batches(seed)),
+        **{**c.descent, "precision": precision},
         engine="stacked",
         on_step=lambda metrics, _: energies.append(metrics["energy"]),
+        progress=True,
     )
-    found = evaluate(path, module, {"train": dataset.in_order("train", 256)}, engine="stacked")
+    train = {"train": between.dataset.in_order("train", c.eval_batch_size)}
+    found = evaluate(path, between.module, train, engine="stacked")
     return {
         "energy of a step": torch.tensor(energies),
         "train loss": torch.tensor(found.splits["train"].loss),
@@ -57,54 +52,46 @@ def curve(
     }
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python -m benchmarks.precision")
-    keep_pages()
-    config = PRESETS[options.preset]
-    config = replace(config, data=options.data or config.data, steps=options.steps or config.steps)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = dict(augment=config.augment, train_subset=config.train_subset)
-    dataset = data.load(config.data, **how).to(device)
-    channels = dataset.image_shape[0]
+def compared(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor]]) -> list[dict]:
+    """A row for each curve and precision: how far it is from the first order's in fp32.
 
-    def make() -> nn.Module:
-        depth = int(config.model.removeprefix("resnet"))
-        return models.resnet(depth, config.width, in_channels=channels, norm=config.norm)
-
-    print(headline(environment()), end="\n\n", flush=True)
-    a, b = train_ends(make, dataset, (config.seed_a, config.seed_b), config)
-    module = make().to(device)
-    images = dataset.batch(torch.arange(8, device=device))
-    start = Path.linear(a, match(a, b, images, module=module).state_dict, config.points)
-    run: Callable[[str, int], dict] = lambda precision, seed: curve(  # noqa: E731
-        start, module, dataset, config, precision, seed
-    )
-    orders = [run("fp32", seed) for seed in range(options.orders)]
-    others = {p: run(p, 0) for p in (["tf32"] if device == "cuda" else []) + ["bf16"]}
-    rows = []
+    Args:
+        orders: curves of fp32, two or more.
+        others: precision -> curves over the first order.
+    """
+    rows: list[dict[str, Any]] = []
     for key, first in orders[0].items():
         of_orders = torch.stack([order[key] for order in orders])
         spread = of_orders.amax(0) - of_orders.amin(0)
         for precision, result in others.items():
             away = (result[key] - first).abs()
-            rows.append(
-                {
-                    "nats": key,
-                    "precision": precision,
-                    "fp32, mean": f"{first.mean():.4g}",
-                    "mean difference from fp32": f"{away.mean():.2g}",
-                    "mean spread of the orders": f"{spread.mean():.2g}",
-                    "within it": f"{(away <= spread).double().mean():.0%}",
-                }
-            )
+            row = {"nats": key, "precision": precision, "fp32, mean": f"{first.mean():.4g}"}
+            row["mean difference from fp32"] = f"{away.mean():.2g}"
+            row["mean spread of the orders"] = f"{spread.mean():.2g}"
+            rows.append(row | {"within it": f"{(away <= spread).double().mean():.0%}"})
+    return rows
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.precision", description=__doc__)
+    if options.orders < 2:
+        raise SystemExit(f"--orders must be at least 2, got {options.orders}")
+    keep_pages()
+    print(headline(environment()), end="\n\n", flush=True)
+    between = ends.Ends(options)
+    orders = [curve(between, "fp32", seed) for seed in range(options.orders)]
+    reduced = ["tf32", "bf16"] if torch.cuda.is_available() else ["bf16"]
+    others = {precision: curve(between, precision, 0) for precision in reduced}
+    rows = compared(orders, others)
     print(table(rows))
     if options.save:
         curves = {"fp32": orders, **{p: [r] for p, r in others.items()}}
         curves = {
             p: [{k: t.tolist() for k, t in r.items()} for r in rs] for p, rs in curves.items()
         }
-        name = f"precision-{options.preset}-{device_slug()}"
-        print(f"\nwrote {write_result(name, {'rows': rows, 'curves': curves})}")
+        name, payload = f"precision-{options.preset}-{device_slug()}", {"curves": curves}
+        payload = {"setting": between.setting, "orders": options.orders, "rows": rows} | payload
+        print(f"\nwrote {write_result(name, payload)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import convergence, points, roofline, step_gpu
+from benchmarks import convergence, ends, points, precision, roofline, step_gpu
 from fastgeo import models
 from fastgeo.config import PRESETS
 
@@ -75,7 +75,7 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     monkeypatch.setattr(convergence, "RATES", (0.1, 1e38))
     monkeypatch.setattr(convergence, "MOMENTUM_RATES", (0.1,))
     monkeypatch.setattr(points, "POINTS", (5, 9))
-    bench = convergence.Bench(convergence.Options(preset="tiny", steps=3))
+    bench = convergence.Bench(ends.Options(preset="tiny", steps=3))
     rows = convergence.methods(bench)
     assert [row["step"] for row in rows if row["energy, nats"] == "diverged"] == [
         row["step"] for row in rows if row["rate"] == 1e38
@@ -96,3 +96,18 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
         *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
     ]
     assert by_points[-1]["energy, nats"] == pytest.approx(sound[-1]["energy, nats"])
+
+
+def test_precisions_are_set_against_orders_of_the_images(monkeypatch):
+    small = dict(width=0.25, train_subset=200, epochs=2, points=5, batch_size=50, steps=3)
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
+    between = ends.Ends(precision.Options(preset="tiny"))
+    orders = [precision.curve(between, "fp32", seed) for seed in range(2)]
+    half = precision.curve(between, "bf16", 0)
+    assert len(half["energy of a step"]) == 3 and len(half["train loss"]) == 5
+    assert 0 < (half["energy"] - orders[0]["energy"]).abs() < 0.01 * orders[0]["energy"]
+    rows = precision.compared(orders, {"same": orders[0], "other": orders[1], "bf16": half})
+    assert {row["within it"] for row in rows if row["precision"] in ("same", "other")} == {"100%"}
+    assert {row["mean difference from fp32"] for row in rows[::3]} == {"0"}
+    far = {key: curve + 1e3 for key, curve in half.items()}
+    assert {row["within it"] for row in precision.compared(orders, {"far": far})} == {"0%"}
