@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgeo.agreement import check_agreement, outputs_and_gradients
 from fastgeo.inputs import Inputs, first_few, tensors_of
-from fastgeo.memory import ROOM, StepMemory, free_bytes
+from fastgeo.memory import COPIES, ROOM, StepMemory, free_bytes
 from fastgeo.modes import evaluation_mode
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.values import first_line
@@ -64,7 +64,10 @@ class Engine:
 
 
 class EngineChoice:
-    """The engine of work that is done again and again; its arguments are those of `optimize`.
+    """The engine of work that is done again and again.
+
+    Args:
+        work: a key of `COPIES`; all other arguments are those of `optimize`.
 
     Attributes:
         chosen: the engine; None until it is known.
@@ -80,6 +83,7 @@ class EngineChoice:
         memory_budget: int | str | None = None,
         batchnorm: str = "refuse",
         precision: str = "fp32",
+        work: str = "optimisation",
         on_choice: Callable[[dict], None] | None = None,
     ):
         if chunk is not None and chunk < 1:
@@ -89,7 +93,7 @@ class EngineChoice:
         self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
         self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
         self.budget = None if memory_budget is None else bytes_of(memory_budget)
-        self.precision = precision
+        self.precision, self.work = precision, work
         self._traced = StackedModule(
             module, engine=engine, batchnorm=batchnorm, precision=precision
         )
@@ -236,7 +240,14 @@ class EngineChoice:
         """The candidate, with fewer networks at a time if the memory is not there for it."""
         free = free_bytes(next(iter(params.values())).device)
         with evaluation_mode(self.module):
-            need = step_memory(engine.network, params, inputs, per_point=per_point, networks=points)
+            need = step_memory(
+                engine.network,
+                params,
+                inputs,
+                networks=points,
+                work=self.work,
+                per_point=per_point,
+            )
         if free is None or need.peak(points, engine.chunk, streamed=not per_point) <= free:
             return engine
         return Engine(engine.network, need.fitting(points, free, streamed=not per_point) or 1)
@@ -305,7 +316,7 @@ def step_memory(
     inputs: Inputs,
     *,
     networks: int,
-    copies: int = 5,
+    work: str = "optimisation",
     per_point: bool = False,
     batch: int | None = None,
 ) -> StepMemory:
@@ -316,16 +327,14 @@ def step_memory(
         params: name -> [1, ...] of one network.
         inputs: [B, ...], or [1, B, ...] if per_point.
         networks: how many there are in a step.
-        copies: of all weights that are alive at once: on a path they are those of this step, the
-            step before and the next one, the gradient, and the preconditioned gradient; with
-            momentum, its three velocities as well.
+        work: what the step is of, a key of `COPIES`.
         batch: inputs in a step, if they are not as many as there are here.
     """
     few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
     if batch is not None:
         scale = batch / tensors_of(few)[0].shape[int(per_point)]
     kept = activation_bytes(network, params, few, per_point=per_point)
-    weights = networks * copies * sum(tensor.nbytes for tensor in params.values())
+    weights = networks * COPIES[work] * sum(tensor.nbytes for tensor in params.values())
     room = ROOM[next(iter(params.values())).device.type]
     return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
 

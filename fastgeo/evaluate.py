@@ -113,7 +113,8 @@ def evaluate(
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
     options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    choice = EngineChoice(module, **options, precision=precision, on_choice=on_choice)
+    options |= dict(precision=precision, work="evaluation", on_choice=on_choice)
+    choice = EngineChoice(module, **options)
     if batchnorm == "recalibrate":
         name, data = next(iter(splits.items()))
         inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))

@@ -13,7 +13,15 @@ from pathlib import Path as FilePath
 import torch
 
 ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
+# Of all networks' weights, alive at once. On a path they are those of this step, the one before and
+# the next, the gradient and the preconditioned one; with momentum, three velocities as well.
+COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}
 AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
+
+
+def path_work(momentum: float) -> str:
+    """The key of `COPIES` of optimising a path."""
+    return "optimisation, momentum" if momentum else "optimisation"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastgeo.energy import EndLogits, energy_and_gradient
 from fastgeo.engines import EngineChoice
 from fastgeo.inputs import Inputs, Passes, on_device
 from fastgeo.levels import levels
+from fastgeo.memory import path_work
 from fastgeo.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
 from fastgeo.phases import phase
@@ -125,6 +126,7 @@ def optimize(
         memory_budget=memory_budget,
         batchnorm=batchnorm,
         precision=precision,
+        work=path_work(momentum),
         on_choice=on_choice,
     )
     choice = new_choice()

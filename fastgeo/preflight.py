@@ -16,7 +16,7 @@ from fastgeo.evaluate import label_rows
 from fastgeo.files import sha256_of
 from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
-from fastgeo.memory import ROOM, free_bytes
+from fastgeo.memory import ROOM, free_bytes, path_work
 from fastgeo.modes import refuse_batch_norm
 from fastgeo.stacking import StackedModule
 from fastgeo.train import training_steps
@@ -65,19 +65,19 @@ def _memory(run: Run, module: nn.Module) -> None:
     params = {name: tensor[None] for name, tensor in module.state_dict().items()}
     own = isinstance(run.dataset, LoaderData)
     steps = {
-        "training": (c.train_batch_size, c.count, 6, False, True),
-        "optimisation": (c.batch_size, c.points - 2, 8 if c.momentum else 5, True, True),
-        "evaluation": (c.eval_batch_size, c.points, 2, False, False),
+        "training": ("training", c.train_batch_size, c.count, False, True),
+        "optimisation": (path_work(c.momentum), c.batch_size, c.points - 2, True, True),
+        "evaluation": ("evaluation", c.eval_batch_size, c.points, False, False),
     }
     if c.a is not None:
         del steps["training"]
-    for what, (batch, networks, copies, streamed, kept) in steps.items():
+    for what, (work, batch, networks, streamed, kept) in steps.items():
         need = step_memory(
             network,
             params,
             inputs,
             networks=networks,
-            copies=copies,
+            work=work,
             batch=len(labels) if own else batch,
         )
         need = replace(need, room=ROOM[run.device.type], kept=kept)

@@ -88,7 +88,7 @@ def train_ends(
     trained = [name for parameter, name in first.items() if parameter.requires_grad]
     weights = [stacked[name].requires_grad_() for name in trained]
     options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    choice = EngineChoice(module, **options, on_choice=on_choice)
+    choice = EngineChoice(module, **options, work="training", on_choice=on_choice)
 
     optimizer = torch.optim.SGD(
         weights, config.train_lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay

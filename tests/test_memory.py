@@ -91,12 +91,15 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     assert not (tmp_path / "t").exists()
 
 
-def test_auto_tries_nothing_that_does_not_fit(module, monkeypatch):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_auto_tries_nothing_that_does_not_fit(momentum, module, monkeypatch):
+    """Velocities count: three copies of all weights."""
     path, x, found = Path.linear(tiny_resnet(1), tiny_resnet(2), 12), images(24), []
     params = {n: t[None] for n, t in module.state_dict().items()}
     need = step_memory(stack(module), params, x, networks=10)
-    monkeypatch.setattr("fastgeo.engines.free_bytes", lambda device: need.peak(10, 2))
-    optimize(path, module, [x], steps=15, on_choice=found.append)
+    velocity = 3 * 10 * sum(t.nbytes for t in params.values()) if momentum else 0
+    monkeypatch.setattr("fastgeo.engines.free_bytes", lambda device: velocity + need.peak(10, 2))
+    optimize(path, module, [x], steps=15, momentum=momentum, on_choice=found.append)
     (choice,) = found
     assert choice["chunk"] is not None
     tried = [*choice["seconds"], *choice["failed"]]
