@@ -111,14 +111,15 @@ def assert_trains_like_the_loop(module, draws, points, per_point, **options):
 
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
-    """Every output tensor holds NaN before the launch."""
-    new_empty = torch.Tensor.new_empty
+    """Every output tensor holds NaN before the launch, or the number that this is called with."""
+    new_empty, poison = torch.Tensor.new_empty, [torch.nan]
 
     def poisoned(self, *args, **kwargs):
         result = new_empty(self, *args, **kwargs)
-        return result.fill_(torch.nan) if result.is_floating_point() else result
+        return result.fill_(poison[0]) if result.is_floating_point() else result
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    return lambda number: poison.__setitem__(0, number)
 
 
 DESELECTED = pytest.StashKey[int]()

@@ -11,6 +11,9 @@ import layer_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import (
+    channel_norm,
+    conv_kernels,
+    group_norm,
     launching,
     path_update,
     stacked_channel_norm,
@@ -66,6 +69,49 @@ def test_norms_say_why_they_cannot_run_in_triton(norm, monkeypatch):
             norm(X, residual=X.bfloat16(), impl="triton")
         with pytest.raises(RuntimeError, match="up to 4096 channels, got 5000"):
             norm(torch.zeros(2, 1, 5000), impl="triton")
+
+
+class Launches:
+    """In place of a kernel: the grids that it is launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("batch, channels, size", [(70_000, 8, 4), (2049, 64, 32), (256, 512, 32)])
+def test_norms_launch_no_more_than_a_gpu_takes(batch, channels, size, monkeypatch):
+    """65,535 programs at most on all axes of a grid but the first."""
+    launches = Launches()
+    x = torch.empty(batch, size**2, 2, channels, dtype=torch.bfloat16, device="meta")
+    ones = x.new_ones(2, channels)
+    for module, kernels in ((group_norm, "group"), (channel_norm, "channel")):
+        for direction in ("forward", "backward"):
+            monkeypatch.setattr(module, f"{kernels}_{direction}_kernel", launches)
+    _, mean, rstd = group_norm.group_forward(x, None, ones, ones, 1e-5, True)
+    group_norm.group_backward(x, None, x, ones, ones, mean, rstd, True)
+    channel_norm.channel_forward(x, None, ones, ones, 1e-5, True)
+    channel_norm.channel_backward(x, None, x, ones, ones, 1e-5, True)
+    assert len(launches.grids) == 4 and launches.grids[0] == (2 * batch,)
+    assert all(n <= 65_535 for _, *others in launches.grids for n in others)
+
+
+def test_convolutions_beyond_32_bits_are_refused(monkeypatch):
+    monkeypatch.setattr(conv_kernels, "conv_kernel", launches := Launches())
+
+    def conv(batch, pixels, points=25, channels=64):
+        x = torch.empty(batch, pixels, pixels, points, channels, dtype=torch.int8, device="meta")
+        weight = torch.empty(points, channels, 3, 3, channels, dtype=torch.int8, device="meta")
+        conv_kernels.conv(x, weight, torch.empty_like(x), 1, 1, False, False)
+
+    conv(256, 32), conv(1, 1100), conv(512, 1, 1024, 4096)
+    assert len(launches.grids) == 3
+    for shape in ((1, 1160), (2, 825)):
+        with pytest.raises(ValueError, match="offsets of 32 bits: .* impl='torch' takes them"):
+            conv(*shape)
 
 
 @pytest.mark.parametrize("points, size", [(1, 3), (23, 300), (126, 9)])

@@ -39,6 +39,12 @@ def test_norm_has_its_digits_saves_little_and_keeps_a_nan(kind):
     claims.check_norm_keeps_a_nan(kind, "cuda")
 
 
+def test_norm_of_very_many_images():
+    """More than the 65,535 programs that all axes of a grid but the first take."""
+    claims.check_norm("group", (2, 70_000, 8, 2, 2), True, True, device="cuda")
+    claims.check_norm("channel", (2, 2049, 64, 32, 32), True, True, torch.bfloat16, "cuda")
+
+
 def test_norm_is_one_launch_without_a_copy(monkeypatch):
     monkeypatch.undo()  # poisoning is a launch, too
     x = claims.channels_last(torch.randn(25, 8, 64, 32, 32, device="cuda", dtype=torch.bfloat16))
@@ -105,7 +111,7 @@ def test_every_way_of_a_convolution_is_the_float64_definition(
 ):
     """fp32 without TF32; every block that `conv_kernels` chooses, since some have been miscompiled
     on one chip and not on another."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         options = dict(dtype=dtype, device="cuda", lay_out=lay_out)
         claims.check_conv(Ways(way, way, way), shape, out, size, stride, **options)
 
@@ -113,5 +119,5 @@ def test_every_way_of_a_convolution_is_the_float64_definition(
 @pytest.mark.parametrize("way", ["grouped", "dense", "triton"])
 def test_tf32_is_tf32(way):
     options = dict(device="cuda", tolerance=2e-3)
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         claims.check_conv(Ways(way, way, way), (5, 8, 64, 16, 16), 64, 3, 1, **options)

@@ -55,12 +55,18 @@ def test_torch_is_the_float64_definition(
     claims.check_against_the_definition(logits, "torch", temperature, weight)
 
 
+def test_torch_keeps_gradients_that_nearly_cancel():
+    """Of so many rows, some have two heavy classes with nearly the same log(p / m)."""
+    claims.check_against_the_definition(claims.path(3, 20_000, 10, 10.0), "torch", 2.0)
+
+
 def test_torch_survives_underflow_and_saturation():
     claims.check_survives_extremes("torch", dtypes=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def test_torch_drops_masked_classes():
     claims.check_masked_classes("torch")
+    claims.check_nan_stays_in_its_rows(9, "torch")
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1.0, 30.0])

@@ -60,6 +60,12 @@ def test_extremes_masks_and_strides():
     claims.check_strides("triton", "cuda")
 
 
+@pytest.mark.parametrize("classes", [10, 1000, 5000])
+def test_nan_stays_in_its_rows(classes, poisoned_outputs):
+    poisoned_outputs(123.0)
+    claims.check_nan_stays_in_its_rows(classes, "triton", "cuda")
+
+
 def test_offsets_beyond_32_bits():
     """Classes outermost, 2^19 rows apart: 64-bit offsets within a row."""
     base = torch.randn(2, 4200, 1 << 19, device="cuda", dtype=torch.bfloat16)

@@ -140,6 +140,18 @@ def test_stacked_layers_name_what_does_not_fit():
         stacked_linear(torch.zeros(2, 4, 3), torch.zeros(3, 5, 3))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_for_a_gpu_are_copied_once(size):
+    """Of rows of many parameters: to channels-last, and not at all if they are that already."""
+    rows = torch.randn(3, 1000)
+    for flat in (rows[:, : 4 * 5 * size**2], rows.clone()[:, : 4 * 5 * size**2].contiguous()):
+        weight = flat.unflatten(1, (4, size, size, 5)).movedim(-1, 2)
+        got = stacked_layers._innermost(weight).flatten(0, 1)
+        assert torch.equal(got, weight.flatten(0, 1))
+        assert got.is_contiguous(memory_format=torch.channels_last)
+    assert got.data_ptr() == flat.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", ["conv", "conv_transpose", "linear"])
 def test_products_in_half_precision_are_rounded_once(monkeypatch, dtype, layer):

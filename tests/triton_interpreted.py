@@ -103,6 +103,14 @@ def test_extremes_masks_strides_and_upstream(blocks, tiled):
         claims.check_strides("triton")
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_nan_stays_in_its_rows(blocks, tiled, poisoned_outputs):
+    if tiled:
+        blocks(1, 4, 9, 1, True)
+    poisoned_outputs(123.0)
+    claims.check_nan_stays_in_its_rows(9, "triton")
+
+
 def test_grad_vmap_and_one_graph():
     claims.check_functional_transforms("triton")
     claims.check_compiles_as_one_graph("triton")

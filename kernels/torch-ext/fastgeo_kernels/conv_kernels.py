@@ -224,6 +224,12 @@ def conv(
     blocks = conv_blocks(out, channels, precise)
     rows = batch * y.shape[1] * y.shape[2]
     grid = -(-rows // blocks.rows) * -(-out // blocks.columns), points
+    images = 2 + blocks.rows // (y.shape[1] * y.shape[2])  # that a tile may reach into
+    if max(_reach(tensor, images) for tensor in (x, y)) >= 2**31:
+        raise ValueError(
+            f"stacked_conv in Triton has offsets of 32 bits: images {list(x.shape[1:])} to "
+            f"{list(y.shape[1:])} are too large; impl='torch' takes them"
+        )
     with on_device_of(x):
         conv_kernel[grid](
             *(x, weight, y, rows, *units(x), *units(y)),
@@ -233,6 +239,12 @@ def conv(
             **tile(blocks),
             **options(blocks, nvidia=torch.version.hip is None),
         )
+
+
+def _reach(x: Tensor, images: int) -> int:
+    """Offset behind so many images [B, H, W, N, C] from the start of the first one."""
+    images = min(len(x), images)
+    return images * x.stride(0) if images > 1 else x.shape[1] * x.stride(1)
 
 
 def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf32: bool) -> Tensor:

@@ -74,6 +74,14 @@ def passed(dy_ptr, y_ptr, z, weight, bias, at, mask, RESIDUAL: tl.constexpr, REL
     return g
 
 
+@jit
+def point_and_block(N):
+    """Of a program in a grid of one axis, the only one that goes beyond 65,535: neighbours in
+    memory, the networks of a block, run side by side."""
+    program = tl.program_id(0)
+    return (program % N).to(tl.int64), (program // N).to(tl.int64)
+
+
 # --- Statistics over the channels and pixels of an image: GroupNorm with one group ----------------
 
 
@@ -100,7 +108,7 @@ def group_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    point, image = point_and_block(N)
     start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
@@ -172,7 +180,7 @@ def group_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    point, image = point_and_block(N)
     start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
@@ -251,7 +259,7 @@ def group_forward(
     y = empty_like(x)
     mean, rstd = (x.new_empty((batch, points), dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
-        group_forward_kernel[(points, batch)](
+        group_forward_kernel[(points * batch,)](
             *(x, x if residual is None else residual, weight, bias, y, mean, rstd),
             *(points, *units(x)),
             **group_constants(pixels, channels, tile, residual is not None, relu, eps),
@@ -281,7 +289,7 @@ def group_backward(
     dresidual = dy if y is None else empty_like(x)
     dparams = x.new_empty((batch, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
-        group_backward_kernel[(points, batch)](
+        group_backward_kernel[(points * batch,)](
             *(x, x if y is None else y, dy, weight, bias, mean, rstd, dx, dresidual, dparams),
             *(points, *units(x)),
             **group_constants(pixels, channels, tile, y is not None, relu),

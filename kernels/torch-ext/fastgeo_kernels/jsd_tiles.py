@@ -140,7 +140,7 @@ def _sweep_grad(
         rest += tl.where(leads, 0.0, grad)
         leader = tl.where(leads, col, leader)
         grad = grad.to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + col, grad, mask=(col < C) & (p <= 0.5))
+        tl.store(grad_ptr + col, grad, mask=(col < C) & (leads == 0))  # NaN does not lead
     leader = tl.max(leader, 0)
     rest = -tl.sum(rest, 0)
     tl.store(grad_ptr + leader, rest.to(grad_ptr.dtype.element_ty), mask=leader >= 0)

@@ -160,7 +160,10 @@ def path_update(
     if not use_triton("path_update", impl, weight, dtypes=(torch.float32,)):
         return _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy)
     points, size = weight.shape
-    rate = torch.as_tensor(lr, dtype=torch.float32, device=weight.device)
+    if isinstance(lr, Tensor):
+        rate = lr.to(weight.device, torch.float32)
+    else:  # filled there: a copy would wait for the host
+        rate = torch.full((), lr, dtype=torch.float32, device=weight.device)
     given = (velocity is not None, copy is not None)
     with on_device_of(weight):
         path_update_kernel[(-(-size // BLOCK),)](

@@ -46,7 +46,7 @@ def _by_network(function, *tensors: Tensor) -> Tensor:
 
 
 def _tf32() -> bool:
-    return torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _tapped(weight: Tensor) -> Tensor:

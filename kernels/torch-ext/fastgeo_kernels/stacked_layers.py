@@ -103,11 +103,15 @@ def _folded(
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """[B, N*C, ...] inputs (or the shared ones), weight and bias of one convolution."""
     images = x[0] if shared else _fold(x)
-    weight = weight.flatten(0, 1)
-    if x.is_cuda and weight.ndim == 4:
-        weight = weight.contiguous(memory_format=torch.channels_last)
+    if x.is_cuda and weight.ndim == 5:
+        weight = _innermost(weight)
         images = images.contiguous(memory_format=torch.channels_last)
-    return images, weight, None if bias is None else bias.flatten()
+    return images, weight.flatten(0, 1), None if bias is None else bias.flatten()
+
+
+def _innermost(weight: Tensor) -> Tensor:
+    """[N, O, C, KH, KW] whose first axes merge into a channels-last tensor; one copy at most."""
+    return weight.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
 def stacked_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
