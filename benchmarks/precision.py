@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import ends
-from benchmarks.harness import device_slug, environment, write_result
+from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import evaluate, keep_pages, optimize
+from fastgeo.files import write_figure
 from fastgeo.measure import headline, table
+
+SMOOTH = 10  # steps
+COLOURS = {"bf16": "tab:orange", "tf32": "tab:green"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Options(ends.Options):
     orders: int = 4
     """of the images, in fp32; two at least"""
     save: bool = False
-    """write benchmarks/results/precision-PRESET-DEVICE.json"""
+    """write benchmarks/results/precision-PRESET-DEVICE.json and .png"""
 
 
 def curve(between: ends.Ends, precision: str, seed: int) -> dict[str, Tensor]:
@@ -72,6 +77,28 @@ def compared(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor
     return rows
 
 
+def figure(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor]]) -> Figure:
+    """Energies over the steps, the mean of `SMOOTH`, and the loss along the path behind them."""
+    drawn = Figure(figsize=(10, 4), layout="constrained")
+    axes = drawn.subplots(1, 2)
+    lines = [("fp32, other orders of the images", "0.7", order) for order in orders[:0:-1]]
+    lines.append(("fp32", "tab:blue", orders[0]))
+    lines += [(f"{p}, the same order", COLOURS[p], result) for p, result in others.items()]
+    for name, colour, result in lines:
+        energies, loss = result["energy of a step"], result["train loss"]
+        energies = energies.unfold(0, window := min(SMOOTH, len(energies)), 1).mean(1)
+        how = dict(color=colour, linewidth=1, label=name)
+        axes[0].plot(range(window - 1, window - 1 + len(energies)), energies, **how)
+        axes[1].plot(torch.linspace(0, 1, len(loss)), loss, **how)
+    axes[0].set(xlabel="step", ylabel=f"energy, mean of {SMOOTH} batches, nats", yscale="log")
+    axes[1].set(xlabel="t along the path", ylabel="train loss, nats", ylim=(0, None))
+    labels = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    drawn.legend(labels.values(), labels, loc="outside lower center", ncols=3, frameon=False)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.precision", description=__doc__)
     if options.orders < 2:
@@ -90,6 +117,7 @@ def main() -> None:
             p: [{k: t.tolist() for k, t in r.items()} for r in rs] for p, rs in curves.items()
         }
         name, payload = f"precision-{options.preset}-{device_slug()}", {"curves": curves}
+        write_figure(RESULTS / f"{name}.png", figure(orders, others))
         payload = {"setting": between.setting, "orders": options.orders, "rows": rows} | payload
         print(f"\nwrote {write_result(name, payload)}")
 

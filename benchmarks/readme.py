@@ -88,6 +88,17 @@ def points(preset: str) -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
+def precision(preset: str) -> str:
+    """What bf16 changes in a whole run, and what another order of the images does."""
+    result = read(f"precision-{preset}-cpu")
+    rows = [
+        {f"{result['setting']}, {result['orders']} orders, nats": row["nats"]}
+        | {key: value for key, value in row.items() if key not in ("nats", "precision")}
+        for row in result["rows"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
+
+
 REACHED = (
     *("energy, nats", "Σ√JSD", "highest train loss", "between the points"),
     *("barrier, train", "test", "seconds"),
@@ -201,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{preset: partial(run, preset) for preset in ("digits", "paper-small")},
     **{
         f"{made.__name__} {preset}": partial(made, preset)
-        for made in (convergence, points)
+        for made in (convergence, points, precision)
         for preset in ("digits", "paper-small")
     },
     "seeds": seeds,

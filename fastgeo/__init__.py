@@ -9,12 +9,11 @@ from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.permutation import PermutationSpec
 from fastgeo.recalibrate import recalibrate
+from fastgeo.replayed import optimize_static
 from fastgeo.stacking import stack
-from fastgeo.static import Augmented, optimize_static
 from fastgeo.symmetry import permutation_spec
 
 __all__ = [
-    "Augmented",
     "Checkpoints",
     "CommonFrame",
     "Evaluation",

@@ -38,14 +38,17 @@ def check_agreement(
     """ValueError unless outputs and gradients are equal up to a generous rounding.
 
     Of gradients the lengths are compared: where rounding moves a number over the kink of a ReLU, a
-    few entries differ by much; in bf16 many are, and half the length may be.
+    few entries differ by much; in bf16 many are, and three quarters of the length may be.
+
+    Args:
+        precision: "fp32", or "bf16" of what was got.
     """
     (outputs, gradients), (true_outputs, true_gradients) = got, expected
     if not isinstance(true_outputs, Tensor):
         return  # not what any caller wants, who will say so
     if not true_outputs.isfinite().all():
         return  # of any engine, and so is the energy
-    eps = {"tf32": 2**-10, "bf16": 2**-7}.get(precision, torch.finfo(true_outputs.dtype).eps)
+    eps = 2**-7 if precision == "bf16" else torch.finfo(true_outputs.dtype).eps
     largest = true_outputs.abs().max().item()
     tolerance = max(1e-3, 16 * eps) * largest
     if not torch.allclose(outputs, true_outputs, rtol=0, atol=tolerance, equal_nan=True):
@@ -59,7 +62,7 @@ def check_agreement(
         zero = torch.zeros(())
         one, other = (g.get(name, zero.to(outputs.device)) for g in (gradients, true_gradients))
         difference, length = _length(one - other), lengths.get(name, 0.0)
-        if difference > max(0.05, 64 * eps) * length + 1e-3 * longest:
+        if difference > max(0.05, 96 * eps) * length + 1e-3 * longest:
             raise ValueError(
                 f"its gradient to {name} differs from the module's by {difference:.1e} (length "
                 f"{length:.1e})"

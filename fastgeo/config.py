@@ -132,6 +132,9 @@ class OptimizeConfig(EngineConfig):
     """order and augmentation of the images in the optimisation"""
     memory_budget: str | None = None
     """choose the chunk so that the activations kept take at most so much, as in 8GiB"""
+    cuda_graph: bool = False
+    """the whole step is captured in a CUDA graph and replayed, without a GPU done one operation
+    after the other; it is stacked. Energies are read, and states saved, every 50 steps"""
 
     @property
     def descent(self) -> dict[str, Any]:
@@ -176,6 +179,10 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
             raise ValueError("--count is of networks to train; --a and --b are given instead")
         if self.chunk is not None and self.memory_budget is not None:
             raise ValueError("chunk and memory-budget both bound the memory; give one of them")
+        if self.cuda_graph and self.engine not in ("auto", "stacked"):
+            raise ValueError(f"--cuda-graph runs networks stacked, not as a {self.engine}")
+        if self.cuda_graph and self.batchnorm != "refuse":
+            raise ValueError("--cuda-graph has no --batchnorm recalibrate; leave one of them out")
         if self.memory_budget is not None:
             bytes_of(self.memory_budget)
         if len(set(self.seeds)) < self.count:
@@ -190,7 +197,12 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
 
 
 # Settings that an older config.json lacks, and what its run did.
-BEFORE = {"coarse_to_fine": False, "momentum": 0.0, "lr_schedule": "constant"}
+BEFORE = {
+    "coarse_to_fine": False,
+    "momentum": 0.0,
+    "lr_schedule": "constant",
+    "cuda_graph": False,
+}
 DESCENT = ("steps", "lr", "momentum", "lr_schedule", "precondition", "coarse_to_fine", "precision")
 POSITIVE = ("train_lr", "lr", "lr_start_divisor", "lr_end_divisor", "width")
 RANGES = {

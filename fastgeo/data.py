@@ -100,12 +100,6 @@ class Dataset:
             )
         return Shuffled(self, batch_size, generator, epochs)
 
-    def draws(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        """What `shuffled` draws for every batch, without end (see `Shuffled.draw`)."""
-        stream = self.shuffled(batch_size, generator)
-        while True:
-            yield stream.draw()
-
     def batch(self, index: Tensor, *window: Tensor) -> Tensor:
         """Normalised training images [B, C, H, W]; of windows if rows and columns are given."""
         images = self.train.images[index]

@@ -57,12 +57,6 @@ class Descent:
         """The learning rate of a step; 0 from behind the last one on."""
         return self.lr * self.factor(min(step / self.steps, 1.0) if self.steps else 0.0)
 
-    def resample(self, points: int) -> None:
-        """Go on with so many points: the velocity, too, is a curve, which is 0 at the ends."""
-        if self.velocity:
-            zero = {name: torch.zeros_like(tensor[0]) for name, tensor in self.velocity.items()}
-            self.velocity = Path(zero, self.velocity, zero).resample(points).interior
-
     def update(self, path: Path, gradient: dict[str, Tensor], step: int) -> Path:
         """The path after a step; tied parameters stay tied.
 
@@ -87,3 +81,11 @@ class Descent:
         precision = torch.promote_types(grad.dtype, self._inverse.dtype)  # at least fp32
         rows = grad.reshape(len(grad), -1).to(precision)
         return (self._inverse.to(precision) @ rows).view_as(grad).to(grad)
+
+
+def resampled(velocity: dict[str, Tensor], points: int) -> dict[str, Tensor]:
+    """The velocity [N - 2, ...] of a path with another N: a curve, too, which is 0 at the ends."""
+    if not velocity:
+        return {}
+    zero = {name: torch.zeros_like(tensor[0]) for name, tensor in velocity.items()}
+    return Path(zero, velocity, zero).resample(points).interior

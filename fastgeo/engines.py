@@ -21,6 +21,7 @@ from fastgeo.agreement import check_agreement, outputs_and_gradients
 from fastgeo.inputs import Inputs, first_few, tensors_of
 from fastgeo.memory import COPIES, ROOM, StepMemory, free_bytes
 from fastgeo.modes import evaluation_mode
+from fastgeo.precision import matmul_precision
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.values import first_line
 
@@ -176,14 +177,11 @@ class EngineChoice:
         if self.chunk is not None:
             ways = [(name, layout, self.chunk) for name, layout, _ in ways]
         for name, channels_last, chunk in dict.fromkeys(ways):
-            network = StackedModule(
-                self.module,
-                engine=name,
-                channels_last=channels_last,
-                batchnorm=self.batchnorm,
-                precision=self.precision,
-            )
-            yield Engine(network, chunk)
+            yield Engine(self._network(name, channels_last, self.precision), chunk)
+
+    def _network(self, engine: str, channels_last: bool, precision: str) -> StackedModule:
+        options = dict(channels_last=channels_last, batchnorm=self.batchnorm, precision=precision)
+        return StackedModule(self.module, engine=engine, **options)
 
     def _agreeing(
         self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
@@ -197,14 +195,20 @@ class EngineChoice:
         if all(engine.network.engine == "loop" for engine in candidates):
             return candidates
         agreeing: list[Engine] = []
-        with evaluation_mode(self.module):
+        # TF32 moves so many numbers over the kinks of ReLUs that it would hide an error: the same
+        # operations are compared without it.
+        precision = "bf16" if self.precision == "bf16" else "fp32"
+        with evaluation_mode(self.module), matmul_precision("fp32"):
             loop = StackedModule(self.module, engine="loop", batchnorm=self.batchnorm)
             expected = outputs_and_gradients(loop, params, few, per_point)
             for engine in candidates:
                 try:
-                    got = outputs_and_gradients(engine.network, params, few, per_point)
-                    if engine.network.engine != "loop":
-                        check_agreement(got, expected, self.precision)
+                    network = engine.network
+                    if network.precision != precision:
+                        network = self._network(network.engine, network.channels_last, precision)
+                    got = outputs_and_gradients(network, params, few, per_point)
+                    if network.engine != "loop":
+                        check_agreement(got, expected, precision)
                 except Exception as error:  # noqa: BLE001 - as in `run`
                     if self.engine != "auto":
                         raise

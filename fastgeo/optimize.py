@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.checkpoint import Checkpoints, State
-from fastgeo.descent import Descent
+from fastgeo.descent import Descent, resampled
 from fastgeo.diagnose import all_finite, first_not_finite, where
 from fastgeo.energy import EndLogits, energy_and_gradient
 from fastgeo.engines import EngineChoice
@@ -147,12 +147,8 @@ def optimize(
 
     order, first = Passes(batches, repeat=steps is not None), 0
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
-        first = saved.step
-        path = _restored(path, saved, sizes[max(s for s in sizes if s <= first)])
+        first, (path, descent.velocity) = saved.step, restored(path, saved, sizes)
         order.load_state_dict(saved.tensors["state"]["order"])
-        if momentum:
-            velocity = saved.tensors["state"].get("velocity", {})
-            descent.velocity = {name: tensor.to(path.device) for name, tensor in velocity.items()}
         saved.set_generators()
     step = first
     with (
@@ -163,7 +159,7 @@ def optimize(
         for step in count(first):
             if (points := sizes.get(step, len(path))) != len(path):
                 path = path.resample(points)
-                descent.resample(points)
+                descent.velocity = resampled(descent.velocity, points)
                 choice.finish()
                 choice = new_choice()
             if checkpoints is not None:
@@ -216,9 +212,15 @@ def optimize(
     return path
 
 
-def _restored(path: Path, saved: State, points: int) -> Path:
-    """The saved path; ValueError unless it is between the same ends and has so many points."""
+def restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dict[str, Tensor]]:
+    """The saved path and its velocity, on the device of `path`.
+
+    Raises:
+        ValueError: the path is not between the same ends, or has not as many points as the
+            `levels` want.
+    """
     found = Path(**saved.tensors["path"]).to(path.device)
+    points = sizes[max(first for first in sizes if first <= saved.step)]
     same = len(found) == points and all(
         name in found_end and torch.equal(found_end[name], tensor)
         for end, found_end in ((path.start, found.start), (path.end, found.end))
@@ -228,7 +230,8 @@ def _restored(path: Path, saved: State, points: int) -> Path:
         raise ValueError(
             "the checkpoints hold a path between other ends, or of another number of points"
         )
-    return found
+    velocity = saved.tensors["state"].get("velocity", {})
+    return found, {name: tensor.to(path.device) for name, tensor in velocity.items()}
 
 
 def _why_not_finite(path: Path, module: nn.Module, inputs: Inputs, energies: Tensor) -> str:

@@ -28,6 +28,7 @@ from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling import chosen_engine, compare
 from fastgeo.recalibrate import recalibrate
+from fastgeo.replayed import optimize_static
 from fastgeo.run import READS, STAGES, WEIGHTS, Run
 from fastgeo.train import LETTERS, seeded, train_ends
 
@@ -87,25 +88,27 @@ def match_ends(run: Run) -> None:
 
 
 def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None) -> None:
-    """Optimise the interior of the line from a to the matched b."""
+    """Optimise the interior of the line from a to the matched b.
+
+    Args:
+        on_step: as of `fastgeo.optimize`; steps of a CUDA graph do not call it.
+    """
     c = run.config
     with _stage(run, "optimize") as found:
         a, b = run.ends()
-        module = run.new_module()
+        batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
+        given = _line(run, a, run.matched(b)), run.new_module(), batches
+        options = c.descent | run.engine_options("optimize")
         with _steps(run, "optimize", "metrics.jsonl", found) as checkpoints:
-            path = optimize(
-                _line(run, a, run.matched(b)),
-                module,
-                run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed)),
-                **c.descent,
-                on_step=on_step,
-                checkpoints=checkpoints,
-                progress=True,
-                **run.engine_options("optimize"),
-            )
+            options |= dict(checkpoints=checkpoints, progress=True)
+            if c.cuda_graph:
+                del options["engine"], options["batchnorm"]
+                path = optimize_static(*given, **options)
+            else:
+                path = optimize(*given, on_step=on_step, **options)
         if c.batchnorm == "recalibrate":
             batches = run.dataset.in_order("train", c.batch_size)
-            path = recalibrate(path, module, batches, chunk=c.chunk, progress=True)
+            path = recalibrate(path, run.new_module(), batches, chunk=c.chunk, progress=True)
         path.save(run.file("path.safetensors"))
 
 
@@ -193,6 +196,8 @@ def profile(
     c = run.config
     if c.batchnorm != "refuse":
         raise ValueError("profile measures networks without BatchNorm only")
+    if c.cuda_graph:
+        raise ValueError("profile measures steps that are not replayed; leave out --cuda-graph")
     run.check()
     print(headline(machine()), flush=True)
     if c.a is not None:

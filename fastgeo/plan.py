@@ -1,6 +1,7 @@
 """The traced graph of a module, run on stacked values: which way each operation goes, and why."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastgeo.values import (
 )
 
 SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
+FAILED = "its stacked form failed"
 FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 
 
@@ -62,10 +64,14 @@ class Plan:
         }
         before = dict(self.ways), dict(self.reasons)
         try:
-            return _Run(self, state, n).run(*named)
+            outputs = _Run(self, state, n).run(*named)
         except Exception:
             self.ways, self.reasons = before
             raise
+        for node, reason in self.reasons.items():
+            if reason.startswith(FAILED) and reason != before[1][node]:
+                warnings.warn(f"{node.name} runs through vmap: {reason}", stacklevel=4)
+        return outputs
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(layer, operation, way) of each operation."""
@@ -174,7 +180,7 @@ class _Run(fx.Interpreter):
             self.plan.ways[node], self.plan.reasons[node] = error.way, str(error)
         except Exception as error:  # noqa: BLE001 - whatever torch raises
             self.plan.ways[node] = by_vmap
-            self.plan.reasons[node] = f"its stacked form failed: {first_line(error)}"
+            self.plan.reasons[node] = f"{FAILED}: {first_line(error)}"
         return None, False
 
     def _one_by_one(

@@ -28,15 +28,31 @@ def check_precision(precision: str) -> None:
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """fp32 products on a GPU as they are, or rounded to TF32, for a while; a CPU has no TF32."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
+    backends = torch.backends
+    older = backends.cuda.matmul, backends.cudnn
+    newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    allowed = [_allows_tf32(backend) for backend in older]
+    before = [backend.fp32_precision for backend in newer]
+    for backend in older:
         backend.allow_tf32 = precision == "tf32"
+    for backend in newer:  # behind the older setting, which changes these; "none" is another's
+        backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, allow in zip(older, allowed, strict=True):
+            if allow is not None:
+                backend.allow_tf32 = allow
+        for backend, value in zip(newer, before, strict=True):
+            backend.fp32_precision = value
+
+
+def _allows_tf32(backend: Any) -> bool | None:
+    """PyTorch's older setting; None where the newer one says otherwise, in which case it raises."""
+    try:
+        return backend.allow_tf32
+    except RuntimeError:
+        return None
 
 
 class Casts:

@@ -149,6 +149,11 @@ class StackedModule:
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         return "\n".join([title, *lines])
 
+    def not_stacked(self) -> list[str]:
+        """Operations that have run in another way, and why."""
+        plans = self._plans.values()
+        return [f"{n.name}: {why}" for plan in plans for n, why in plan.reasons.items() if why]
+
     def parameters_in_half(self) -> set[str]:
         """Names of the parameters that precision "bf16" reads in bf16 only."""
         casts = self._plan({}).casts

@@ -109,5 +109,8 @@ def test_precisions_are_set_against_orders_of_the_images(monkeypatch):
     rows = precision.compared(orders, {"same": orders[0], "other": orders[1], "bf16": half})
     assert {row["within it"] for row in rows if row["precision"] in ("same", "other")} == {"100%"}
     assert {row["mean difference from fp32"] for row in rows[::3]} == {"0"}
+    energies, losses = precision.figure(orders, {"bf16": half}).axes
+    assert [len(line.get_ydata()) for line in energies.get_lines()] == [1] * 3  # a mean of 3 steps
+    assert list(losses.get_lines()[-1].get_ydata()) == half["train loss"].tolist()
     far = {key: curve + 1e3 for key, curve in half.items()}
     assert {row["within it"] for row in precision.compared(orders, {"far": far})} == {"0%"}

@@ -1,12 +1,17 @@
 """The step on static buffers against `optimize`, step by step; on a GPU it is captured, too."""
 
+import json
+
 import pytest
 import torch
 from conftest import images, tiny_resnet
+from test_cli import refused
 from torch import nn
 
-from fastgeo import Augmented, Path, data, models, optimize, optimize_static
-from fastgeo.static import Given, StaticStep
+from fastgeo import Checkpoints, Path, data, models, optimize, optimize_static
+from fastgeo.cli import main
+from fastgeo.sources import Drawn, Given
+from fastgeo.static import StaticStep
 
 
 def recorded(log):
@@ -23,6 +28,7 @@ def recorded(log):
         dict(chunk=2),
         dict(momentum=0.9, lr_schedule="linear"),
         dict(lr_schedule="cosine", precondition=False),
+        dict(coarse_to_fine=True, momentum=0.9, lr_schedule="linear", channels_last=True),
     ],
     ids=str,
 )
@@ -46,8 +52,7 @@ def test_every_step_is_that_of_optimize(norm, options):
     assert all(tensor.is_contiguous() for tensor in got.interior.values())
     assert [metrics["step"] for metrics in log] == list(range(5))
     for one, other in zip(log, expected_log, strict=True):
-        for key in ("energy", "sqrt_jsd"):
-            assert one[key] == pytest.approx(other[key], rel=1e-9)
+        assert one == pytest.approx(other, rel=1e-9)
 
 
 def test_momentum_is_that_of_torch(path, module):
@@ -70,7 +75,7 @@ def test_momentum_is_that_of_torch(path, module):
 def test_batches_made_on_the_device_are_those_of_shuffled(augment):
     digits = data.load("digits", augment=augment, train_subset=70)
     expected = digits.shuffled(32, torch.Generator().manual_seed(5))
-    source = Augmented(digits, 32, torch.Generator().manual_seed(5))
+    source = Drawn(digits.shuffled(32, torch.Generator().manual_seed(5)))
     for kept in source.take(5):  # over the end of an epoch
         assert torch.equal(source.inputs(kept), next(expected)[0])
 
@@ -81,7 +86,7 @@ def test_a_run_over_augmented_digits_is_that_of_optimize():
     path = Path.linear(a, b, 4)
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     expected = optimize(path, module, digits.shuffled(32, generators[0]), steps=4, engine="stacked")
-    got = optimize_static(path, module, Augmented(digits, 32, generators[1]), steps=4, read_every=3)
+    got = optimize_static(path, module, digits.shuffled(32, generators[1]), steps=4, read_every=3)
     torch.testing.assert_close(got.interior, expected.interior, rtol=1e-5, atol=1e-6)
 
 
@@ -114,6 +119,16 @@ class Tied(nn.Module):
         return self.second(self.first(x).tanh()[:, self.order] * self.frozen + y)
 
 
+def test_warming_up_leaves_everything_as_it_was(path, module):
+    static = StaticStep(path, module, Given([images()]), momentum=0.9, read_every=2)
+    static.run()
+    state = [t.clone() for t in (static.weight, static.velocity, static.rates)]
+    static.warm_up()
+    for tensor, before in zip((static.weight, static.velocity, static.rates), state, strict=True):
+        assert torch.equal(tensor, before)
+    assert static.turn == 0 and not static.engine.network.not_stacked()
+
+
 def test_tied_and_frozen_parameters_and_named_inputs():
     module, a, b = (Tied() for _ in range(3))
     path = Path.linear(a, b, 4)
@@ -134,6 +149,63 @@ def test_the_step_works_on_the_same_memory_and_leaves_the_path_alone(path, modul
     assert [t.data_ptr() for t in buffers] == pointers
     assert (static.energies > 0).all() and static.energies.shape == (3, 6)
     torch.testing.assert_close(path.interior, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5, 7])
+def test_it_goes_on_at_every_level_to_the_last_bit(path, module, tmp_path, stop):
+    """Cut behind two steps, at the next level of points, and behind some steps of it."""
+    batches = [images(seed=seed) for seed in range(3)]
+    options = dict(coarse_to_fine=True, momentum=0.9, lr_schedule="linear", channels_last=True)
+    options |= dict(steps=7, read_every=2)
+    expected_log, log, rest = [], [], []
+    expected = optimize_static(path, module, batches, on_read=recorded(expected_log), **options)
+
+    def interrupt(metrics, now):
+        log.extend(metrics)
+        if metrics[-1]["step"] >= stop - 1:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError), Checkpoints(tmp_path) as states:
+        optimize_static(path, module, batches, checkpoints=states, on_read=interrupt, **options)
+    (saved,) = tmp_path.iterdir()
+    with Checkpoints(tmp_path) as states:
+        options |= dict(checkpoints=states, on_read=recorded(rest))
+        got = optimize_static(path, module, batches, **options)
+    torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
+    first = rest[0]["step"]
+    assert saved.name == f"optimize-{first:09d}" and log[:first] + rest == expected_log
+
+
+def test_a_state_that_gives_no_finite_energy_is_not_kept(path, module, tmp_path):
+    options = dict(steps=6, read_every=1, lr=1e200)
+    with pytest.raises(ValueError, match="at step 1: the divergence"):
+        with Checkpoints(tmp_path, seconds=0) as states:
+            optimize_static(path, module, [images()], checkpoints=states, **options)
+    assert [state.name for state in tmp_path.iterdir()] == ["optimize-000000000"]
+
+
+def test_a_run_replays_the_steps_that_it_would_take_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "1", "--steps", "8", "--points", "7", "--train-subset", "150"]
+    options += ["--augment", "flip-crop", "--width", "0.25", "--precision", "bf16"]
+    for how in ("--no-cuda-graph", "--cuda-graph"):
+        main(["run", "--out", how[2:], *options, how])
+    logs = [
+        [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+        for folder in ("no-cuda-graph", "cuda-graph")
+    ]
+    assert [line["step"] for line in logs[1]] == list(range(8))
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_what_a_cuda_graph_cannot_do_is_named(capsys):
+    for options, words in (
+        (["--engine", "loop"], "--cuda-graph runs networks stacked, not as a loop"),
+        (["--batchnorm", "recalibrate"], "--cuda-graph has no --batchnorm recalibrate"),
+    ):
+        assert words in refused(capsys, "run", "--cuda-graph", *options)
+    assert "profile measures steps that are not" in refused(capsys, "profile", "--cuda-graph")
 
 
 def test_what_cannot_be_is_named(path, module):

@@ -1,0 +1,159 @@
+"""Geodesic optimisation in steps that a GPU replays (`fastgeo.static`), level by level."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastgeo.checkpoint import Checkpoints, State
+from fastgeo.descent import resampled
+from fastgeo.diagnose import all_finite
+from fastgeo.levels import levels
+from fastgeo.optimize import restored
+from fastgeo.path import Path
+from fastgeo.sources import source_of
+from fastgeo.static import StaticStep
+
+
+def optimize_static(
+    path: Path,
+    module: nn.Module,
+    batches: Iterable,
+    *,
+    steps: int,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    lr_schedule: str = "constant",
+    precondition: bool = True,
+    coarse_to_fine: bool = False,
+    precision: str = "fp32",
+    channels_last: bool | None = None,
+    chunk: int | None = None,
+    memory_budget: int | str | None = None,
+    capture: bool | None = None,
+    read_every: int = 50,
+    on_choice: Callable[[dict], None] | None = None,
+    on_read: Callable[[list[dict], Path], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: bool = False,
+) -> Path:
+    """`fastgeo.optimize` with a step that a GPU replays, and energies that are read now and then.
+
+    The steps are the same up to rounding.
+
+    Args:
+        path, module, lr, momentum, lr_schedule, precondition, coarse_to_fine, precision, chunk,
+            memory_budget, on_choice, progress: as in `fastgeo.optimize`; the module must be one
+            that can be traced.
+        batches: as in `fastgeo.optimize`, all of one shape, of which `read_every` are copied to the
+            device at a time. Those of `Dataset.shuffled` are made there, of data that is there:
+            the host only draws numbers.
+        steps: how many.
+        channels_last: memory format of images and weights; by default on a GPU.
+        capture: whether the step is captured in a CUDA graph, once for each number of points; by
+            default on a GPU.
+        read_every: steps between two looks at the energies, and for which inputs are kept.
+        on_read: called after so many steps with the metrics of each, as `on_step` of
+            `fastgeo.optimize`, and the path behind them.
+        checkpoints: as in `fastgeo.optimize`; between two states are `read_every` steps at least.
+
+    Returns:
+        A new path with the same ends.
+
+    Raises:
+        TypeError: a path, module or batches of another type.
+        ValueError: as `fastgeo.optimize`, an energy that is not finite when it is read, a module
+            that cannot be traced, or batches that differ in shape.
+
+    Example:
+        >>> digits = fastgeo.data.load("digits")
+        >>> batches = digits.shuffled(128, torch.Generator().manual_seed(0))
+        >>> path = optimize_static(path, module, batches, steps=100)
+    """
+    if steps < 1 or read_every < 1:
+        raise ValueError(f"steps and read_every must be at least 1, got {steps} and {read_every}")
+    if capture is None:
+        capture = path.device.type == "cuda"
+    how = dict(
+        lr=lr,
+        momentum=momentum,
+        lr_schedule=lr_schedule,
+        steps=steps,
+        precondition=precondition,
+        precision=precision,
+        channels_last=channels_last,
+        chunk=chunk,
+        memory_budget=memory_budget,
+        lengths=on_read is not None or checkpoints is not None,
+        on_choice=on_choice,
+    )
+    source = source_of(batches, path.device)
+    sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
+    taken, velocity, static = 0, {}, None
+    if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
+        taken, (path, velocity) = saved.step, restored(path, saved, sizes)
+        source.stream.load_state_dict(saved.tensors["state"]["order"])
+        saved.set_generators()
+    with tqdm(
+        total=steps, initial=taken, desc="optimize", unit="step", disable=not progress
+    ) as bar:
+        while True:
+            if taken in sizes:
+                path, static = path.resample(sizes[taken]), None
+                velocity = resampled(velocity, sizes[taken])
+            if checkpoints is not None:
+                place = {"order": source.stream.state_dict(), "velocity": velocity}
+                checkpoints.reached(State(taken, {"path": path._parts(), "state": place}))
+            if taken == steps:
+                return path
+            until = min((first for first in sizes if first > taken), default=steps)
+            if static is None:
+                block = min(read_every, until - taken)
+                state = dict(first=taken, velocity=velocity, read_every=block)
+                static = StaticStep(path, module, source, **how, **state)
+                filled = static.filled
+                if capture:
+                    static.capture()
+            else:
+                filled = static.fill(until - taken)
+            if filled == 0:
+                raise ValueError(f"batches ended after {taken} of {steps} steps")
+            for _ in range(filled):
+                static.step()
+            path = static.path()
+            velocity = {name: tensor.clone() for name, tensor in static.velocities.items()}
+            energies = static.energies[:filled].cpu()  # here the host waits
+            if not energies.isfinite().all():
+                i, edge = (~energies.isfinite()).nonzero()[0].tolist()
+                if checkpoints is not None and i == 0:
+                    checkpoints.distrust()
+                raise ValueError(
+                    f"optimisation stopped at step {taken + i}: the divergence of edge {edge} is "
+                    f"{energies[i, edge].item()}; lower lr (now {lr}), or look at the inputs and "
+                    "the ends"
+                )
+            taken += filled
+            if taken == steps and not all_finite(path.interior.values()):
+                raise ValueError(
+                    f"the path is not finite after step {taken - 1}; lower lr (now {lr})"
+                )
+            if static.lengths is not None:
+                metrics = _metrics(taken - filled, energies, static.lengths[:filled])
+                if checkpoints is not None:
+                    for line in metrics:
+                        checkpoints.record(line)
+                if on_read is not None:
+                    on_read(metrics, path)
+            bar.update(filled)
+            bar.set_postfix_str(f"energy {energies[-1].sum():.4f} nats", refresh=False)
+
+
+def _metrics(first: int, energies: Tensor, lengths: Tensor) -> list[dict]:
+    """Of steps from `first` on: energies [K, E] nats, lengths [K] and more of the path."""
+    columns = energies.sum(1), energies.sqrt().sum(1), lengths
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("energy", "sqrt_jsd", "euclidean")
+    return [
+        {"step": first + i, **dict(zip(names, row, strict=True)), "points": energies.shape[1] + 1}
+        for i, row in enumerate(rows)
+    ]
