@@ -94,12 +94,14 @@ def convolution(
 
         return make
 
-    read = 2 * points * batch * (source**2 * into + target**2 * out)
+    seen = target if size == 1 else source  # a 1x1 convolution reads what its strides hit
+    read = 2 * points * batch * (seen**2 * into + target**2 * out)
+    written = 2 * points * batch * (source**2 * into + target**2 * out)
     flop = 2 * points * batch * target**2 * into * out * size**2
     words = f"conv {size}x{size}, stride {stride}, {into} to {out}, {source}x{source}"
     weights = 2 * points * out * into * size**2
     yield Kernel(f"{words}, output", count, read + weights, flop, forward)
-    yield Kernel(f"{words}, input gradient", count, read + weights, flop, backward(0))
+    yield Kernel(f"{words}, input gradient", count, written + weights, flop, backward(0))
     yield Kernel(f"{words}, weight gradient", count, read + weights, flop, backward(1))
 
 

@@ -1,5 +1,7 @@
 """Single operations on stacked values against the loop over modules, in float64."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,6 +196,16 @@ def test_every_layer_equals_the_loop(layer, shared):
 def test_explain_says_where_values_had_no_stacked_form(function, line):
     network = assert_equals_the_loop(Body(function, nn.LayerNorm(4)).double(), images(), 3, False)
     assert line in network.explain()
+
+
+def test_a_stacked_form_that_fails_is_warned_of_once():
+    module = Body(lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), nn.LayerNorm(4))
+    network, params = stack(module), {n: t[None] for n, t in module.state_dict().items()}
+    with pytest.warns(UserWarning, match="masked_fill.* runs through vmap: its stacked form fail"):
+        network(params, images().float())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network(params, images().float())
 
 
 def _added_to(x):

@@ -117,6 +117,21 @@ def test_tf32_is_for_a_while():
     assert [backend.allow_tf32 for backend in backends] == before
 
 
+@pytest.mark.parametrize("value", ["ieee", "tf32"])
+def test_pytorchs_newer_settings_are_left_as_they_were(value):
+    """Set to one value, they make the older ones raise when these are read."""
+    newer = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    with matmul_precision("fp32"):  # puts the settings of this process back
+        for backend in newer:
+            backend.fp32_precision = value
+        for precision in ("fp32", "tf32", "bf16"):
+            with matmul_precision(precision):
+                inside = "tf32" if precision == "tf32" else "ieee"
+                assert {backend.fp32_precision for backend in newer} == {inside}
+                assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            assert {backend.fp32_precision for backend in newer} == {value}
+
+
 def test_evaluation_in_bf16_is_near_that_in_fp32():
     path, x, y = Path.linear(resnet(1), resnet(2), 5), images(40).float(), torch.arange(40) % 5
     exact, half = (
