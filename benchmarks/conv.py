@@ -2,7 +2,9 @@
 
 The output, the input's gradient and the weights' are timed apart, on tensors that lie as each way
 likes them, after a comparison with the grouped convolution. What the table should hold is printed
-as Python, ready for fastgeo_kernels/conv_table.py.
+as Python, ready for fastgeo_kernels/conv_table.py: for images of (B, H, W, N, C), and for those of
+(N, B, H, W, C), since a table of both would copy activations from the one to the other. The faster
+of the two in the whole step (`python -m benchmarks.step`) is to stay.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from torch import Tensor
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo.measure import headline, quantiles, table, time_alternating
 
+LAYOUTS = {"(B, H, W, N, C)": ("grouped", "triton"), "(N, B, H, W, C)": ("dense", "triton")}
 WAYS = ("grouped", "dense", "triton")
-CLEARLY = 0.95  # of the grouped convolution's time, for another way to be preferred
+CLEARLY = 0.95  # of the time of PyTorch's convolution, for the own kernel to be preferred
 
 
 def products(
@@ -50,13 +53,14 @@ def products(
 
 def measure(
     shape: Shape, points: int, batch: int, dtype: torch.dtype, device: str, repeats: int
-) -> tuple[list[dict], Ways]:
-    """A row for each product and way, and the ways that are fastest."""
+) -> tuple[list[dict], dict[str, Ways], dict[str, float]]:
+    """A row for each product and way; layout -> the ways that are fastest in it, and seconds."""
     size, stride, channels, out, pixels = shape
     after = (pixels + 2 * (size // 2) - size) // stride + 1
     flop = 2 * points * batch * after**2 * channels * out * size**2
     gpu = device == "cuda"
-    rows, best = [], []
+    rows, best = [], {layout: [] for layout in LAYOUTS}
+    total = dict.fromkeys(LAYOUTS, 0.0)
     for product, functions in products(shape, points, batch, dtype, device).items():
         expected = functions["grouped"]().double()
         errors, sound = {}, {}
@@ -70,9 +74,12 @@ def measure(
             del got
         seconds = time_alternating(sound, repeats, "device" if gpu else "wall")
         times = {way: quantiles(each) for way, each in seconds.items()}
-        fastest = min(times, key=lambda way: times[way]["p50"])
-        clearly = times[fastest]["p50"] < CLEARLY * times["grouped"]["p50"]
-        best.append(fastest if clearly else "grouped")
+        medians = {way: time["p50"] for way, time in times.items()}
+        for layout, (usual, own) in LAYOUTS.items():
+            usually = medians.get(usual, float("inf"))
+            clearly = medians.get(own, float("inf")) < CLEARLY * usually
+            best[layout].append(own if clearly else usual)
+            total[layout] += medians[own] if clearly else usually
         for way, error in errors.items():
             row = {
                 "size, stride, C, O, pixels": ", ".join(map(str, shape)),
@@ -86,7 +93,7 @@ def measure(
                 row["ms (p20/p50/p80)"] = "/".join(f"{1e3 * t:.3g}" for t in times[way].values())
                 row["TFLOP/s"] = f"{flop / times[way]['p50'] / 1e12:.3g}"
             rows.append(row)
-    return rows, Ways(*best)
+    return rows, {layout: Ways(*ways) for layout, ways in best.items()}, total
 
 
 def main() -> None:
@@ -99,15 +106,21 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(headline(environment()), end="\n\n")
-    rows, lines = [], []
+    rows, lines = [], {layout: [] for layout in LAYOUTS}
+    seconds = dict.fromkeys(LAYOUTS, 0.0)
     for shape in TABLE:
-        found, ways = measure(
+        found, ways, took = measure(
             *(shape, arguments.points, arguments.batch, getattr(torch, arguments.dtype), device),
             arguments.repeats,
         )
         rows += found
-        lines.append(f"    {shape!r}: {ways!r},")
-    print(table(rows), "\nFor conv_table.py:\n", *lines, sep="\n")
+        for layout in LAYOUTS:
+            lines[layout].append(f"    {shape!r}: {ways[layout]!r},")
+            seconds[layout] += took[layout]
+    print(table(rows))
+    for layout, own in lines.items():
+        total = f"{1e3 * seconds[layout]:.3g} ms, every shape once"
+        print(f"\nFor conv_table.py, images of {layout}, {total}:\n", *own, sep="\n")
     if arguments.save:
         payload = {"table": lines, "rows": rows}
         print(f"\nwrote {write_result(f'conv-{device_slug()}', payload)}")
