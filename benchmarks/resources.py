@@ -142,7 +142,7 @@ def path_variant(
         tile=f"{blocks.rows} x {blocks.block}, {blocks.segment} points",
         function=jsd_launch.kernel_for(blocks),
         dtype=dtype,
-        pointers={"value_ptr": "fp32", "upstream_ptr": "fp32"},
+        pointers={"value_ptr": "fp32", "upstream_ptr": "fp32", "carry_ptr": "fp32"},
         constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
         options=jsd_launch.options(blocks, nvidia=chip.target.backend == "cuda"),
         long=("stride_n", "stride_b") if wide else (),

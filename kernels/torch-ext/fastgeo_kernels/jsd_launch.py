@@ -31,11 +31,11 @@ TILE = 2048
 def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
-    A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row, and 4
-    of a row in tiles, which has more sums to keep (`python -m benchmarks.resources` prints the
-    registers this takes). Tiny problems take the whole batch in one program, which then also
-    sums it. Where a multiprocessor would get less than 16 warps the path is cut; each further
-    piece reads two rows more.
+    A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row or it
+    holds whole rows, and 4 of a row in tiles, which has more sums to keep (`python -m
+    benchmarks.resources` prints the registers this takes). Tiny problems take the whole batch in
+    one program, which then also sums it. Where a multiprocessor would get less than 16 warps the
+    path is cut; each further piece reads two rows more.
     """
     block = max(4, 1 << (classes - 1).bit_length())
     tiled = block > WHOLE_ROW
@@ -46,6 +46,8 @@ def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blo
         warps = max(1, rows * block // 512)
     elif block == 1024:
         rows, warps = 1, 2
+    elif block <= 16:
+        rows, warps = 2048 // block, 4
     else:
         rows = max(1, 1024 // block)
         warps = max(4, block // 256)
@@ -68,12 +70,16 @@ def launch(
     shape = {"none": (0,), "mean": (programs, points - 1)}.get(value, (points - 1, batch))
     values = logits.new_empty(shape, dtype=torch.float32)
     dlogits = logits.new_empty(logits.shape if grad else (0,))
+    pieces = -(-points // blocks.segment)
+    carried = (programs * pieces, classes) if grad and blocks.tiled else (0,)
+    carry = logits.new_empty(carried, dtype=torch.float32)
     with on_device_of(logits):
-        kernel_for(blocks)[(programs, -(-points // blocks.segment))](
+        kernel_for(blocks)[(programs, pieces)](
             logits,
             logits if upstream is None else upstream,
             values,
             dlogits,
+            carry,
             points,
             batch,
             *logits.stride(),
@@ -108,6 +114,8 @@ def options(blocks: Blocks, nvidia: bool) -> Dict[str, object]:
     if nvidia and blocks.warps in (2, 16):
         # Or the assembler spills a few registers to fit one more program of this size.
         chosen["maxnreg"] = 248 if blocks.warps == 2 else 128
+    if nvidia and blocks.block == 1024:
+        chosen["maxnreg"] = 168  # six programs on a multiprocessor in place of five
     return chosen
 
 

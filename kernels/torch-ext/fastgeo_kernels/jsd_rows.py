@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .jsd_terms import (
-    _alone,
     _close_row,
     _finish_value,
     _hellinger_term,
@@ -22,6 +21,7 @@ def path_rows_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [blocks of rows, E]
     grad_ptr,  # [N, B, C], contiguous
+    carry_ptr,  # unused
     N,
     B,
     stride_n,
@@ -44,46 +44,55 @@ def path_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows that fit a tile: [ROWS, BLOCK] of each point at a time."""
+    """Rows that fit a tile: [ROWS, BLOCK] of each point at a time, or [BLOCK, ROWS] where a thread
+    can hold a whole row, whose sums then need no other thread."""
+    AXIS: tl.constexpr = 0 if BLOCK <= 16 else 1  # of the classes
+    if AXIS == 0:
+        stride_c *= tl.minimum(N, 1)  # 1, unknown to the compiler: it would split rows to load them
     start = tl.program_id(0).to(tl.int64) * ROWS
     first = tl.program_id(1) * SEGMENT - HALO
     local = tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     row = start + local
     row_ok = row < B
-    mask = row_ok[:, None] & (col < C)[None, :]
-    floor = tl.where(col < C, -1e30, -3e38)[None, :]
+    mask = tl.expand_dims(row_ok, AXIS) & tl.expand_dims(col < C, 1 - AXIS)
+    floor = tl.expand_dims(tl.where(col < C, -1e30, -3e38), 1 - AXIS)
     grad_ptr += start * C
-    grad_at = local[:, None] * C + col[None, :]
+    grad_at = tl.expand_dims(local, AXIS) * C + tl.expand_dims(col, 1 - AXIS)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
     logits_ptr += start * tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
     if WIDE:
-        at = local.to(tl.int64)[:, None] * tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
-        at += col.to(tl.int64)[None, :] * stride_c
-    else:
-        at = local[:, None] * tl.multiple_of(stride_b.to(tl.int32), ALIGNED)
-        at += col[None, :] * stride_c
+        local = local.to(tl.int64)
+        col = col.to(tl.int64)
+    # A hint would not survive on a 32-bit argument; this does.
+    at = tl.expand_dims(local * (stride_b // ALIGNED * ALIGNED), AXIS)
+    at = at + tl.expand_dims(col * stride_c, 1 - AXIS)
 
     x = _load(logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n + at, mask, floor)
     y = _load(logits_ptr + (first + 1).to(tl.int64) * stride_n + at, mask, floor)
-    x_top, x_lse, p = _softmax(x, INV_T)
-    grad = tl.zeros([ROWS, BLOCK], tl.float32)
-    for i in range(EDGES):
+    x_top, x_lse, p = _softmax(x, INV_T, AXIS)
+    grad = tl.zeros_like(p)
+    # Of a point by itself the first edge only begins its gradient; unrolled, nothing else is left.
+    for i in tl.range(0, EDGES, loop_unroll_factor=2 if EDGES == 2 else 1):
         edge = first + i
         # The row after next is on its way while this edge is computed.
         ahead = tl.minimum(edge + 2, N - 1).to(tl.int64)
         following = _load(logits_ptr + ahead * stride_n + at, mask, floor)
-        y_top, y_lse, q = _softmax(y, INV_T)
+        y_top, y_lse, q = _softmax(y, INV_T, AXIS)
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-        if GRAD:
-            alone = tl.sum(_alone(d, p, q), 1, keep_dims=True) > 1.0
-        larger, below, h, gap = _terms(d, p, q)
+        # Less than 1/4: most of p and of q is on classes that the other lacks.
+        overlap = tl.sum(tl.minimum(p, q), AXIS, keep_dims=True)
+        shift = tl.where(overlap < 0.25, 0.6931471805599453, 0.0)
+        log_p, log_q, h = _terms(d, p, q, shift)
+        kl_p = tl.sum(p * log_p, AXIS, keep_dims=True)
+        kl_q = tl.sum(q * log_q, AXIS, keep_dims=True)
         is_edge = (edge >= 0) & (edge < N - 1)
         if VALUE:
             if FISHER:
                 h = _hellinger_term(d, p, q)
-            value = _finish_value(tl.sum(h, 1), tl.sum(gap, 1), FISHER)
-            if is_edge & (edge >= first + HALO):
+            value = _finish_value(tl.sum(h, AXIS, keep_dims=True), kl_p, kl_q, shift, FISHER)
+            value = tl.reshape(value, [ROWS])
+            if is_edge & (i >= HALO):
                 if VALUE == 1:
                     tl.store(value_ptr + edge.to(tl.int64) * B + row, value, mask=row_ok)
                 else:
@@ -95,19 +104,18 @@ def path_rows_kernel(
                 weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
                 weights = weights + row * stride_ub
                 weight = tl.load(upstream_ptr + weights, mask=row_ok, other=0.0)
-                scale *= weight[:, None]
+                scale *= tl.expand_dims(weight, AXIS)
             if MEAN:
                 scale /= B
-            larger = tl.where(alone, below, larger)
-            log_p = larger + tl.minimum(d, 0.0)
-            grad += scale * p * (log_p - tl.sum(p * log_p, 1, keep_dims=True))
-            if (edge >= first + HALO) & (edge < N):
-                here = grad_ptr + edge.to(tl.int64) * B * C + grad_at
-                tl.store(here, _close_row(grad, p).to(grad_ptr.dtype.element_ty), mask=mask)
-            log_q = larger - tl.maximum(d, 0.0)
-            grad = scale * q * (log_q - tl.sum(q * log_q, 1, keep_dims=True))
+            if i >= HALO:
+                grad = tl.fma(p, tl.fma(log_p, scale, -scale * kl_p), grad)
+                if edge < N:
+                    here = grad_ptr + edge.to(tl.int64) * B * C + grad_at
+                    closed = _close_row(grad, p, AXIS).to(grad_ptr.dtype.element_ty)
+                    tl.store(here, closed, mask=mask)
+            grad = q * tl.fma(log_q, scale, -scale * kl_q)
         x, x_top, x_lse, p = y, y_top, y_lse, q
         y = following
     if GRAD and not HALO:
         last = grad_ptr + (first + EDGES).to(tl.int64) * B * C + grad_at
-        tl.store(last, _close_row(grad, p).to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(last, _close_row(grad, p, AXIS).to(grad_ptr.dtype.element_ty), mask=mask)

@@ -13,7 +13,7 @@ def _load(pointers, mask, floor):
     """Logits as fp32. Masked classes (-inf) and the tile's padding become finite, so that every
     difference of two of them is; `floor` is lower in the padding, which then never counts."""
     x = tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32)
-    return tl.where(x < floor, floor, x)
+    return tl.maximum(x, floor, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
@@ -23,11 +23,11 @@ def _exp(x):
 
 
 @jit
-def _softmax(x, INV_T: tl.constexpr):
-    """[ROWS, BLOCK] -> the largest logit, log sum exp(x / T) without it, and p."""
-    top = tl.max(x, 1, keep_dims=True)
+def _softmax(x, INV_T: tl.constexpr, AXIS: tl.constexpr):
+    """Classes along `AXIS` -> the largest logit, log sum exp(x / T) without it, and p."""
+    top = tl.max(x, AXIS, keep_dims=True)
     e = _exp((x - top) * INV_T)
-    total = tl.sum(e, 1, keep_dims=True)
+    total = tl.sum(e, AXIS, keep_dims=True)
     return top, tl.log(total), e * (1.0 / total)
 
 
@@ -48,19 +48,20 @@ def _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T: tl.constexpr):
 
 
 @jit
-def _terms(d, p, q):
-    """log(max(p, q) / m), the same less log 2, (p + q) h / 2 and p - q, none by cancellation."""
+def _terms(d, p, q, shift):
+    """log(p / m), log(q / m), both less `shift` (0 or log 2), and, where that is 0, (p + q) h / 2:
+    none by cancellation."""
     a = tl.abs(d)
     near = a < 1.0
     u = d * d
-    tanh = tl.fma(u, 3.34668094e-05, -4.13953712e-04)
-    tanh = tl.fma(u, tanh, 4.16399354e-03)
-    tanh = tl.fma(u, tanh, -4.16663367e-02)
-    tanh = tl.fma(u, tanh, 4.99999993e-01) * d  # tanh(d / 2)
-    log_cosh = tl.fma(u, 1.74241695e-06, -2.60234042e-05)
-    log_cosh = tl.fma(u, log_cosh, 3.47107716e-04)
-    log_cosh = tl.fma(u, log_cosh, -5.20831922e-03)
-    log_cosh = tl.fma(u, log_cosh, 0.125) * u  # log cosh(d / 2)
+    log_cosh = tl.fma(u, -2.25386549e-05, 3.44929821e-04)
+    log_cosh = tl.fma(u, log_cosh, -5.20788366e-03)
+    log_cosh = tl.fma(u, log_cosh, 1.24999986e-01)
+    log_cosh = tl.fma(u, log_cosh, shift)  # log cosh(d / 2) + shift
+    h = tl.fma(u, 1.49842075e-05, -1.80939836e-04)
+    h = tl.fma(u, h, 1.73488049e-03)
+    h = tl.fma(u, h, -1.56248474e-02)
+    h = tl.fma(u, h, 1.24999997e-01) * u  # d / 2 tanh(d / 2) - log cosh(d / 2)
     e = _exp(-a)
     log1p = tl.fma(e, 5.26536976e-02, -1.30238778e-01)
     log1p = tl.fma(e, log1p, 1.91842718e-01)
@@ -68,18 +69,11 @@ def _terms(d, p, q):
     log1p = tl.fma(e, log1p, 3.33275586e-01)
     log1p = tl.fma(e, log1p, -4.99998710e-01)
     log1p = tl.fma(e, log1p, 9.99999995e-01)  # log(1 + e) / e
-    larger = tl.where(near, tl.fma(a, 0.5, -log_cosh), tl.fma(-e, log1p, 0.6931471805599453))
-    below = tl.where(near, larger - 0.6931471805599453, -e * log1p)
+    far = tl.fma(-e, log1p, 0.6931471805599453 - shift)
+    larger = tl.where(near, tl.fma(a, 0.5, -log_cosh), far)  # log(max(p, q) / m)
     log_p = larger + tl.minimum(d, 0.0)
     log_q = larger - tl.maximum(d, 0.0)
-    h = tl.where(near, (p + q) * tl.fma(0.5 * d, tanh, -log_cosh), p * log_p + q * log_q)
-    return larger, below, h, tl.where(near, (p + q) * tanh, p - q)
-
-
-@jit
-def _alone(d, p, q):
-    """p, or q, on classes that the other lacks; above 1 in sum, log(p / m) goes less log 2."""
-    return tl.where(d >= 1.0, p, tl.where(d <= -1.0, q, 0.0))
+    return log_p, log_q, tl.where(near, (p + q) * h, p * log_p + q * log_q)
 
 
 @jit
@@ -96,18 +90,20 @@ def _hellinger_term(d, p, q):
 
 
 @jit
-def _finish_value(total, gap, FISHER: tl.constexpr):
-    """Takes off the square of the row's shift; selects instead of max, which would hide a NaN."""
-    gap = 0.5 * gap
-    value = total - gap * gap
+def _finish_value(total, kl_p, kl_q, shift, FISHER: tl.constexpr):
+    """Takes off the square of the row's shift, which of near-equal rows is KL(p || m) - KL(q || m)
+    to the third order in d. Selects instead of max, which would hide a NaN."""
+    gap = 0.5 * (kl_p - kl_q)
+    value = tl.where(total < 1e-6, total - gap * gap, total)
     if not FISHER:
+        value = tl.where(shift > 0.0, kl_p + kl_q + 1.3862943611198906, value)
         value = tl.where(value > 1.3862943611198906, 1.3862943611198906, value) * 0.5
     return tl.where(value < 0.0, 0.0, value)
 
 
 @jit
-def _close_row(grad, p):
+def _close_row(grad, p, AXIS: tl.constexpr):
     """Gives the class that holds more than half of the row what makes the row sum to 0."""
     leads = p > 0.5
-    rest = tl.sum(tl.where(leads, 0.0, grad), 1, keep_dims=True)
+    rest = tl.sum(tl.where(leads, 0.0, grad), AXIS, keep_dims=True)
     return tl.where(leads, -rest, grad)

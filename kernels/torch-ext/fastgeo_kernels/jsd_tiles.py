@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .jsd_terms import (
-    _alone,
     _exp,
     _finish_value,
     _hellinger_term,
@@ -49,21 +48,17 @@ def _sweep_edge(
     y_lse,
     x_inv,
     y_inv,
+    shift,
     stride_c,
     C: tl.constexpr,
     INV_T: tl.constexpr,
     FISHER: tl.constexpr,
-    GRAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Value, KL(p || m) and KL(q || m) of one edge; whether the two are less log 2."""
+    """Sums of the value's terms, KL(p || m) and KL(q || m) of one edge, the two less `shift`."""
     total = tl.zeros([TILE], tl.float32)
-    gap = tl.zeros([TILE], tl.float32)
     kl_p = tl.zeros([TILE], tl.float32)
     kl_q = tl.zeros([TILE], tl.float32)
-    below_p = tl.zeros([TILE], tl.float32)
-    below_q = tl.zeros([TILE], tl.float32)
-    alone = tl.zeros([TILE], tl.float32)
     # Backwards: what the sweep before this one read last is still in the cache.
     for back in range(0, C, TILE):
         start = (C - 1) // TILE * TILE - back
@@ -72,78 +67,97 @@ def _sweep_edge(
         p = _exp((x - x_top) * INV_T) * x_inv
         q = _exp((y - y_top) * INV_T) * y_inv
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-        larger, below, h, difference = _terms(d, p, q)
+        log_p, log_q, h = _terms(d, p, q, shift)
         if FISHER:
             h = _hellinger_term(d, p, q)
         total += h
-        gap += difference
-        if GRAD:
-            kl_p += p * (larger + tl.minimum(d, 0.0))
-            kl_q += q * (larger - tl.maximum(d, 0.0))
-            below_p += p * (below + tl.minimum(d, 0.0))
-            below_q += q * (below - tl.maximum(d, 0.0))
-            alone += _alone(d, p, q)
-    value = _finish_value(tl.sum(total, 0), tl.sum(gap, 0), FISHER)
-    less = tl.sum(alone, 0) > 1.0
-    kl_of_p = tl.where(less, tl.sum(below_p, 0), tl.sum(kl_p, 0))
-    kl_of_q = tl.where(less, tl.sum(below_q, 0), tl.sum(kl_q, 0))
-    return value, kl_of_p, kl_of_q, less
+        kl_p += p * log_p
+        kl_q += q * log_q
+    return tl.sum(total, 0), tl.sum(kl_p, 0), tl.sum(kl_q, 0)
 
 
 @jit
 def _sweep_grad(
     grad_ptr,
-    w_ptr,
+    carry_ptr,
     x_ptr,
     y_ptr,
-    w_top,
     x_top,
     y_top,
-    w_lse,
     x_lse,
     y_lse,
     x_inv,
-    left,  # of the edge (w, x), then of (x, y): weight, KL, and whether it is less log 2
-    left_kl,
-    left_less,
-    right,
-    right_kl,
-    right_less,
-    has_left,
-    has_right,
+    y_inv,
+    weight,
+    kl_p,
+    kl_q,
+    shift,
+    begun,
+    owned,
     stride_c,
     C: tl.constexpr,
     INV_T: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Writes the gradient of one row x between its neighbours w and y."""
+    """Adds what the edge (x, y) gives to both its rows: x, if `begun` in `carry_ptr`, is done and
+    written if `owned`; y is left there."""
     rest = tl.zeros([TILE], tl.float32)
     leader = tl.full([TILE], -1, tl.int32)
     for start in range(0, C, TILE):
         x, col = _tile(x_ptr, start, stride_c, C, TILE)
+        y, _ = _tile(y_ptr, start, stride_c, C, TILE)
+        inside = col < C
+        grad = tl.load(carry_ptr + col, mask=inside & begun, other=0.0)
         p = _exp((x - x_top) * INV_T) * x_inv
-        grad = tl.zeros([TILE], tl.float32)
-        if has_left:
-            w, _ = _tile(w_ptr, start, stride_c, C, TILE)
-            d = _log_ratio(x, w, x_top, w_top, x_lse, w_lse, INV_T)
-            larger, below, _, _ = _terms(d, p, p)
-            log_p = tl.where(left_less, below, larger) + tl.minimum(d, 0.0)
-            grad += left * (log_p - left_kl)
-        if has_right:
-            y, _ = _tile(y_ptr, start, stride_c, C, TILE)
-            d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-            larger, below, _, _ = _terms(d, p, p)
-            log_p = tl.where(right_less, below, larger) + tl.minimum(d, 0.0)
-            grad += right * (log_p - right_kl)
-        grad *= p
-        leads = p > 0.5
-        rest += tl.where(leads, 0.0, grad)
-        leader = tl.where(leads, col, leader)
-        grad = grad.to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + col, grad, mask=(col < C) & (leads == 0))  # NaN does not lead
+        q = _exp((y - y_top) * INV_T) * y_inv
+        d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
+        log_p, log_q, _ = _terms(d, p, q, shift)
+        # A thread stores where it has loaded: the pointers, and with them the layouts, are equal.
+        grad_y = q * tl.fma(log_q, weight, -weight * kl_q)
+        tl.store(carry_ptr + col, grad_y, mask=inside)
+        grad = tl.fma(p, tl.fma(log_p, weight, -weight * kl_p), grad)
+        rest, leader = _write(grad_ptr, grad, p, col, inside & owned, rest, leader)
+    _close(grad_ptr, rest, leader, owned)
+
+
+@jit
+def _sweep_last(
+    grad_ptr,
+    carry_ptr,
+    x_ptr,
+    x_top,
+    x_inv,
+    stride_c,
+    C: tl.constexpr,
+    INV_T: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Writes the gradient of a row without a further edge."""
+    rest = tl.zeros([TILE], tl.float32)
+    leader = tl.full([TILE], -1, tl.int32)
+    for start in range(0, C, TILE):
+        x, col = _tile(x_ptr, start, stride_c, C, TILE)
+        grad = tl.load(carry_ptr + col, mask=col < C, other=0.0)
+        p = _exp((x - x_top) * INV_T) * x_inv
+        rest, leader = _write(grad_ptr, grad, p, col, col < C, rest, leader)
+    _close(grad_ptr, rest, leader, True)
+
+
+@jit
+def _write(grad_ptr, grad, p, col, mask, rest, leader):
+    """Stores a tile; the sum without a class of more than half of the row, and which that is."""
+    leads = p > 0.5
+    tl.store(grad_ptr + col, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    return rest + tl.where(leads, 0.0, grad), tl.where(leads, col, leader)
+
+
+@jit
+def _close(grad_ptr, rest, leader, owned):
+    """Gives that class what makes the row sum to 0, over what another thread stored there."""
     leader = tl.max(leader, 0)
     rest = -tl.sum(rest, 0)
-    tl.store(grad_ptr + leader, rest.to(grad_ptr.dtype.element_ty), mask=leader >= 0)
+    tl.debug_barrier()
+    tl.store(grad_ptr + leader, rest.to(grad_ptr.dtype.element_ty), mask=(leader >= 0) & owned)
 
 
 @kernel
@@ -152,6 +166,7 @@ def path_tiles_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [B, E]
     grad_ptr,  # [N, B, C], contiguous
+    carry_ptr,  # [programs, C], fp32: the gradient of a row as far as its first edge gives it
     N,
     B,
     stride_n,
@@ -185,16 +200,14 @@ def path_tiles_kernel(
     grad_ptr += row * C
     x_ptr = logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n
     x_top, x_lse, x_inv = _sweep_lse(x_ptr, stride_c, C, INV_T, BLOCK)
-    w_ptr, w_top, w_lse = x_ptr, x_top, x_lse
-    left = x_lse * 0
-    left_kl = x_lse * 0
-    left_less = left > 0
+    carry_ptr += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C
     for i in range(EDGES):
         edge = first + i
         y_ptr = logits_ptr + tl.minimum(edge + 1, N - 1).to(tl.int64) * stride_n
         is_edge = (edge >= 0) & (edge < N - 1)
         y_top, y_lse, y_inv = _sweep_lse(y_ptr, stride_c, C, INV_T, BLOCK)
-        value, kl_p, kl_q, less = _sweep_edge(
+        shift = x_lse * 0
+        total, kl_p, kl_q = _sweep_edge(
             x_ptr,
             y_ptr,
             x_top,
@@ -203,78 +216,69 @@ def path_tiles_kernel(
             y_lse,
             x_inv,
             y_inv,
+            0.0,
             stride_c,
             C,
             INV_T,
             FISHER,
-            GRAD,
             BLOCK,
         )
+        value = _finish_value(total, kl_p, kl_q, shift, FISHER)
+        if GRAD:
+            if kl_p + kl_q > 1.0:
+                shift += 0.6931471805599453
+                _, kl_p, kl_q = _sweep_edge(
+                    x_ptr,
+                    y_ptr,
+                    x_top,
+                    y_top,
+                    x_lse,
+                    y_lse,
+                    x_inv,
+                    y_inv,
+                    shift,
+                    stride_c,
+                    C,
+                    INV_T,
+                    FISHER,
+                    BLOCK,
+                )
         if is_edge & (edge >= first + HALO):
             if VALUE == 1:
                 tl.store(value_ptr + edge.to(tl.int64) * B + row, value)
             if VALUE == 2:
                 tl.store(value_ptr + row * (N - 1) + edge, value / B)
         if GRAD:
-            right = tl.where(is_edge, 0.5 * INV_T, 0.0)
+            weight = tl.where(is_edge, 0.5 * INV_T, 0.0)
             if UPSTREAM:
                 weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
                 weights += row * stride_ub
-                right *= tl.load(upstream_ptr + weights)
+                weight *= tl.load(upstream_ptr + weights)
             if MEAN:
-                right /= B
-            if (edge >= first + HALO) & (edge < N):
-                _sweep_grad(
-                    grad_ptr + edge.to(tl.int64) * B * C,
-                    w_ptr,
-                    x_ptr,
-                    y_ptr,
-                    w_top,
-                    x_top,
-                    y_top,
-                    w_lse,
-                    x_lse,
-                    y_lse,
-                    x_inv,
-                    left,
-                    left_kl,
-                    left_less,
-                    right,
-                    kl_p,
-                    less,
-                    edge > 0,
-                    is_edge,
-                    stride_c,
-                    C,
-                    INV_T,
-                    BLOCK,
-                )
-            left, left_kl, left_less = right, kl_q, less
-            w_ptr, w_top, w_lse = x_ptr, x_top, x_lse
+                weight /= B
+            _sweep_grad(
+                grad_ptr + tl.maximum(edge, 0).to(tl.int64) * B * C,
+                carry_ptr,
+                x_ptr,
+                y_ptr,
+                x_top,
+                y_top,
+                x_lse,
+                y_lse,
+                x_inv,
+                y_inv,
+                weight,
+                kl_p,
+                kl_q,
+                shift,
+                i > 0,
+                (i >= HALO) & (edge < N),
+                stride_c,
+                C,
+                INV_T,
+                BLOCK,
+            )
         x_ptr, x_top, x_lse, x_inv = y_ptr, y_top, y_lse, y_inv
     if GRAD and not HALO:
-        _sweep_grad(
-            grad_ptr + (first + EDGES).to(tl.int64) * B * C,
-            w_ptr,
-            x_ptr,
-            x_ptr,
-            w_top,
-            x_top,
-            x_top,
-            w_lse,
-            x_lse,
-            x_lse,
-            x_inv,
-            left,
-            left_kl,
-            left_less,
-            left,
-            left_kl,
-            left_less,
-            EDGES > 0,
-            EDGES < 0,
-            stride_c,
-            C,
-            INV_T,
-            BLOCK,
-        )
+        last = grad_ptr + (first + EDGES).to(tl.int64) * B * C
+        _sweep_last(last, carry_ptr, x_ptr, x_top, x_inv, stride_c, C, INV_T, BLOCK)

@@ -6,16 +6,18 @@ stand in `reference.py`. Four things keep fp32 enough:
 
 * d is the difference of the logits, with its rounding error added back, then of the two rows'
   log-sum-exps. What those two still round shifts a whole row of d: the gradient does not feel such
-  a shift, and from the value its square, (sum p - sum q)^2 / 8, is taken off.
-* For |d| < 1 polynomials give log cosh(d / 2) and tanh(d / 2): the closed forms cancel there.
+  a shift, and from the value of near-equal rows its square, (KL(p || m) - KL(q || m))^2 / 8, is
+  taken off.
+* For |d| < 1 polynomials give log cosh(d / 2) and h: the closed forms cancel there.
 * Where most of p and of q is on classes that the other lacks, every log(p / m) that counts is
   near log 2. The gradient stays as it is without that constant, and only then keeps its digits.
 * A class with more than half of a row takes the gradient that makes the row sum to 0: its own
   closed form is the difference of two nearly equal numbers.
 
 A program walks along the path and holds the row it came from in registers, so that logits are read
-once and gradients written once. A row that does not fit is swept in tiles: log-sum-exp, sums,
-gradient. Nothing is added atomically: results repeat bit for bit.
+once and gradients written once. A row that does not fit is swept in tiles: log-sum-exp, sums, and
+the gradients of both rows, of which the second waits in memory for its other edge. Nothing is added
+atomically: results repeat bit for bit.
 """
 
 from __future__ import annotations
