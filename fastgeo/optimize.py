@@ -147,7 +147,7 @@ def optimize(
 
     order, first = Passes(batches, repeat=steps is not None), 0
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
-        first, (path, descent.velocity) = saved.step, restored(path, saved, sizes)
+        first, (path, descent.velocity) = saved.step, restored(path, saved, sizes, momentum)
         order.load_state_dict(saved.tensors["state"]["order"])
         saved.set_generators()
     step = first
@@ -212,8 +212,10 @@ def optimize(
     return path
 
 
-def restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dict[str, Tensor]]:
-    """The saved path and its velocity, on the device of `path`.
+def restored(
+    path: Path, saved: State, sizes: dict[int, int], momentum: float
+) -> tuple[Path, dict[str, Tensor]]:
+    """The saved path and, with momentum, its velocity, on the device of `path`.
 
     Raises:
         ValueError: the path is not between the same ends, or has not as many points as the
@@ -230,7 +232,7 @@ def restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dic
         raise ValueError(
             "the checkpoints hold a path between other ends, or of another number of points"
         )
-    velocity = saved.tensors["state"].get("velocity", {})
+    velocity = saved.tensors["state"].get("velocity", {}) if momentum else {}
     return found, {name: tensor.to(path.device) for name, tensor in velocity.items()}
 
 

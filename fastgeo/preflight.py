@@ -37,6 +37,8 @@ def check(run: Run) -> None:
     else:
         run.given_ends()
     _forward(run, module)
+    if run.config.cuda_graph:
+        _graph(run, module)
     _memory(run, module)
 
 
@@ -52,6 +54,22 @@ def _data(run: Run) -> None:
             "begin anew in another folder"
         )
     run.data = found
+
+
+def _graph(run: Run, module: nn.Module) -> None:
+    """ValueError if the step of this network cannot be one on static buffers."""
+    name = type(module).__name__
+    try:
+        StackedModule(module.eval(), engine="stacked", precision=run.config.precision)
+    except ValueError as error:
+        why = error.__cause__ or error
+        raise ValueError(f"{name} cannot be stacked: {why}; leave out --cuda-graph") from error
+    dtypes = {str(p.dtype) for p in module.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the trained parameters of {name} are {', '.join(sorted(dtypes))}; leave out "
+            "--cuda-graph, which takes one dtype"
+        )
 
 
 def _memory(run: Run, module: nn.Module) -> None:
@@ -81,7 +99,8 @@ def _memory(run: Run, module: nn.Module) -> None:
             batch=len(labels) if own else batch,
         )
         need = replace(need, room=ROOM[run.device.type], kept=kept)
-        chunk = 1 if c.chunk is None and c.engine == "auto" else c.chunk  # auto finds one
+        finds = c.engine == "auto" and not (c.cuda_graph and what == "optimisation")
+        chunk = 1 if c.chunk is None and finds else c.chunk  # auto finds one
         peak = need.peak(networks, chunk, streamed=streamed)
         if peak > free:
             fits = need.fitting(networks, free, streamed=streamed)

@@ -1,5 +1,6 @@
 """Geodesic optimisation in steps that a GPU replays (`fastgeo.static`), level by level."""
 
+import time
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fastgeo.optimize import restored
 from fastgeo.path import Path
 from fastgeo.sources import source_of
 from fastgeo.static import StaticStep
+
+SECONDS = 5.0  # to the next look at the energies, about, if states are saved
 
 
 def optimize_static(
@@ -54,8 +57,10 @@ def optimize_static(
             default on a GPU.
         read_every: steps between two looks at the energies, and for which inputs are kept.
         on_read: called after so many steps with the metrics of each, as `on_step` of
-            `fastgeo.optimize`, and the path behind them.
-        checkpoints: as in `fastgeo.optimize`; between two states are `read_every` steps at least.
+            `fastgeo.optimize`, and the path behind them; also before an error, with those of the
+            steps before it.
+        checkpoints: as in `fastgeo.optimize`; the steps between two looks then take some seconds at
+            most, behind which a state may be saved, or the loop stop.
 
     Returns:
         A new path with the same ends.
@@ -89,9 +94,9 @@ def optimize_static(
     )
     source = source_of(batches, path.device)
     sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
-    taken, velocity, static = 0, {}, None
+    taken, velocity, static, block = 0, {}, None, 1 if checkpoints else read_every
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
-        taken, (path, velocity) = saved.step, restored(path, saved, sizes)
+        taken, (path, velocity) = saved.step, restored(path, saved, sizes, momentum)
         source.stream.load_state_dict(saved.tensors["state"]["order"])
         saved.set_generators()
     with tqdm(
@@ -107,43 +112,48 @@ def optimize_static(
             if taken == steps:
                 return path
             until = min((first for first in sizes if first > taken), default=steps)
+            block = min(block, until - taken)
             if static is None:
-                block = min(read_every, until - taken)
-                state = dict(first=taken, velocity=velocity, read_every=block)
+                state = dict(first=taken, velocity=velocity, read_every=read_every, take=block)
                 static = StaticStep(path, module, source, **how, **state)
                 filled = static.filled
                 if capture:
                     static.capture()
             else:
-                filled = static.fill(until - taken)
+                filled = static.fill(block)
             if filled == 0:
                 raise ValueError(f"batches ended after {taken} of {steps} steps")
+            started = time.monotonic()
             for _ in range(filled):
                 static.step()
+            energies = static.energies[:filled].cpu()  # here the host waits
+            each = (time.monotonic() - started) / filled
+            block = read_every if checkpoints is None else max(1, int(SECONDS / each))
+            block = min(block, read_every)
             path = static.path()
             velocity = {name: tensor.clone() for name, tensor in static.velocities.items()}
-            energies = static.energies[:filled].cpu()  # here the host waits
-            if not energies.isfinite().all():
-                i, edge = (~energies.isfinite()).nonzero()[0].tolist()
-                if checkpoints is not None and i == 0:
+            bad = (~energies.isfinite()).nonzero().tolist()
+            good = bad[0][0] if bad else filled
+            if static.lengths is not None:
+                metrics = _metrics(taken, energies[:good], static.lengths[:good])
+                for line in metrics if checkpoints is not None else ():
+                    checkpoints.record(line)
+                if on_read is not None and metrics:
+                    on_read(metrics, path)
+            if bad:
+                if checkpoints is not None and good == 0:
                     checkpoints.distrust()
+                edge = bad[0][1]
                 raise ValueError(
-                    f"optimisation stopped at step {taken + i}: the divergence of edge {edge} is "
-                    f"{energies[i, edge].item()}; lower lr (now {lr}), or look at the inputs and "
-                    "the ends"
+                    f"optimisation stopped at step {taken + good}: the divergence of edge {edge} "
+                    f"is {energies[good, edge].item()}; lower lr (now {lr}), or look at the inputs "
+                    "and the ends"
                 )
             taken += filled
             if taken == steps and not all_finite(path.interior.values()):
                 raise ValueError(
                     f"the path is not finite after step {taken - 1}; lower lr (now {lr})"
                 )
-            if static.lengths is not None:
-                metrics = _metrics(taken - filled, energies, static.lengths[:filled])
-                if checkpoints is not None:
-                    for line in metrics:
-                        checkpoints.record(line)
-                if on_read is not None:
-                    on_read(metrics, path)
             bar.update(filled)
             bar.set_postfix_str(f"energy {energies[-1].sum():.4f} nats", refresh=False)
 

@@ -33,6 +33,7 @@ class StaticStep:
 
     Args:
         first: number of the first step, of all `steps`, which the rate depends on.
+        take: steps for which inputs are put on the device; `read_every` by default.
         velocity: first name -> [N - 2, ...] to go on with; zeros by default.
         lengths: whether the path is measured before every step.
         Others as of `optimize_static`.
@@ -62,6 +63,7 @@ class StaticStep:
         memory_budget: int | str | None = None,
         read_every: int = 50,
         first: int = 0,
+        take: int | None = None,
         velocity: Mapping[str, Tensor] | None = None,
         lengths: bool = False,
         on_choice: Callable[[dict], None] | None = None,
@@ -121,9 +123,11 @@ class StaticStep:
         self.kept = None  # [K, ...] of every tensor that the source gives
         self.captured: torch.cuda.CUDAGraph | None = None
         self.taken = first  # steps whose inputs were put on the device
-        self.filled = self.fill(read_every)
+        self.filled = self.fill(read_every if take is None else take)
         if self.filled == 0:
-            raise ValueError("there are no batches")
+            raise ValueError(
+                f"batches ended after {first} of {steps} steps" if first else "there are no batches"
+            )
         first = {name: tensor[None] for name, tensor in path.start.items()}
         with evaluation_mode(module):
             choice.prepare(first, self._inputs(), points=points)
@@ -146,21 +150,21 @@ class StaticStep:
         found = list(self.source.take(min(count, self.read_every)))
         if not found:
             return 0
-        leaves = [pytree.tree_flatten(one) for one in found]
-        stacked = [torch.stack(same) for same in zip(*(one for one, _ in leaves), strict=True)]
+        flat = [pytree.tree_flatten(one) for one in found]
         if self.kept is None:
-            self.form = leaves[0][1]
-            self.kept = [
-                t.new_empty((self.read_every, *t.shape[1:]), device=self.weight.device)
-                for t in stacked
-            ]
-        for buffer, t in zip(self.kept, stacked, strict=True):
-            if buffer.shape[1:] != t.shape[1:]:
+            first, self.form = flat[0]
+            size, device = self.read_every, self.weight.device
+            self.kept = [t.new_empty((size, *t.shape), device=device) for t in first]
+        expected = [list(buffer.shape[1:]) for buffer in self.kept]
+        for leaves, form in flat:
+            shapes = [list(t.shape) for t in leaves]
+            if form != self.form or shapes != expected:
                 raise ValueError(
-                    f"all batches must have one shape, got {list(t.shape[1:])} after "
-                    f"{list(buffer.shape[1:])}"
+                    "steps on static buffers take batches of one shape (in a DataLoader "
+                    f"drop_last=True), got {_words(shapes)} after {_words(expected)}"
                 )
-            buffer[: len(t)].copy_(t)
+        for i, buffer in enumerate(self.kept):
+            buffer[: len(flat)].copy_(torch.stack([leaves[i] for leaves, _ in flat]))
         rates = [self.descent.rate(self.taken + i) for i in range(len(found))]
         self.rates[: len(found)].copy_(torch.tensor(rates, dtype=self.rates.dtype))
         self.taken += len(found)
@@ -243,6 +247,10 @@ class StaticStep:
     def _inputs(self) -> Inputs:
         kept = [buffer.index_select(0, self.turn)[0] for buffer in self.kept]
         return self.source.inputs(pytree.tree_unflatten(kept, self.form))
+
+
+def _words(shapes: list[list[int]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _views(flat: Tensor, shapes: dict[str, torch.Size], channels_last: bool) -> dict[str, Tensor]:

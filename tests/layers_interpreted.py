@@ -4,7 +4,7 @@ process with TRITON_INTERPRET=1. Grids are small: a program takes the interprete
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import conv_kernels, group_norm, launching, stacked_conv
+from fastgeo_kernels import channel_norm, conv_kernels, group_norm, launching, stacked_conv
 from fastgeo_kernels.stacked_conv import OWN
 
 assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
@@ -41,6 +41,14 @@ def test_norm_of_a_group_in_tiles_is_the_float64_definition(tiles, behind):
 @pytest.mark.parametrize("lay_out", [claims.networks_around, torch.clone])
 def test_norm_in_other_layouts(kind, lay_out):
     claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, lay_out=lay_out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_programs_beyond_the_last_block_change_nothing(kind, monkeypatch):
+    """As there are where more than 65,535 blocks take a further axis of the grid."""
+    for module in (group_norm, channel_norm):
+        monkeypatch.setattr(module, "grid", lambda points, blocks: (points, blocks, 2))
+    claims.check_norm(kind, (2, 2, 6, 3, 3), True, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -86,6 +86,15 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     Run.create(tmp_path / "r", replace(config, chunk=chunk), overwrite=False)
     Run.create(tmp_path / "s", replace(config, engine="auto"), overwrite=False)
     monkeypatch.setattr("fastgeo.preflight.free_bytes", lambda device: 2**20)
+    monkeypatch.setattr("fastgeo.preflight.free_bytes", lambda device: 3 * 2**26)
+    for option, fits in (("--no-cuda-graph", True), ("--cuda-graph", False)):  # chooses no chunk
+        config = replace(PRESETS["digits"], engine="auto", cuda_graph=not fits)
+        if fits:
+            Run.create(tmp_path / "u", config, overwrite=False)
+        else:
+            words = refused(capsys, "run", "--out", "v", "--engine", "auto", option)
+            assert words.startswith(start) and "give --chunk " in words
+    monkeypatch.setattr("fastgeo.preflight.free_bytes", lambda device: 2**20)
     sentence = refused(capsys, "run", "--out", "t", "--engine", "auto")
     assert "a step of the training" in sentence and sentence.endswith("give smaller batches")
     assert not (tmp_path / "t").exists()

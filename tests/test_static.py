@@ -1,6 +1,8 @@
 """The step on static buffers against `optimize`, step by step; on a GPU it is captured, too."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -199,6 +201,53 @@ def test_a_run_replays_the_steps_that_it_would_take_one_by_one(tmp_path, monkeyp
         assert one == pytest.approx(other, rel=1e-3)
 
 
+def test_a_replayed_run_that_is_stopped_goes_on_to_the_last_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--epochs", "1", "--steps", "60", "--points", "7", "--train-subset", "150"]
+    options += ["--augment", "flip-crop", "--width", "0.25", "--cuda-graph"]
+    main(["run", "--out", "uncut", *options])
+    record = Checkpoints.record
+
+    def stop_at(step):
+        def stopping(self, line):
+            record(self, line)
+            if line["step"] == step and "energy" in line:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return stopping
+
+    for step in (3, 45):  # of the first and of the second number of points
+        monkeypatch.setattr(Checkpoints, "record", stop_at(step))
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", "--out", "cut", *options, "--resume"])
+        assert stopped.value.code == 143
+    main(["run", "--out", "cut", "--resume"])
+    for name in ("path.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "uncut" / name).read_bytes()
+
+
+def test_metrics_of_the_steps_before_an_error_are_given(path, module):
+    log, batches = [], [images(), images(seed=4), images() * 1e300]
+    with pytest.raises(ValueError, match="optimisation stopped at step 2: the divergence of edge"):
+        optimize_static(path, module, batches, steps=3, on_read=recorded(log))
+    assert [line["step"] for line in log] == [0, 1]
+
+
+class Untraceable(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 10)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)) if x.sum() > 0 else self.bias + 0 * x.sum((1, 2, 3))
+
+
+def test_what_a_cuda_graph_cannot_do_is_refused_before_a_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastgeo.user.new_module", lambda name: Untraceable())
+    words = refused(capsys, "run", "--cuda-graph", "--engine", "auto", "--model", "own:make")
+    assert "Untraceable cannot be stacked" in words and words.endswith("leave out --cuda-graph")
+
+
 def test_what_a_cuda_graph_cannot_do_is_named(capsys):
     for options, words in (
         (["--engine", "loop"], "--cuda-graph runs networks stacked, not as a loop"),
@@ -211,8 +260,14 @@ def test_what_a_cuda_graph_cannot_do_is_named(capsys):
 def test_what_cannot_be_is_named(path, module):
     with pytest.raises(ValueError, match="batches ended after 2 of 5 steps"):
         optimize_static(path, module, iter([images(), images()]), steps=5, read_every=2)
-    with pytest.raises(ValueError, match="all batches must have one shape, got"):
-        optimize_static(path, module, [images(8), images(12)], steps=2, read_every=1)
+    for read_every in (1, 50):
+        with pytest.raises(ValueError, match=r"True\), got \[12, 1, .* \[8, 1, 8"):
+            options = dict(steps=2, read_every=read_every)
+            optimize_static(path, module, [images(8), images(12)], **options)
+    for count in (3, 4):  # to the next level, and behind it
+        with pytest.raises(ValueError, match=f"batches ended after {count} of 6 steps"):
+            batches = iter([images()] * count)
+            optimize_static(path, module, batches, steps=6, coarse_to_fine=True, read_every=1)
     with pytest.raises(ValueError, match="lower lr"):
         optimize_static(path, module, [images() * 1e300], steps=2)
     with pytest.raises(ValueError, match="there are no batches"):

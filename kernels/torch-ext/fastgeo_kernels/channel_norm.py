@@ -13,7 +13,7 @@ from typing import Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .group_norm import Tile, finish, load, passed, point_and_block, units
+from .group_norm import Tile, block_of_program, finish, grid, load, passed, units
 from .launching import jit, on_device_of, power_of_two, tl
 from .layout import empty_like
 
@@ -51,7 +51,7 @@ def channel_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Some pixels of one network."""
-    point, block = point_and_block(N)
+    point, block = tl.program_id(0).to(tl.int64), block_of_program()
     pixel, col = block * PIXELS + tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
     mask = (pixel < R)[:, None] & (col < C)[None, :]
     at = (pixel[:, None] * pixels + point * points) * C + col[None, :]
@@ -85,7 +85,7 @@ def channel_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """TILES tiles of pixels of one network; statistics are computed again, x being at hand."""
-    point, block = point_and_block(N)
+    point, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     col = tl.arange(0, CHANNELS)
     own = point * C + col
     weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
@@ -129,7 +129,7 @@ def channel_forward(
     batch, pixels, points, channels = x.shape
     tile, rows, y = channel_tile(channels), batch * pixels, empty_like(x)
     with on_device_of(x):
-        channel_forward_kernel[(points * -(-rows // tile.pixels),)](
+        channel_forward_kernel[grid(points, -(-rows // tile.pixels))](
             *(x, x if residual is None else residual, weight, bias, y),
             *(points, rows, *units(x)[::2]),
             **channel_constants(channels, tile, residual is not None, relu, eps),
@@ -157,7 +157,7 @@ def channel_backward(
     dresidual = dy if y is None else empty_like(x)
     dparams = x.new_empty((programs, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
-        channel_backward_kernel[(points * programs,)](
+        channel_backward_kernel[(points, programs)](
             *(x, x if y is None else y, dy, weight, bias, dx, dresidual, dparams),
             *(points, rows, *units(x)[::2]),
             **channel_constants(channels, tile, y is not None, relu, eps),

@@ -75,11 +75,9 @@ def passed(dy_ptr, y_ptr, z, weight, bias, at, mask, RESIDUAL: tl.constexpr, REL
 
 
 @jit
-def point_and_block(N):
-    """Of a program in a grid of one axis, the only one that goes beyond 65,535: neighbours in
-    memory, the networks of a block, run side by side."""
-    program = tl.program_id(0)
-    return (program % N).to(tl.int64), (program // N).to(tl.int64)
+def block_of_program():
+    """The number of a program's block, along the two last axes of `grid`."""
+    return tl.program_id(1).to(tl.int64) + tl.program_id(2).to(tl.int64) * 65535
 
 
 # --- Statistics over the channels and pixels of an image: GroupNorm with one group ----------------
@@ -94,6 +92,7 @@ def group_forward_kernel(
     y_ptr,
     mean_ptr,  # [B, N], as rstd
     rstd_ptr,
+    B,
     N,
     points,
     batch,
@@ -108,7 +107,7 @@ def group_forward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = point_and_block(N)
+    point, image = tl.program_id(0).to(tl.int64), tl.minimum(block_of_program(), B - 1)
     start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
@@ -167,6 +166,7 @@ def group_backward_kernel(
     dx_ptr,
     dresidual_ptr,
     dparams_ptr,  # [B, 2, N, C]: dweight and dbias of each image
+    B,
     N,
     points,
     batch,
@@ -180,7 +180,7 @@ def group_backward_kernel(
     CHANNELS: tl.constexpr,
 ):
     """One network and one image."""
-    point, image = point_and_block(N)
+    point, image = tl.program_id(0).to(tl.int64), tl.minimum(block_of_program(), B - 1)
     start = (image * batch + point * points) * C
     x_ptr += start
     y_ptr += start
@@ -235,6 +235,12 @@ def group_backward_kernel(
 # --- Launchers: x, residual, y and dy are [B, S, N, C] of one layout ------------------------------
 
 
+def grid(points: int, blocks: int) -> Tuple[int, int, int]:
+    """Programs of every network and block: no axis but the first takes more than 65,535. Some may
+    have a number beyond the last block."""
+    return points, min(blocks, 65535), -(-blocks // 65535)
+
+
 def units(x: Tensor) -> Tuple[int, int, int]:
     """Strides of points, images and pixels of [B, S, N, C], in channels."""
     return tuple(x.stride(axis) // x.shape[3] for axis in (2, 0, 1))
@@ -259,9 +265,9 @@ def group_forward(
     y = empty_like(x)
     mean, rstd = (x.new_empty((batch, points), dtype=torch.float32) for _ in range(2))
     with on_device_of(x):
-        group_forward_kernel[(points * batch,)](
+        group_forward_kernel[grid(points, batch)](
             *(x, x if residual is None else residual, weight, bias, y, mean, rstd),
-            *(points, *units(x)),
+            *(batch, points, *units(x)),
             **group_constants(pixels, channels, tile, residual is not None, relu, eps),
             num_warps=tile.warps,
         )
@@ -289,9 +295,9 @@ def group_backward(
     dresidual = dy if y is None else empty_like(x)
     dparams = x.new_empty((batch, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
-        group_backward_kernel[(points * batch,)](
+        group_backward_kernel[grid(points, batch)](
             *(x, x if y is None else y, dy, weight, bias, mean, rstd, dx, dresidual, dparams),
-            *(points, *units(x)),
+            *(batch, points, *units(x)),
             **group_constants(pixels, channels, tile, y is not None, relu),
             num_warps=tile.warps,
         )
