@@ -134,8 +134,8 @@ class OptimizeConfig(EngineConfig):
     """choose the chunk so that the activations kept take at most so much, as in 8GiB"""
     cuda_graph: bool = False
     """the whole step is captured in a CUDA graph and replayed, without a GPU done one operation
-    after the other. It is stacked, whatever engine says, and on a GPU in channels-last; no chunk is
-    chosen. The host looks at it, and may save a state or stop, every 50 steps or five seconds"""
+    after the other; it is stacked, and on a GPU in channels-last, and no chunk is chosen. The host
+    looks at it, and may save a state or stop, every 50 steps or five seconds"""
 
     @property
     def descent(self) -> dict[str, Any]:
