@@ -22,6 +22,7 @@ from fastgeo.profiling import compare
 
 SETTINGS = {  # depth, width, channels, pixels, N, B
     "digits preset": (8, 0.5, 1, 8, 25, 128),
+    "paper-small preset": (8, 1, 3, 32, 9, 64),
     "ResNet8 width 0.5": (8, 0.5, 3, 32, 9, 128),
     "ResNet8 width 1": (8, 1, 3, 32, 7, 128),
     "ResNet20 width 1": (20, 1, 3, 32, 25, 16),
@@ -37,7 +38,7 @@ GRID = {  # name -> depth, width, channels, pixels, N, B
     for b in (16, 128)
     if pixels == 8 or n * b * width <= 25 * 64
 }
-ALL = list(SETTINGS)[:5]  # those that a CPU does in minutes
+ALL = list(SETTINGS)[:6]  # those that a CPU does in minutes
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Options:
     """Times the step of fastgeo, of the loop over modules, and of its usual improvements."""
 
     setting: str = "auto"
-    """auto (paper step on a GPU, digits preset elsewhere); paper step; digits preset, ResNet8 width
-    0.5, ResNet8 width 1, ResNet20 width 1, ResNet20 width 4, all of these; cifar10 preset and paper
-    preset (a GPU's); or grid: (width, N, B), fastgeo against the loop only"""
+    """auto (paper step on a GPU, digits preset elsewhere); paper step; digits preset, paper-small
+    preset, ResNet8 width 0.5, ResNet8 width 1, ResNet20 width 1, ResNet20 width 4, all of these;
+    cifar10 preset and paper preset (a GPU's); or grid: (width, N, B), fastgeo against the loop
+    only"""
     steps: int = 3
     """steps in one measurement, after one that is not measured"""
     repeats: int = 10

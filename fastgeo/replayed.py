@@ -94,7 +94,8 @@ def optimize_static(
     )
     source = source_of(batches, path.device)
     sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
-    taken, velocity, static, block = 0, {}, None, 1 if checkpoints else read_every
+    taken, velocity, static = 0, {}, None
+    block = read_every if checkpoints is None else 1
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
         taken, (path, velocity) = saved.step, restored(path, saved, sizes, momentum)
         source.stream.load_state_dict(saved.tensors["state"]["order"])
@@ -127,9 +128,10 @@ def optimize_static(
             for _ in range(filled):
                 static.step()
             energies = static.energies[:filled].cpu()  # here the host waits
-            each = (time.monotonic() - started) / filled
-            block = read_every if checkpoints is None else max(1, int(SECONDS / each))
-            block = min(block, read_every)
+            each = max(1e-6, (time.monotonic() - started) / filled)
+            block = read_every
+            if checkpoints is not None:
+                block = min(block, max(1, int(SECONDS / each)))
             path = static.path()
             velocity = {name: tensor.clone() for name, tensor in static.velocities.items()}
             bad = (~energies.isfinite()).nonzero().tolist()
