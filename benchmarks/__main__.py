@@ -19,6 +19,7 @@ from benchmarks.cases import Case, cases, error
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import keep_pages
 from fastgeo.measure import headline, quantiles, table, time_alternating
+from fastgeo.precision import matmul_precision
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Options:
 
 def measure(same: list[Case], repeats: int) -> list[dict[str, Any]]:
     """A row for each of the implementations of one thing."""
-    expected = same[0].run()
-    errors = {case.implementation: error(case.run(), expected) for case in same}
+    with matmul_precision("fp32"):  # a GPU's default for convolutions is TF32
+        expected = same[0].run()
+        errors = {case.implementation: error(case.run(), expected) for case in same}
     sound = {c.implementation: c for c in same if errors[c.implementation] <= c.tolerance}
     seconds = time_alternating({name: case.run for name, case in sound.items()}, repeats)
     first = same[0].implementation

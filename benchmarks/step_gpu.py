@@ -28,7 +28,7 @@ from fastgeo.static import StaticStep
 
 LR = 0.1
 # Allowed relative errors of the energy and of the gradient's norm, after one step.
-ALLOWED = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 4e-1)}
+ALLOWED = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 3e-1)}
 SECONDS = 15  # of measuring one engine, as far as three steps allow
 
 

@@ -30,7 +30,6 @@ from fastgeo.values import (
 )
 
 SHAPE_ATTRIBUTES = (("shape",), ("ndim",), ("dtype",), ("device",))
-FAILED = "its stacked form failed"
 FUNCTIONS = operators.FUNCTIONS | layers.FUNCTIONS
 
 
@@ -63,14 +62,14 @@ class Plan:
             name for name, x in zip(names, named, strict=False) if isinstance(x, Stacked)
         }
         before = dict(self.ways), dict(self.reasons)
+        run = _Run(self, state, n)
         try:
-            outputs = _Run(self, state, n).run(*named)
+            outputs = run.run(*named)
         except Exception:
             self.ways, self.reasons = before
             raise
-        for node, reason in self.reasons.items():
-            if reason.startswith(FAILED) and reason != before[1][node]:
-                warnings.warn(f"{node.name} runs through vmap: {reason}", stacklevel=4)
+        for node in run.failed:
+            warnings.warn(f"{node.name} runs through vmap: {self.reasons[node]}", stacklevel=4)
         return outputs
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
@@ -119,6 +118,7 @@ class _Run(fx.Interpreter):
     def __init__(self, plan: Plan, state: dict[str, Stacked | Tensor], n: int):
         super().__init__(plan.module, graph=plan.traced.graph)
         self.plan, self.state, self.n = plan, state, n
+        self.failed: list[fx.Node] = []  # whose stacked forms raised
         self.extra_traceback = False  # leave the exceptions of the layers as they are
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
@@ -180,7 +180,8 @@ class _Run(fx.Interpreter):
             self.plan.ways[node], self.plan.reasons[node] = error.way, str(error)
         except Exception as error:  # noqa: BLE001 - whatever torch raises
             self.plan.ways[node] = by_vmap
-            self.plan.reasons[node] = f"{FAILED}: {first_line(error)}"
+            self.plan.reasons[node] = f"its stacked form failed: {first_line(error)}"
+            self.failed.append(node)
         return None, False
 
     def _one_by_one(

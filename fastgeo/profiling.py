@@ -21,6 +21,7 @@ from fastgeo.measure import (
 )
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.precision import matmul_precision
 from fastgeo.stacking import channels_last_is_unsafe
 
 CHECKED = 32  # inputs on which every implementation is checked
@@ -58,8 +59,8 @@ def compare(
     """A row for each implementation of the optimisation step, on one batch.
 
     Every implementation is first checked on a few inputs: its energy and gradient against the loop
-    in float64. One that is off by more than 1 % of the largest entry (5 % on a GPU, 10 % and 50 %
-    in bf16) is called wrong, and has no times.
+    in float64, without TF32. One that is off by more than 1 % of the largest entry (10 % in bf16)
+    is called wrong, and has no times.
 
     Args:
         module: the network of all points, in eval mode.
@@ -81,10 +82,9 @@ def compare(
     implementations = _implementations(
         module, path, inputs, compiled=compiled, improved=improved, engine=engine
     )
-    errors = {name: _error(i, module, path, inputs) for name, i in implementations.items()}
-    # PyTorch's convolutions are in TF32 on a GPU, unless the user says otherwise.
-    loose = 5 if path.device.type == "cuda" else 1
-    sound = {n: i for n, i in implementations.items() if errors[n] < loose * TOLERANCE[i.dtype]}
+    with matmul_precision("fp32"):  # a GPU's default for convolutions is TF32
+        errors = {name: _error(i, module, path, inputs) for name, i in implementations.items()}
+    sound = {n: i for n, i in implementations.items() if errors[n] < TOLERANCE[i.dtype]}
     calls = {n: functools.partial(i.seconds, steps) for n, i in sound.items()}
     seconds = _in_turns(calls, repeats)
     peaks = {n: peak_bytes(lambda i=i: i.seconds(1)) for n, i in sound.items()}

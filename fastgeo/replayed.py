@@ -115,8 +115,9 @@ def optimize_static(
             until = min((first for first in sizes if first > taken), default=steps)
             block = min(block, until - taken)
             if static is None:
-                state = dict(first=taken, velocity=velocity, read_every=read_every, take=block)
-                static = StaticStep(path, module, source, **how, **state)
+                state = dict(first=taken, velocity=velocity, take=block)
+                most = min(read_every, until - taken)
+                static = StaticStep(path, module, source, **how, **state, read_every=most)
                 filled = static.filled
                 if capture:
                     static.capture()
@@ -132,8 +133,9 @@ def optimize_static(
             block = read_every
             if checkpoints is not None:
                 block = min(block, max(1, int(SECONDS / each)))
-            path = static.path()
-            velocity = {name: tensor.clone() for name, tensor in static.velocities.items()}
+            if static.lengths is not None or taken + filled == until:
+                path = static.path()
+                velocity = {name: tensor.clone() for name, tensor in static.velocities.items()}
             bad = (~energies.isfinite()).nonzero().tolist()
             good = bad[0][0] if bad else filled
             if static.lengths is not None:

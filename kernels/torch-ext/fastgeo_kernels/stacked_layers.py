@@ -78,9 +78,9 @@ def stacked_conv_transpose(
 def _product(function: Callable[..., Tensor], *given) -> Tensor:
     """A convolution or matrix product, and so its gradients.
 
-    On CPUs with AVX2 and no AVX-512 PyTorch's own in half precision are 6 to 40 times slower than
-    in fp32, in which products of halves are exact: there it is computed in fp32 and rounded once,
-    as matrix units do; what is kept for the backward pass is in fp32, too.
+    On CPUs with AVX2 and no AVX-512 PyTorch's own in half precision are many times slower than in
+    fp32, in which products of halves are exact: there it is computed in fp32 and rounded once, as
+    matrix units do; what is kept for the backward pass is in fp32, too.
     """
     kinds = {(t.dtype, t.device.type) for t in given if isinstance(t, Tensor)}
     if not (WIDENS and kinds in ({(torch.bfloat16, "cpu")}, {(torch.float16, "cpu")})):
