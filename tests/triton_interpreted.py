@@ -37,16 +37,17 @@ WAYS_TO_CUT = {
     "a program each point": (16, 32, 1, 1, False),
     "classes tiled": (1, 8, 5, 1, True),
     "classes tiled, path cut": (1, 8, 2, 1, True),
+    "classes tiled, a program each point": (1, 8, 1, 1, True),
 }
 
 
 @pytest.mark.parametrize("cut", WAYS_TO_CUT.values(), ids=WAYS_TO_CUT)
-@pytest.mark.parametrize("distance", [1e-3, 1.0, 10.0])
-def test_every_way_to_cut_is_the_float64_definition(blocks, cut, distance):
+@pytest.mark.parametrize("points, distance", [(5, 1e-3), (5, 1.0), (5, 10.0), (2, 1.0)])
+def test_every_way_to_cut_is_the_float64_definition(blocks, cut, points, distance):
     batch, classes = (1, 19) if cut[0] == 1 else (9, 19)
     blocks(*cut)
-    logits = claims.path(5, batch, classes, distance, seed=1)
-    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    logits = claims.path(points, batch, classes, distance, seed=1)
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5])[: points - 1]
     claims.check_against_the_definition(logits, "triton", 2.0, weight)
     claims.check_fisher_rao(logits, "triton")
     claims.check_symmetry_and_repetition(logits, "triton")

@@ -71,7 +71,7 @@ def launch(
     values = logits.new_empty(shape, dtype=torch.float32)
     dlogits = logits.new_empty(logits.shape if grad else (0,))
     pieces = -(-points // blocks.segment)
-    carried = (programs * pieces, classes) if grad and blocks.tiled else (0,)
+    carried = (programs * pieces, classes) if grad and blocks.tiled and points > 2 else (0,)
     carry = logits.new_empty(carried, dtype=torch.float32)
     with on_device_of(logits):
         kernel_for(blocks)[(programs, pieces)](
@@ -134,6 +134,7 @@ def constants(
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch."""
     whole = blocks.segment >= points
+    walk = dict(EDGES=points - 1 if whole else blocks.segment + 1, HALO=0 if whole else 1)
     return dict(
         ALIGNED=aligned,
         WIDE=wide,
@@ -144,11 +145,9 @@ def constants(
         GRAD=grad,
         UPSTREAM=upstream,
         MEAN=mean,
-        EDGES=points - 1 if whole else blocks.segment + 1,
         SEGMENT=blocks.segment,
-        HALO=0 if whole else 1,
-        ROWS=blocks.rows,
         BLOCK=blocks.block,
+        **({} if blocks.tiled else dict(walk, ROWS=blocks.rows)),
     )
 
 

@@ -78,7 +78,8 @@ def _sweep_edge(
 
 @jit
 def _sweep_grad(
-    grad_ptr,
+    x_grad_ptr,
+    y_grad_ptr,
     carry_ptr,
     x_ptr,
     y_ptr,
@@ -94,15 +95,19 @@ def _sweep_grad(
     shift,
     begun,
     owned,
+    last,
+    last_owned,
     stride_c,
     C: tl.constexpr,
     INV_T: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Adds what the edge (x, y) gives to both its rows: x, if `begun` in `carry_ptr`, is done and
-    written if `owned`; y is left there."""
-    rest = tl.zeros([TILE], tl.float32)
-    leader = tl.full([TILE], -1, tl.int32)
+    """Adds what the edge (x, y) gives to both its rows. x, if `begun` in `carry_ptr`, is then done,
+    and y where no edge follows: they are written if owned. Else y is left in `carry_ptr`."""
+    x_rest = tl.zeros([TILE], tl.float32)
+    y_rest = tl.zeros([TILE], tl.float32)
+    x_leader = tl.full([TILE], -1, tl.int32)
+    y_leader = tl.full([TILE], -1, tl.int32)
     for start in range(0, C, TILE):
         x, col = _tile(x_ptr, start, stride_c, C, TILE)
         y, _ = _tile(y_ptr, start, stride_c, C, TILE)
@@ -112,42 +117,28 @@ def _sweep_grad(
         q = _exp((y - y_top) * INV_T) * y_inv
         d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
         log_p, log_q, _ = _terms(d, p, q, shift)
-        # A thread stores where it has loaded: the pointers, and with them the layouts, are equal.
         grad_y = q * tl.fma(log_q, weight, -weight * kl_q)
-        tl.store(carry_ptr + col, grad_y, mask=inside)
         grad = tl.fma(p, tl.fma(log_p, weight, -weight * kl_p), grad)
-        rest, leader = _write(grad_ptr, grad, p, col, inside & owned, rest, leader)
-    _close(grad_ptr, rest, leader, owned)
-
-
-@jit
-def _sweep_last(
-    grad_ptr,
-    carry_ptr,
-    x_ptr,
-    x_top,
-    x_inv,
-    stride_c,
-    C: tl.constexpr,
-    INV_T: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Writes the gradient of a row without a further edge."""
-    rest = tl.zeros([TILE], tl.float32)
-    leader = tl.full([TILE], -1, tl.int32)
-    for start in range(0, C, TILE):
-        x, col = _tile(x_ptr, start, stride_c, C, TILE)
-        grad = tl.load(carry_ptr + col, mask=col < C, other=0.0)
-        p = _exp((x - x_top) * INV_T) * x_inv
-        rest, leader = _write(grad_ptr, grad, p, col, col < C, rest, leader)
-    _close(grad_ptr, rest, leader, True)
+        if last:
+            y_rest, y_leader = _write(
+                y_grad_ptr, grad_y, q, col, inside & last_owned, y_rest, y_leader
+            )
+        else:
+            # A thread stores where it has loaded: the pointers, and so the layouts, are equal.
+            tl.store(carry_ptr + col, grad_y, mask=inside)
+        x_rest, x_leader = _write(x_grad_ptr, grad, p, col, inside & owned, x_rest, x_leader)
+    _close(x_grad_ptr, x_rest, x_leader, owned)
+    if last:
+        _close(y_grad_ptr, y_rest, y_leader, last_owned)
 
 
 @jit
 def _write(grad_ptr, grad, p, col, mask, rest, leader):
     """Stores a tile; the sum without a class of more than half of the row, and which that is."""
     leads = p > 0.5
-    tl.store(grad_ptr + col, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    grad_to = grad.to(grad_ptr.dtype.element_ty)
+    # Not read again: what is should stay in the cache.
+    tl.store(grad_ptr + col, grad_to, mask=mask, eviction_policy="evict_first")
     return rest + tl.where(leads, 0.0, grad), tl.where(leads, col, leader)
 
 
@@ -183,28 +174,29 @@ def path_tiles_kernel(
     GRAD: tl.constexpr,
     UPSTREAM: tl.constexpr,
     MEAN: tl.constexpr,
-    EDGES: tl.constexpr,
     SEGMENT: tl.constexpr,
-    HALO: tl.constexpr,
-    ROWS: tl.constexpr,  # 1
     BLOCK: tl.constexpr,
 ):
-    """Rows longer than a tile, one at a time; arguments as of `path_rows_kernel`."""
+    """Rows longer than a tile, one at a time; arguments as of `path_rows_kernel`.
+
+    A program that does not own the first point begins one edge before its own. The last edge of
+    the path writes both its gradients, so that a pair of rows leaves nothing in `carry_ptr`.
+    """
     if WIDE:
         stride_c = tl.cast(stride_c, tl.int64)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
     stride_b = tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
-    row = tl.program_id(0).to(tl.int64) * ROWS
-    first = tl.program_id(1) * SEGMENT - HALO
-    logits_ptr += row * stride_b
+    row = tl.program_id(0).to(tl.int64)
+    owned = tl.program_id(1) * SEGMENT
+    start = tl.maximum(owned - 1, 0)
+    end = tl.minimum(owned + SEGMENT, N - 1)
+    carry_ptr += (tl.program_id(1) * tl.num_programs(0) + row) * C
     grad_ptr += row * C
-    x_ptr = logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n
+    x_ptr = logits_ptr + row * stride_b + start.to(tl.int64) * stride_n
     x_top, x_lse, x_inv = _sweep_lse(x_ptr, stride_c, C, INV_T, BLOCK)
-    carry_ptr += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * C
-    for i in range(EDGES):
-        edge = first + i
-        y_ptr = logits_ptr + tl.minimum(edge + 1, N - 1).to(tl.int64) * stride_n
-        is_edge = (edge >= 0) & (edge < N - 1)
+    for i in range(end - start):
+        edge = start + i
+        y_ptr = x_ptr + stride_n
         y_top, y_lse, y_inv = _sweep_lse(y_ptr, stride_c, C, INV_T, BLOCK)
         shift = x_lse * 0
         total, kl_p, kl_q = _sweep_edge(
@@ -223,7 +215,13 @@ def path_tiles_kernel(
             FISHER,
             BLOCK,
         )
-        value = _finish_value(total, kl_p, kl_q, shift, FISHER)
+        if VALUE:
+            value = _finish_value(total, kl_p, kl_q, shift, FISHER)
+            if edge >= owned:
+                if VALUE == 1:
+                    tl.store(value_ptr + edge.to(tl.int64) * B + row, value)
+                else:
+                    tl.store(value_ptr + row * (N - 1) + edge, value / B)
         if GRAD:
             if kl_p + kl_q > 1.0:
                 shift += 0.6931471805599453
@@ -243,21 +241,14 @@ def path_tiles_kernel(
                     FISHER,
                     BLOCK,
                 )
-        if is_edge & (edge >= first + HALO):
-            if VALUE == 1:
-                tl.store(value_ptr + edge.to(tl.int64) * B + row, value)
-            if VALUE == 2:
-                tl.store(value_ptr + row * (N - 1) + edge, value / B)
-        if GRAD:
-            weight = tl.where(is_edge, 0.5 * INV_T, 0.0)
+            weight = 0.5 * INV_T
             if UPSTREAM:
-                weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
-                weights += row * stride_ub
-                weight *= tl.load(upstream_ptr + weights)
+                weight *= tl.load(upstream_ptr + edge.to(tl.int64) * stride_ue + row * stride_ub)
             if MEAN:
                 weight /= B
             _sweep_grad(
-                grad_ptr + tl.maximum(edge, 0).to(tl.int64) * B * C,
+                grad_ptr + edge.to(tl.int64) * B * C,
+                grad_ptr + (edge + 1).to(tl.int64) * B * C,
                 carry_ptr,
                 x_ptr,
                 y_ptr,
@@ -272,13 +263,12 @@ def path_tiles_kernel(
                 kl_q,
                 shift,
                 i > 0,
-                (i >= HALO) & (edge < N),
+                edge >= owned,
+                edge == N - 2,
+                owned + SEGMENT >= N,
                 stride_c,
                 C,
                 INV_T,
                 BLOCK,
             )
         x_ptr, x_top, x_lse, x_inv = y_ptr, y_top, y_lse, y_inv
-    if GRAD and not HALO:
-        last = grad_ptr + (first + EDGES).to(tl.int64) * B * C
-        _sweep_last(last, carry_ptr, x_ptr, x_top, x_inv, stride_c, C, INV_T, BLOCK)
