@@ -49,8 +49,8 @@ def _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T: tl.constexpr):
 
 @jit
 def _terms(d, p, q, shift):
-    """log(p / m), log(q / m), both less `shift` (0 or log 2), and, where that is 0, (p + q) h / 2:
-    none by cancellation."""
+    """log(p / m), log(q / m), both less `shift` (0 or log 2), and, where that is 0, (p + q) h: none
+    by cancellation."""
     a = tl.abs(d)
     near = a < 1.0
     u = d * d

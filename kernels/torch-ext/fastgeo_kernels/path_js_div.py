@@ -1,7 +1,7 @@
 """Divergence between neighbouring rows of a path of logits, and its gradient, in one launch.
 
 With p = softmax(x / T), q = softmax(y / T), m = (p + q) / 2 and d = log p - log q, the value is
-1/4 sum (p + q) h and the gradient 1/2 p (log(p / m) - KL(p || m)) / T; the formula and its source
+1/2 sum (p + q) h and the gradient 1/2 p (log(p / m) - KL(p || m)) / T; the formula and its source
 stand in `reference.py`. Four things keep fp32 enough:
 
 * d is the difference of the logits, with its rounding error added back, then of the two rows'

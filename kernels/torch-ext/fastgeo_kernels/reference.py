@@ -3,8 +3,8 @@
 Divergence of neighbouring rows p = softmax(x), q = softmax(y), m = (p + q) / 2, written with
 d = log p - log q = (x - y) - (lse_x - lse_y):
 
-    log(p / m) = s + min(d, 0),  log(q / m) = s + min(-d, 0),  s = -log1p(expm1(-|d|) / 2)
-    JSD        = 1/4 sum (p + q) h,   h = d tanh(d / 2) - 2 log cosh(d / 2) >= 0
+    log(p / m) = s + min(d, 0),  log(q / m) = s - max(d, 0),  s = -log1p(expm1(-|d|) / 2)
+    JSD        = 1/2 sum (p + q) h,   h = d / 2 tanh(d / 2) - log cosh(d / 2) >= 0
     dJSD / dx  = 1/2 p (log(p / m) - KL(p || m))
 
 Every term of the sum is non-negative and nothing in it is the difference of two larger numbers, so
@@ -16,7 +16,7 @@ and lengths: Tan et al., "Geodesic Mode Connectivity", ICLR 2023 Tiny Papers, Eq
 from __future__ import annotations
 
 import math
-from typing import Optional, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from torch.autograd.function import once_differentiable
 
 LN2 = math.log(2.0)
 LOWEST = -1e30  # what a logit of -inf counts as
-CHUNK = 1 << 16  # numbers of a slice of the batch; a handful of such tensors fit a core's L2 cache
+CHUNK = 1 << 18  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
 
-# tanh(z / 2) / z and log(cosh(z / 2)) / z^2 as polynomials of z^2 on [0, 1], least relative error
-# (1.3e-8 and 2.2e-9); the highest coefficient first.
-TANH = (3.34668094e-05, -4.13953712e-04, 4.16399354e-03, -4.16663367e-02, 4.99999993e-01)
-LOG_COSH = (1.74241695e-06, -2.60234042e-05, 3.47107716e-04, -5.20831922e-03, 0.125)
-# log(1 + e) / e on [0, exp(-1)].
+CLASSES_INSIDE = 24  # above, a row's sum is faster where its classes lie side by side
+
+# -log cosh(z / 2) / z^2 and (z / 2 tanh(z / 2) - log cosh(z / 2)) / z^2 as polynomials of z^2 on
+# [0, 1], and log(1 + e) / e on [0, exp(-1)], least relative error; the highest coefficient first.
+LOG_COSH = (2.25386549e-05, -3.44929821e-04, 5.20788366e-03, -1.24999986e-01)
+HALF_H = (1.49842075e-05, -1.80939836e-04, 1.73488049e-03, -1.56248474e-02, 1.24999997e-01)
 LOG1P = (
     *(5.26536976e-02, -1.30238778e-01, 1.91842718e-01, -2.49017146e-01),
     *(3.33275586e-01, -4.99998710e-01, 9.99999995e-01),
@@ -109,7 +110,8 @@ def _by_chunks(function, logits: Tensor, temperature: float, upstream: Optional[
     points, batch, classes = logits.shape
     size = max(1, CHUNK // (points * classes))
     if size >= batch or logits.is_cuda or torch.compiler.is_compiling():
-        return function(logits, temperature, upstream)
+        parts = function(logits, temperature, upstream)
+        return tuple(part.contiguous() for part in parts)
     parts = [
         function(
             logits[:, start : start + size],
@@ -121,89 +123,106 @@ def _by_chunks(function, logits: Tensor, temperature: float, upstream: Optional[
     return tuple(torch.cat(part, 1) for part in zip(*parts))
 
 
+class _Edges(NamedTuple):
+    """The edges of a path, each with its rows p and q: [N, B, C], [E, B, C] or [E, B, 1]."""
+
+    p: Tensor  # of every point
+    d: Tensor  # log p - log q
+    log_p: Tensor  # log(p / m) - shift
+    log_q: Tensor
+    kl_p: Tensor  # KL(p || m) - shift
+    kl_q: Tensor
+    # log 2 where most of p and of q is on classes that the other lacks, else 0. There every
+    # log(p / m) that counts is near log 2, and keeps its digits without it.
+    shift: Tensor
+    value: Tensor  # (p + q) h; where |d| is large, p log_p + q log_q
+
+
 def _rows(logits: Tensor, temperature: float, _=None):
-    p, d = _softmax_and_log_ratio(logits, temperature)
-    return (_jensen_shannon(p, d, *_log_ratio_terms(d)[2:]),)
+    return (_jensen_shannon(_edges(logits, temperature)),)
 
 
 def _grad(logits: Tensor, temperature: float, upstream: Tensor):
-    p, d = _softmax_and_log_ratio(logits, temperature)
-    terms = _log_ratio_terms(d)
-    return (_jensen_shannon_grad(p, d, *terms[:2], upstream / temperature).to(logits.dtype),)
+    edges = _edges(logits, temperature)
+    return (_jensen_shannon_grad(edges, upstream / temperature).to(logits.dtype),)
 
 
 def _rows_and_grad(logits: Tensor, temperature: float, upstream: Tensor):
-    p, d = _softmax_and_log_ratio(logits, temperature)
-    terms = _log_ratio_terms(d)
-    grad = _jensen_shannon_grad(p, d, *terms[:2], upstream / temperature)
-    return _jensen_shannon(p, d, *terms[2:]), grad.to(logits.dtype)
+    edges = _edges(logits, temperature)
+    value = _jensen_shannon(edges)
+    return value, _jensen_shannon_grad(edges, upstream / temperature).to(logits.dtype)
 
 
 def _squared_hellinger(logits: Tensor, temperature: float, _=None):
     """|sqrt p - sqrt q|^2 = sum max(p, q) (1 - exp(-|d| / 2))^2, [E, B]."""
+    edges = _edges(logits, temperature)
+    larger = torch.maximum(edges.p[:-1], edges.p[1:])
+    total = (larger * torch.expm1(edges.d.abs() / -2).square()).sum(-1)
+    return (_without_the_gap(total, edges).clamp(min=0),)
+
+
+def _edges(logits: Tensor, temperature: float) -> _Edges:
     p, d = _softmax_and_log_ratio(logits, temperature)
-    gap = _gap(p, d, _log_ratio_terms(d)[3])
-    larger = torch.maximum(p[:-1], p[1:])
-    total = (larger * torch.expm1(d.abs() / -2).square()).sum(-1)
-    return ((total - gap.square() / 4).clamp(min=0),)
+    first, second = p[:-1], p[1:]
+    overlap = torch.minimum(first, second).sum(-1, keepdim=True)
+    shift = (overlap < 0.25).to(d.dtype) * LN2
+    larger, half_h, far = _log_ratio_terms(d, shift)
+    log_p = larger + d.clamp(max=0)
+    log_q = larger.sub_(d.clamp(min=0))
+    near = half_h.mul_(first + second)
+    there, back = first * log_p, second * log_q
+    kl_p, kl_q = there.sum(-1, keepdim=True), back.sum(-1, keepdim=True)
+    return _Edges(p, d, log_p, log_q, kl_p, kl_q, shift, near.lerp(there.add_(back), far))
 
 
 def _softmax_and_log_ratio(logits: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
     """Probabilities [N, B, C] and d = log p - log q of neighbouring rows [E, B, C]."""
     x = logits if logits.dtype == torch.float64 else logits.float()
+    if x.shape[2] <= CLASSES_INSIDE and not (x.is_cuda or torch.compiler.is_compiling()):
+        x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     x = x.clamp(min=LOWEST)  # masked classes (-inf): finite, so that their differences are
     top = x.amax(-1, keepdim=True)
-    p = _exp((x - top).div_(temperature))
+    p = _exp(x - top, 1 / temperature)
     total = p.sum(-1, keepdim=True)
     lse = total.log()
     d, lost = _exact_difference(x[:-1], x[1:])
     top_difference, top_lost = _exact_difference(top[:-1], top[1:])
-    d.sub_(top_difference).add_(lost).div_(temperature)
-    return p.div_(total), d.sub_(lse[:-1] - lse[1:] + top_lost / temperature)
+    offset = lse[:-1] - lse[1:] + top_lost / temperature
+    # A CPU rounds the tail of a tensor differently, so that sums of equal rows may differ.
+    offset *= d.abs().amax(-1, keepdim=True) > 0
+    return p.div_(total), d.sub_(top_difference).add_(lost).div_(temperature).sub_(offset)
 
 
 def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
     """x - y, and the rounding error of it (Knuth's two-sum)."""
     difference = x - y
     y_seen = x - difference
-    lost = (difference + y_seen).neg_().add_(x)
+    lost = x - (difference + y_seen)
     return difference, lost.add_(y_seen.sub_(y))
 
 
-def _exp(x: Tensor) -> Tensor:
-    """exp; the fp32 exp2 of a CPU takes a quarter of its time."""
-    return x.exp() if x.dtype == torch.float64 else torch.exp2(x.mul_(1 / LN2))
+def _exp(x: Tensor, scale: float) -> Tensor:
+    """exp(scale x); the fp32 exp2 of a CPU takes a quarter of its time."""
+    return x.mul_(scale).exp_() if x.dtype == torch.float64 else x.mul_(scale / LN2).exp2_()
 
 
-def _log_ratio_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log(max(p, q) / m), the same less log 2, h / 2 and tanh(d / 2), each [E, B, C] like d."""
+def _log_ratio_terms(d: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """log(max(p, q) / m) - shift; h where |d| is small; and where it is not, 1 there and 0
+    elsewhere. Each [E, B, C] like d."""
     a = d.abs()
     if d.dtype == torch.float64:
-        z = a / 2
-        near = z * torch.tanh(z) - torch.log1p(2 * torch.sinh(z / 2).square())
-        e = torch.exp(-a)
-        below = -torch.log1p(e)
-        far = LN2 + below - a * e / (1 + e)
-        larger = -torch.log1p(torch.expm1(-a) / 2)
-        return larger, below, torch.where(a < 2, near, far), torch.tanh(d / 2)
+        z = a.clamp(max=2) / 2
+        h = z * torch.tanh(z) - torch.log1p(2 * torch.sinh(z / 2).square())
+        return -torch.log1p(torch.expm1(-a) / 2) - shift, h, (a >= 2).to(d.dtype)
     # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly, in
-    # a tenth of the time of a CPU's `where`.
-    far = (a >= 1).to(d.dtype)
-    z = d.clamp(-1, 1)
+    # a tenth of the time of a CPU's `where`; so do rounded numbers in place of comparisons.
+    z = a.clamp(max=1)
     u = z.square()
-    tanh = _polynomial(u, TANH).mul_(z)
-    log_cosh = _polynomial(u, LOG_COSH).mul_(u)
-    half = z.div_(2)
-    e = torch.exp2(a.mul(-1 / LN2))
-    below_far = _polynomial(e, LOG1P).mul_(e).neg_()
-    larger_far = below_far + LN2
-    larger_near = half.abs().sub_(log_cosh)
-    larger = larger_near.lerp(larger_far, far)
-    below = larger_near.sub_(LN2).lerp(below_far, far)
-    inverse = (1 + e).reciprocal_()
-    h = (half * tanh).sub_(log_cosh).lerp(larger_far.sub_(a.mul_(e).mul_(inverse)), far)
-    tanh = tanh.lerp(inverse.mul_(4).sub_(2).mul_(half), far)  # far: half = 1/2, signed
-    return larger, below, h, tanh
+    near = _polynomial(u, LOG_COSH).mul_(u).sub_(shift).add_(a, alpha=0.5)
+    e = _exp(a, -1)
+    far = _polynomial(e, LOG1P).mul_(e).neg_().add_(LN2 - shift)
+    picks_far = z.floor_()
+    return near.lerp(far, picks_far), _polynomial(u, HALF_H).mul_(u), picks_far
 
 
 def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -214,43 +233,32 @@ def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
     return result.add_(coefficients[-1])
 
 
-def _jensen_shannon(p: Tensor, d: Tensor, half_h: Tensor, tanh: Tensor) -> Tensor:
-    """[N, B, C], then [E, B, C] each -> [E, B] nats.
-
-    The rounding of the two log-sum-exps shifts a whole row of d, which would ruin the value of
-    near-equal rows. sum(p - q) = 2 sum(m tanh(d / 2)) sees that shift; its square comes off.
-    """
-    total = ((p[:-1] + p[1:]) * half_h).sum(-1)
-    return (total - _gap(p, d, tanh).square() / 4).div(2).clamp(0, LN2)
+def _jensen_shannon(edges: _Edges) -> Tensor:
+    """[E, B] nats."""
+    value = _without_the_gap(edges.value.sum(-1), edges)
+    apart = (edges.kl_p + edges.kl_q).squeeze(-1) + 2 * LN2
+    return torch.where(edges.shift.squeeze(-1) > 0, apart, value).div(2).clamp(0, LN2)
 
 
-def _gap(p: Tensor, d: Tensor, tanh: Tensor) -> Tensor:
-    """sum(p - q) as d sees it, [E, B]."""
-    return ((p[:-1] + p[1:]) * tanh).sum(-1)
+def _without_the_gap(total: Tensor, edges: _Edges) -> Tensor:
+    """The rounding of the two log-sum-exps shifts a whole row of d, which would ruin the value of
+    near-equal rows: there KL(p || m) - KL(q || m), otherwise of third order in d, is that shift."""
+    gap = (edges.kl_p - edges.kl_q).squeeze(-1) / 2
+    return torch.where(total < 1e-6, total - gap.square(), total)
 
 
-def _jensen_shannon_grad(
-    p: Tensor, d: Tensor, larger: Tensor, below: Tensor, upstream: Tensor
-) -> Tensor:
-    """[N, B, C], [E, B, C] each, upstream [E, B] -> d(sum upstream * JSD) / dlogits [N, B, C]."""
+def _jensen_shannon_grad(edges: _Edges, upstream: Tensor) -> Tensor:
+    """upstream [E, B] -> d(sum upstream * JSD) / dlogits [N, B, C]; overwrites log_p, log_q."""
     scale = (upstream / 2)[..., None]
-    # A constant taken off every log(p / m) of a row changes nothing. Where most of p and of q is on
-    # classes that the other lacks, they are all near log 2, and keep their digits without it.
-    alone = (d >= 1).to(d.dtype).mul_(p[:-1]).add_((d <= -1).to(d.dtype).mul_(p[1:]))
-    larger = larger.lerp(below, (alone.sum(-1, keepdim=True) > 1).to(d.dtype))
-    first = _centred(d.clamp(max=0).add_(larger), p[:-1]).mul_(scale)
-    second = _centred(larger - d.clamp(min=0), p[1:]).mul_(scale)
-    grad = torch.cat([first[:1], second[:-1] + first[1:], second[-1:]])
+    grad = torch.zeros_like(edges.p)
+    grad[:-1].add_(edges.log_p.sub_(edges.kl_p).mul_(scale))
+    grad[1:].add_(edges.log_q.sub_(edges.kl_q).mul_(scale))
+    grad.mul_(edges.p)
     # The class with more than half of a row takes what makes the row sum to 0: its own closed
     # form is the difference of two numbers near log 2.
-    leads = (p > 0.5).to(p.dtype)
-    rest = (grad * (1 - leads)).sum(-1, keepdim=True)
-    return grad.lerp(-rest.expand_as(grad), leads)
-
-
-def _centred(log_ratio: Tensor, p: Tensor) -> Tensor:
-    """p (log(p / m) - sum p log(p / m)), [E, B, C]."""
-    return log_ratio.sub_((log_ratio * p).sum(-1, keepdim=True)).mul_(p)
+    leads = edges.p.round()
+    grad.addcmul_(grad, leads, value=-1)
+    return grad.addcmul_(leads, grad.sum(-1, keepdim=True), value=-1)
 
 
 def reduce_rows(
