@@ -191,7 +191,7 @@ def norm_variants(chip: Chip) -> Iterator[Variant]:
             kernel=f"channel {label}",
             tile=f"{tile.pixels} x {tile.channels}",
             function=functions[backward],
-            constants={**constants, "TILES": 64} if backward else constants,
+            constants=constants,
             options={"num_warps": tile.warps},
             **common,
         )
@@ -211,7 +211,6 @@ def conv_variants(chip: Chip) -> Iterator[Variant]:
         if product == "weight":
             blocks = conv_kernels.weight_blocks(out, channels, BYTES[dtype], precise)
             constants = conv_kernels.constants(*sides, channels, out, *options)
-            constants["TILES"] = 512
         else:
             ends = (channels, out) if product == "forward" else (out, channels)
             blocks = conv_kernels.conv_blocks(ends[1], ends[0], precise)

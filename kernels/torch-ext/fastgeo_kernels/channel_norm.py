@@ -76,15 +76,15 @@ def channel_backward_kernel(
     R,
     points,
     pixels,
+    tiles,
     C: tl.constexpr,
     EPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     RELU: tl.constexpr,
-    TILES: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """TILES tiles of pixels of one network; statistics are computed again, x being at hand."""
+    """`tiles` tiles of pixels of one network; statistics are computed again, x being at hand."""
     point, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     col = tl.arange(0, CHANNELS)
     own = point * C + col
@@ -92,21 +92,23 @@ def channel_backward_kernel(
     bias = tl.load(bias_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
     dweights = tl.zeros([PIXELS, CHANNELS], tl.float32)
     dbiases = tl.zeros([PIXELS, CHANNELS], tl.float32)
-    for tile in range(TILES):
-        pixel = (block * TILES + tile) * PIXELS + tl.arange(0, PIXELS)
-        mask = (pixel < R)[:, None] & (col < C)[None, :]
-        at = (pixel[:, None] * pixels + point * points) * C + col[None, :]
-        z, rstd = _rows(x_ptr, at, mask, C, EPS)
-        g = passed(dy_ptr, y_ptr, z, weight, bias, at, mask, RESIDUAL, RELU)
+    row = tl.arange(0, PIXELS)
+    at = row[:, None] * (pixels * C) + col[None, :]
+    for tile in range(tiles):
+        start = (block * tiles + tile) * PIXELS
+        here = (start * pixels + point * points) * C
+        mask = (row < R - start)[:, None] & (col < C)[None, :]
+        z, rstd = _rows(x_ptr + here, at, mask, C, EPS)
+        g = passed(dy_ptr + here, y_ptr + here, z, weight, bias, at, mask, RESIDUAL, RELU)
         if RESIDUAL and RELU:
-            tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+            tl.store(dresidual_ptr + here + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dweights += g * z
         dbiases += g
         g *= weight
         shift = tl.sum(g, 1, keep_dims=True) / C
         slope = tl.sum(g * z, 1, keep_dims=True) / C
         dx = rstd * (g - shift - z * slope)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + here + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     dparams_ptr += block * 2 * N * C + own
     tl.store(dparams_ptr, tl.sum(dweights, 0), mask=col < C)
     tl.store(dparams_ptr + N * C, tl.sum(dbiases, 0), mask=col < C)
@@ -118,7 +120,7 @@ def channel_backward_kernel(
 def channel_tile(channels: int) -> Tile:
     """The tile of pixels of `channels` channels."""
     channels = power_of_two(channels)
-    pixels = max(1, 2048 // channels)
+    pixels = max(1, (2048 if channels > 16 else 1024) // channels)
     return Tile(pixels, channels, min(16, max(4, pixels * channels // 512)), True)
 
 
@@ -159,9 +161,8 @@ def channel_backward(
     with on_device_of(x):
         channel_backward_kernel[(points, programs)](
             *(x, x if y is None else y, dy, weight, bias, dx, dresidual, dparams),
-            *(points, rows, *units(x)[::2]),
+            *(points, rows, *units(x)[::2], each),
             **channel_constants(channels, tile, y is not None, relu, eps),
-            TILES=each,
             num_warps=tile.warps,
         )
     return dx, dresidual, dparams.sum(0)
@@ -170,7 +171,7 @@ def channel_backward(
 def channel_constants(
     channels: int, tile: Tile, residual: bool, relu: bool, eps: Optional[float]
 ) -> Dict[str, object]:
-    """The constexpr arguments of a launch, without the number of tiles."""
+    """The constexpr arguments of a launch."""
     return dict(
         C=channels,
         EPS=eps,

@@ -135,6 +135,7 @@ def conv_weight_kernel(
     y_points,
     y_batch,
     y_pixels,
+    tiles,  # of INNER pixels, a slice
     H: tl.constexpr,
     W: tl.constexpr,
     OH: tl.constexpr,
@@ -145,7 +146,6 @@ def conv_weight_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILES: tl.constexpr,  # of INNER pixels, a slice
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -160,8 +160,8 @@ def conv_weight_kernel(
     x_ptr += point * x_points * C
     dy_ptr += point * y_points * O
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(TILES):
-        row = (part * TILES + i) * INNER + tl.arange(0, INNER)
+    for i in range(tiles):
+        row = (part * tiles + i) * INNER + tl.arange(0, INNER)
         image = (row // (OH * OW)).to(tl.int64)
         pixel = row % (OH * OW)
         down = pixel // OW * STRIDE - PADDING + tap // SIZE
@@ -261,10 +261,9 @@ def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf3
     dweight = x.new_empty((slices, points, out, size, size, channels), dtype=torch.float32)
     with on_device_of(x):
         conv_weight_kernel[(tiles, points, slices)](
-            *(x, dy, dweight, rows, *units(x), *units(dy)),
+            *(x, dy, dweight, rows, *units(x), *units(dy), each),
             **constants((height, width), dy.shape[1:3], channels, out, size, stride, padding),
             PRECISION="ieee" if precise else "tf32",
-            TILES=each,
             **tile(blocks),
             **options(blocks, nvidia=torch.version.hip is None),
         )

@@ -59,7 +59,8 @@ def path_js_div(
         edge_weight: [E], multiplies the values.
         sample_weight: [B], non-negative or bool: "batchmean" is then the weighted mean
             (0 where all weights are 0); "none" multiplies every row by its weight.
-        temperature: divides the logits; between 1e-6 and 1e6.
+        temperature: divides the logits; between 1e-6 and 1e6. On a GPU each new value compiles the
+            kernel anew: divide the logits by one that changes at every step.
         impl: "triton" (on a GPU; on a CPU under TRITON_INTERPRET=1), "torch", or "auto": Triton
             for fp32, bf16 and fp16 logits on a GPU, else PyTorch.
 
