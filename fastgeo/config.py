@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fastgeo.engines import bytes_of
+from fastgeo.memory import bytes_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """How much memory a step takes, before it is taken, and how much there is.
 
 A network that is evaluated keeps its activations for the backward pass, which are counted
-(`fastgeo.engines.step_memory`). Beside those the pass itself needs room, in proportion to the
-networks in it: gradients of activations and, on a CPU, oneDNN's copies in other memory formats.
-That share is measured, not derived (`python -m benchmarks.memory --estimate`).
+(`step_memory`). Beside those the pass itself needs room, in proportion to the networks in it:
+gradients of activations and, on a CPU, oneDNN's copies in other memory formats. That share is
+measured, not derived (`python -m benchmarks.memory --estimate`).
 """
 
 import re
@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
+from torch import Tensor
+
+from fastgeo.inputs import Inputs, first_few, tensors_of
+from fastgeo.stacking import Parameters, StackedModule
 
 ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
 # Of all networks' weights, alive at once. On a path they are those of this step, the one before and
 # the next, the gradient and the preconditioned one; with momentum, three velocities as well.
 COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}
+FEW_INPUTS = 8  # on which memory is estimated, and engines are checked
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
 
 
@@ -62,6 +68,67 @@ class StepMemory:
         return None
 
 
+def activation_bytes(
+    network: StackedModule, params: Parameters, inputs: Inputs, *, per_point: bool = False
+) -> int:
+    """Bytes that a forward pass keeps for its backward pass, beside its parameters and inputs.
+
+    Args:
+        network: what `stack` returned.
+        params: name -> [N, ...].
+        inputs: [B, ...], or [N, B, ...] if per_point.
+    """
+    own = dict(network.module.named_parameters(remove_duplicate=False))
+    leaves = {
+        name: tensor.detach().requires_grad_(name in own and tensor.is_floating_point())
+        for name, tensor in params.items()
+    }
+    given = [*leaves.values(), *tensors_of(inputs)]
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in not_counted:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network(leaves, inputs, per_point=per_point)
+        if isinstance(outputs, Tensor):
+            keep(outputs)
+    return sum(kept.values())
+
+
+def step_memory(
+    network: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    *,
+    networks: int,
+    work: str = "optimisation",
+    per_point: bool = False,
+    batch: int | None = None,
+) -> StepMemory:
+    """The memory of a step, from a forward pass of one network on a few inputs.
+
+    Args:
+        network: what `stack` returned, of a module in the mode that it is to be evaluated in.
+        params: name -> [1, ...] of one network.
+        inputs: [B, ...], or [1, B, ...] if per_point.
+        networks: how many there are in a step.
+        work: what the step is of, a key of `COPIES`.
+        batch: inputs in a step, if they are not as many as there are here.
+    """
+    few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
+    if batch is not None:
+        scale = batch / tensors_of(few)[0].shape[int(per_point)]
+    kept = activation_bytes(network, params, few, per_point=per_point)
+    weights = networks * COPIES[work] * sum(tensor.nbytes for tensor in params.values())
+    room = ROOM[next(iter(params.values())).device.type]
+    return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
+
+
 def free_bytes(device: torch.device) -> int | None:
     """How much more this process may take on a device; None where nothing tells."""
     if device.type == "cuda":
@@ -105,3 +172,27 @@ def _text(file: FilePath) -> str:
         return file.read_text()
     except OSError:
         return ""
+
+
+def bytes_of(memory: int | str) -> int:
+    """8589934592 of "8GiB"; of a number, the number.
+
+    Raises:
+        ValueError: anything that is not a positive size.
+    """
+    parts = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?|)b?\s*", str(memory).lower())
+    try:
+        size = int(float(parts[1]) * UNITS[parts[2]])
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"a memory budget is a size as in 8GiB, 500MB, or bytes, got {memory!r}")
+    return size
+
+
+def size_of(number: int) -> str:
+    """A number of bytes, as `bytes_of` reads it."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if number >= UNITS[unit[:2].lower()]:
+            return f"{number / UNITS[unit[:2].lower()]:.3g}{unit}"
+    return f"{number}B"

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo.energy import logits_of
-from fastgeo.engines import size_of, step_memory
 from fastgeo.evaluate import label_rows
 from fastgeo.files import sha256_of
 from fastgeo.inputs import on_device
 from fastgeo.loaders import LoaderData
-from fastgeo.memory import ROOM, free_bytes, path_work
+from fastgeo.memory import ROOM, free_bytes, path_work, size_of, step_memory
 from fastgeo.modes import refuse_batch_norm
 from fastgeo.stacking import StackedModule
 from fastgeo.train import training_steps

@@ -10,8 +10,7 @@ from test_cli import refused
 from benchmarks.memory import compare
 from fastgeo import Path, optimize, stack
 from fastgeo.config import PRESETS
-from fastgeo.engines import activation_bytes, step_memory
-from fastgeo.memory import AT_START, StepMemory, free_bytes
+from fastgeo.memory import AT_START, StepMemory, activation_bytes, free_bytes, step_memory
 from fastgeo.run import Run
 
 

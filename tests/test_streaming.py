@@ -7,7 +7,8 @@ from torch import nn
 
 from fastgeo import Path, energy, optimize, stack
 from fastgeo.energy import EndLogits, energy_and_gradient
-from fastgeo.engines import Engine, activation_bytes, bytes_of
+from fastgeo.engines import Engine
+from fastgeo.memory import activation_bytes, bytes_of
 from fastgeo.stacking import StackedModule
 
 
