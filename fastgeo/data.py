@@ -1,32 +1,18 @@
-"""Image data sets that live on the device as stored, and are normalised and augmented there.
+"""Image data sets that live on the device as stored, and are normalised and augmented there."""
 
-`digits` is bundled: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI
-Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0.
-"""
-
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path as FilePath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastgeo.arrays import read_arrays
 from fastgeo.inputs import Stream
 
 CROP_PADDING = 4  # pixels; Tan et al. (2023) and He et al. (2016, section 4.2)
-TORCHVISION = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-}
 MOST_CLASSES = 2**18  # a label beyond is a mistake, and would ask for a head of that size
-NAMES = ("digits", *TORCHVISION, "npz:PATH")
 
 
 class Split(NamedTuple):
@@ -253,14 +239,7 @@ def load(
     """
     if augment not in ("auto", "none", "flip-crop"):
         raise ValueError(f"augment must be 'auto', 'none' or 'flip-crop', got {augment!r}")
-    if name == "digits":
-        arrays = _read_npz(FilePath(str(resources.files("fastgeo") / "assets" / "digits.npz")))
-    elif name in TORCHVISION:
-        arrays = _torchvision_arrays(name, root)
-    elif name.startswith("npz:"):
-        arrays = _read_npz(FilePath(name.removeprefix("npz:")).expanduser())
-    else:
-        raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
+    arrays = read_arrays(name, root)
     augmented = name.startswith("cifar") if augment == "auto" else augment == "flip-crop"
     return _dataset(name, *arrays, augmented=augmented, train_subset=train_subset)
 
@@ -332,43 +311,3 @@ def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
             raise ValueError(f"{x_name} has values that are not finite")
     images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.from_numpy(y.reshape(-1).astype(np.int64)))
-
-
-def _read_npz(file: FilePath) -> list[np.ndarray]:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with archive:
-            arrays = [archive[key] for key in keys]
-        if not all(isinstance(array, np.ndarray) for array in arrays):
-            raise ValueError("members that are no arrays")
-    except KeyError as error:
-        raise ValueError(f"{file} must hold {', '.join(keys)}: {error.args[0]}") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"cannot read {file}: there is no such file") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from error
-    except (OSError, ValueError, EOFError, NotImplementedError, MemoryError) as error:
-        raise ValueError(f"cannot read {file}: it is not a NumPy archive (.npz)") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot read {file}: it is damaged ({error})") from error
-    return arrays
-
-
-def _torchvision_arrays(name: str, root: str) -> list[np.ndarray]:
-    from torchvision import datasets
-
-    folder = FilePath(root).expanduser()
-    arrays = []
-    for train in (True, False):
-        try:
-            stored = getattr(datasets, TORCHVISION[name])(folder, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"cannot obtain {name} in {folder}: {str(error).splitlines()[0]}; "
-                "a local copy can be given as npz:PATH"
-            ) from error
-        arrays += [np.asarray(stored.data), np.asarray(stored.targets)]
-    return arrays

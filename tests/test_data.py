@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgeo import data
+from fastgeo.arrays import TORCHVISION
 
 ARRAYS = {
     "x_train": np.arange(20 * 8 * 6 * 3).reshape(20, 8, 6, 3).astype(np.uint8),
@@ -142,7 +143,7 @@ def test_cifar_as_torchvision_holds_it(name, classes, tmp_path, monkeypatch):
             self.data = np.full((count, 32, 32, 3), 7, np.uint8)
             self.targets = [i % classes for i in range(count)]
 
-    monkeypatch.setattr(datasets, data.TORCHVISION[name], Stored)
+    monkeypatch.setattr(datasets, TORCHVISION[name], Stored)
     dataset = data.load(name, root=str(tmp_path))
     assert dataset.image_shape == (3, 32, 32) and dataset.num_classes == classes
     assert len(dataset.train.labels) == 2 * classes and dataset.augmented
