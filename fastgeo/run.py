@@ -15,7 +15,6 @@ report.md, path_loss.png, path_length.png
 checkpoint/             where a stage that is not finished goes on from
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo import lock, models, preflight, user
+from fastgeo import lock, named, preflight
 from fastgeo.checkpoint import Checkpoints
 from fastgeo.config import BEFORE, Config, about, flag
-from fastgeo.data import Dataset, load
+from fastgeo.data import Dataset
 from fastgeo.files import PART, cannot_write, read_json, read_tensors, sha256_of, write_json
 from fastgeo.loaders import LoaderData
 from fastgeo.symmetry import permutation_spec
@@ -111,7 +110,7 @@ class Run:
                 )
 
         check_folder()
-        run = cls(folder, _with_absolute_files(config))
+        run = cls(folder, named.with_absolute_files(config))
         run.check()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ class Run:
             ValueError: the stage was done or begun and neither overwrite nor resume, one before it
                 was not done, or settings that change in the middle of it.
         """
-        run = Run(self.folder, _with_absolute_files(replace(self.config, **changes)))
+        run = Run(self.folder, named.with_absolute_files(replace(self.config, **changes)))
         run._lock = lock.Lock(self.folder)
         try:
             run.stages = Run.open(self.folder).stages  # as they are now that no other is at work
@@ -212,7 +211,7 @@ class Run:
 
     def refuse_changes(self, config: Config) -> None:
         """ValueError, naming the first difference, unless the settings are those of this run."""
-        there, here = asdict(self.config), asdict(_with_absolute_files(config))
+        there, here = asdict(self.config), asdict(named.with_absolute_files(config))
         for name, value in there.items():
             if value != here[name]:
                 raise ValueError(
@@ -336,62 +335,20 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        name = self.config.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-            if device.type not in ("cpu", "cuda"):
-                raise ValueError("fastgeo runs on cpu and cuda")
-            return torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+        return named.device(self.config)
 
     @cached_property
     def dataset(self) -> Dataset | LoaderData:
         """The data, on the device, large enough for the batches."""
-        c = self.config
-        if user.is_function(c.data):
-            return user.data(c.data).to(self.device)
-        dataset = load(c.data, root=c.data_root, augment=c.augment, train_subset=c.train_subset)
-        for name in ("train_batch_size", "batch_size"):
-            if getattr(c, name) > len(dataset.train.labels):
-                raise ValueError(
-                    f"{flag(name)} {getattr(c, name)} is larger than the data set: "
-                    f"{len(dataset.train.labels)} training images of {c.data}"
-                )
-        return dataset.to(self.device)
+        return named.dataset(self.config, self.device)
 
     def new_module(self) -> nn.Module:
         """A freshly initialised network for the data."""
-        c = self.config
-        if user.is_function(c.model):
-            return user.new_module(c.model)
-        depth = re.fullmatch(r"resnet(\d+)", c.model)
-        if c.model != "mlp" and not depth:
-            raise ValueError(
-                "model must be resnet8, resnet14, resnet20, ... or mlp, or a function that "
-                f"returns an nn.Module as PACKAGE.MODULE:FUNCTION, got {c.model!r}"
-            )
-        if isinstance(self.dataset, LoaderData):
-            raise ValueError(f"model {c.model} fits images only; give your data's own model, too")
-        (channels, height, width), classes = self.dataset.image_shape, self.dataset.num_classes
-        if c.model == "mlp":
-            hidden = max(1, round(512 * c.width))
-            return models.mlp(channels * height * width, (hidden,) * 3, classes)
-        return models.resnet(
-            int(depth[1]), c.width, in_channels=channels, num_classes=classes, norm=c.norm
-        )
+        return named.module(self.config, lambda: self.dataset)
 
     def given_ends(self) -> list[dict[str, Tensor]]:
         """The states of a and b in the files of weights that the settings name."""
-        module = self.new_module()
-        files = (self.config.a, self.config.b)
-        return [
-            {name: t.to(self.device) for name, t in user.read_state(file, module).items()}
-            for file in files
-        ]
+        return named.states(self.config, self.new_module(), self.device)
 
     def ends(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The states of a and b."""
@@ -409,16 +366,3 @@ class Run:
 def _is_kept(file: FilePath) -> bool:
     """Whether a file is more than what a killed process may leave of itself."""
     return file.name != lock.NAME and not (file.name.startswith(".") and file.suffix == PART)
-
-
-def _with_absolute_files(config: Config) -> Config:
-    """Later stages may start from another folder."""
-    changes = {
-        name: str(FilePath(file).expanduser().absolute())
-        for name in ("a", "b")
-        if (file := getattr(config, name)) is not None
-    }
-    if config.data.startswith("npz:"):
-        file = FilePath(config.data.removeprefix("npz:")).expanduser().absolute()
-        changes["data"] = f"npz:{file}"
-    return replace(config, **changes)
