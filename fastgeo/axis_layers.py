@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo.axes import Axis, concat, cut, fix, fixed, split
-from fastgeo.axis_rules import MIXED, NoRule, Value, fix_all, joined, unify_all, values_in
+from fastgeo.axis_values import MIXED, NoRule, Value, fix_all, joined, unify_all, values_in
 from fastgeo.values import forms, same
 
 SPACE = "its positions are those of an image or a sequence"

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fastgeo import axis_layers, axis_rules
+from fastgeo import axis_layers, axis_rules, axis_shapes
 from fastgeo.axes import Axis, fix, fixed
-from fastgeo.axis_rules import NoRule, Value, values_in
 from fastgeo.axis_terms import settle, terms_of
+from fastgeo.axis_values import NoRule, Value, values_in
 from fastgeo.inputs import Inputs, each_tensor, is_inputs
 from fastgeo.modes import batch_norms, evaluation_mode
 from fastgeo.permutation import Block, Channels, PermutationSpec
 from fastgeo.tracing import Trace, TraceFailed, trace
 from fastgeo.values import no_fast_path
 
-FUNCTIONS = axis_rules.FUNCTIONS | axis_layers.FUNCTIONS
+FUNCTIONS = axis_rules.FUNCTIONS | axis_shapes.FUNCTIONS | axis_layers.FUNCTIONS
 INPUT = "it is the network's input"
 OUTPUT = "it is the network's output"
 SHAPES = set("dim getattr is_floating_point ndimension nelement numel size stride".split())
