@@ -71,19 +71,19 @@ def launch(
     values = logits.new_empty(shape, dtype=torch.float32)
     dlogits = logits.new_empty(logits.shape if grad else (0,))
     pieces = -(-points // blocks.segment)
-    carried = (programs * pieces, classes) if grad and blocks.tiled and points > 2 else (0,)
-    carry = logits.new_empty(carried, dtype=torch.float32)
+    carried = (programs * pieces, classes) if grad and points > 2 else (0,)
+    carry = [logits.new_empty(carried, dtype=torch.float32)] if blocks.tiled else []
     with on_device_of(logits):
         kernel_for(blocks)[(programs, pieces)](
             logits,
             logits if upstream is None else upstream,
             values,
             dlogits,
-            carry,
             points,
             batch,
             *logits.stride(),
             *((0, 0) if upstream is None else upstream.stride()),
+            *carry,
             **constants(
                 points,
                 classes,

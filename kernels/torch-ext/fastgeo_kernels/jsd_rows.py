@@ -21,7 +21,6 @@ def path_rows_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [blocks of rows, E]
     grad_ptr,  # [N, B, C], contiguous
-    carry_ptr,  # unused
     N,
     B,
     stride_n,

@@ -157,7 +157,6 @@ def path_tiles_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [B, E]
     grad_ptr,  # [N, B, C], contiguous
-    carry_ptr,  # [programs, C], fp32: the gradient of a row as far as its first edge gives it
     N,
     B,
     stride_n,
@@ -165,6 +164,7 @@ def path_tiles_kernel(
     stride_c,
     stride_ue,
     stride_ub,
+    carry_ptr,  # [programs, C], fp32: the gradient of a row as far as its first edge gives it
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     C: tl.constexpr,
