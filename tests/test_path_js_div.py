@@ -224,6 +224,20 @@ def test_triton_kernels_compile_for_gpus_without_spills():
     assert "250 kernels: none spills or is too large" in out
 
 
+def test_short_rows_need_no_other_thread():
+    """Sums over up to 16 classes cross no threads, whatever layout this Triton chooses."""
+    pytest.importorskip("triton")
+    count = """if True:
+        from benchmarks.resources import CHIPS, MODES, compile_variant, path_variant
+        mode, options = next(iter(MODES.items()))
+        for shape in (25, 256, 10), (25, 65536, 10):
+            variant = path_variant(CHIPS["sm_90"], shape, mode, options)
+            print(compile_variant(variant, CHIPS["sm_90"]).asm["ptx"].count("shfl.sync"))
+    """
+    crossings = [int(line) for line in run("-c", count, TRITON_INTERPRET="0").split()]
+    assert len(crossings) == 2 and max(crossings) < 20  # those of the batch mean, else hundreds
+
+
 def test_doc_examples_run():
     import doctest
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .jsd_rows import path_rows_kernel
 from .jsd_tiles import path_tiles_kernel
-from .launching import on_device_of
+from .launching import on_device_of, triton
 
 
 class Blocks(NamedTuple):
@@ -24,6 +24,9 @@ class Blocks(NamedTuple):
     tiled: bool  # a row is longer than a tile
 
 
+# Where the offsets of a load say nothing, Triton 3.6 lays neighbouring threads along the first axis
+# of a tile and later ones along the last. Short rows are to lie along that one.
+ROWS_BEFORE_CLASSES = int(triton is not None and triton.__version__.startswith("3.6."))
 WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps hold it
 TILE = 2048
 
@@ -134,7 +137,12 @@ def constants(
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch."""
     whole = blocks.segment >= points
-    walk = dict(EDGES=points - 1 if whole else blocks.segment + 1, HALO=0 if whole else 1)
+    rows = dict(
+        EDGES=points - 1 if whole else blocks.segment + 1,
+        HALO=0 if whole else 1,
+        ROWS=blocks.rows,
+        AXIS=ROWS_BEFORE_CLASSES if blocks.block <= 16 else 1,
+    )
     return dict(
         ALIGNED=aligned,
         WIDE=wide,
@@ -147,7 +155,7 @@ def constants(
         MEAN=mean,
         SEGMENT=blocks.segment,
         BLOCK=blocks.block,
-        **({} if blocks.tiled else dict(walk, ROWS=blocks.rows)),
+        **({} if blocks.tiled else rows),
     )
 
 

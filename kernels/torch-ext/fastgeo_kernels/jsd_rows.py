@@ -42,11 +42,11 @@ def path_rows_kernel(
     HALO: tl.constexpr,  # 1 where it begins one edge before its first point
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AXIS: tl.constexpr,  # of the classes
 ):
-    """Rows that fit a tile: [ROWS, BLOCK] of each point at a time, or [BLOCK, ROWS] where a thread
-    can hold a whole row, whose sums then need no other thread."""
-    AXIS: tl.constexpr = 0 if BLOCK <= 16 else 1  # of the classes
-    if AXIS == 0:
+    """Rows that fit a tile: of each point [BLOCK, ROWS] at a time where AXIS is 0, [ROWS, BLOCK]
+    where it is 1. Of up to 16 classes a thread holds whole rows, whose sums need no other one."""
+    if BLOCK <= 16:
         stride_c *= tl.minimum(N, 1)  # 1, unknown to the compiler: it would split rows to load them
     start = tl.program_id(0).to(tl.int64) * ROWS
     first = tl.program_id(1) * SEGMENT - HALO
@@ -72,7 +72,7 @@ def path_rows_kernel(
     x_top, x_lse, p = _softmax(x, INV_T, AXIS)
     grad = tl.zeros_like(p)
     # Of a point by itself the first edge only begins its gradient; unrolled, nothing else is left.
-    for i in tl.range(0, EDGES, loop_unroll_factor=2 if EDGES == 2 else 1):
+    for i in (tl.static_range if EDGES == 2 else tl.range)(EDGES):
         edge = first + i
         # The row after next is on its way while this edge is computed.
         ahead = tl.minimum(edge + 2, N - 1).to(tl.int64)

@@ -23,8 +23,9 @@ def _tile(row_ptr, start, stride_c, C: tl.constexpr, TILE: tl.constexpr):
 
 
 @jit
-def _sweep_lse(row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
-    """The largest logit of a row, log sum exp(x / T) without it, and 1 / sum."""
+def _row(row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
+    """A row as the sweeps below take it: its pointer, its largest logit, log sum exp(x / T) without
+    that, and 1 / sum."""
     top = tl.full([TILE], -3.3e38, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     for start in range(0, C, TILE):
@@ -35,19 +36,25 @@ def _sweep_lse(row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl
         top = tl.maximum(top, x)
     best = tl.max(top, 0)
     total = tl.sum(total * _exp((top - best) * INV_T), 0)
-    return best, tl.log(total), 1.0 / total
+    return row_ptr, best, tl.log(total), 1.0 / total
 
 
 @jit
-def _sweep_edge(
-    x_ptr,
-    y_ptr,
-    x_top,
-    y_top,
-    x_lse,
-    y_lse,
-    x_inv,
-    y_inv,
+def _edge_tile(x, y, start, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
+    """p, q and d = log p - log q of two rows in a tile, and which classes they are."""
+    x_ptr, x_top, x_lse, x_inv = x
+    y_ptr, y_top, y_lse, y_inv = y
+    x, col = _tile(x_ptr, start, stride_c, C, TILE)
+    y, _ = _tile(y_ptr, start, stride_c, C, TILE)
+    p = _exp((x - x_top) * INV_T) * x_inv
+    q = _exp((y - y_top) * INV_T) * y_inv
+    return p, q, _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T), col
+
+
+@jit
+def _sums(
+    x,
+    y,
     shift,
     stride_c,
     C: tl.constexpr,
@@ -55,18 +62,13 @@ def _sweep_edge(
     FISHER: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sums of the value's terms, KL(p || m) and KL(q || m) of one edge, the two less `shift`."""
+    """Sums of the value's terms, KL(p || m) and KL(q || m) of two rows, the two less `shift`."""
     total = tl.zeros([TILE], tl.float32)
     kl_p = tl.zeros([TILE], tl.float32)
     kl_q = tl.zeros([TILE], tl.float32)
     # Backwards: what the sweep before this one read last is still in the cache.
     for back in range(0, C, TILE):
-        start = (C - 1) // TILE * TILE - back
-        x, _ = _tile(x_ptr, start, stride_c, C, TILE)
-        y, _ = _tile(y_ptr, start, stride_c, C, TILE)
-        p = _exp((x - x_top) * INV_T) * x_inv
-        q = _exp((y - y_top) * INV_T) * y_inv
-        d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
+        p, q, d, _ = _edge_tile(x, y, (C - 1) // TILE * TILE - back, stride_c, C, INV_T, TILE)
         log_p, log_q, h = _terms(d, p, q, shift)
         if FISHER:
             h = _hellinger_term(d, p, q)
@@ -81,14 +83,8 @@ def _sweep_grad(
     x_grad_ptr,
     y_grad_ptr,
     carry_ptr,
-    x_ptr,
-    y_ptr,
-    x_top,
-    y_top,
-    x_lse,
-    y_lse,
-    x_inv,
-    y_inv,
+    x,
+    y,
     weight,
     kl_p,
     kl_q,
@@ -109,13 +105,9 @@ def _sweep_grad(
     x_leader = tl.full([TILE], -1, tl.int32)
     y_leader = tl.full([TILE], -1, tl.int32)
     for start in range(0, C, TILE):
-        x, col = _tile(x_ptr, start, stride_c, C, TILE)
-        y, _ = _tile(y_ptr, start, stride_c, C, TILE)
+        p, q, d, col = _edge_tile(x, y, start, stride_c, C, INV_T, TILE)
         inside = col < C
         grad = tl.load(carry_ptr + col, mask=inside & begun, other=0.0)
-        p = _exp((x - x_top) * INV_T) * x_inv
-        q = _exp((y - y_top) * INV_T) * y_inv
-        d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
         log_p, log_q, _ = _terms(d, p, q, shift)
         grad_y = q * tl.fma(log_q, weight, -weight * kl_q)
         grad = tl.fma(p, tl.fma(log_p, weight, -weight * kl_p), grad)
@@ -192,55 +184,24 @@ def path_tiles_kernel(
     end = tl.minimum(owned + SEGMENT, N - 1)
     carry_ptr += (tl.program_id(1) * tl.num_programs(0) + row) * C
     grad_ptr += row * C
-    x_ptr = logits_ptr + row * stride_b + start.to(tl.int64) * stride_n
-    x_top, x_lse, x_inv = _sweep_lse(x_ptr, stride_c, C, INV_T, BLOCK)
+    logits_ptr += row * stride_b + start.to(tl.int64) * stride_n
+    x = _row(logits_ptr, stride_c, C, INV_T, BLOCK)
     for i in range(end - start):
         edge = start + i
-        y_ptr = x_ptr + stride_n
-        y_top, y_lse, y_inv = _sweep_lse(y_ptr, stride_c, C, INV_T, BLOCK)
-        shift = x_lse * 0
-        total, kl_p, kl_q = _sweep_edge(
-            x_ptr,
-            y_ptr,
-            x_top,
-            y_top,
-            x_lse,
-            y_lse,
-            x_inv,
-            y_inv,
-            0.0,
-            stride_c,
-            C,
-            INV_T,
-            FISHER,
-            BLOCK,
-        )
+        logits_ptr += stride_n
+        y = _row(logits_ptr, stride_c, C, INV_T, BLOCK)
+        total, kl_p, kl_q = _sums(x, y, 0.0, stride_c, C, INV_T, FISHER, BLOCK)
         if VALUE:
-            value = _finish_value(total, kl_p, kl_q, shift, FISHER)
+            value = _finish_value(total, kl_p, kl_q, 0.0, FISHER)
             if edge >= owned:
                 if VALUE == 1:
                     tl.store(value_ptr + edge.to(tl.int64) * B + row, value)
                 else:
                     tl.store(value_ptr + row * (N - 1) + edge, value / B)
         if GRAD:
-            if kl_p + kl_q > 1.0:
-                shift += 0.6931471805599453
-                _, kl_p, kl_q = _sweep_edge(
-                    x_ptr,
-                    y_ptr,
-                    x_top,
-                    y_top,
-                    x_lse,
-                    y_lse,
-                    x_inv,
-                    y_inv,
-                    shift,
-                    stride_c,
-                    C,
-                    INV_T,
-                    FISHER,
-                    BLOCK,
-                )
+            shift = tl.where(kl_p + kl_q > 1.0, 0.6931471805599453, 0.0)
+            if shift > 0.0:
+                _, kl_p, kl_q = _sums(x, y, shift, stride_c, C, INV_T, FISHER, BLOCK)
             weight = 0.5 * INV_T
             if UPSTREAM:
                 weight *= tl.load(upstream_ptr + edge.to(tl.int64) * stride_ue + row * stride_ub)
@@ -250,14 +211,8 @@ def path_tiles_kernel(
                 grad_ptr + edge.to(tl.int64) * B * C,
                 grad_ptr + (edge + 1).to(tl.int64) * B * C,
                 carry_ptr,
-                x_ptr,
-                y_ptr,
-                x_top,
-                y_top,
-                x_lse,
-                y_lse,
-                x_inv,
-                y_inv,
+                x,
+                y,
                 weight,
                 kl_p,
                 kl_q,
@@ -271,4 +226,4 @@ def path_tiles_kernel(
                 INV_T,
                 BLOCK,
             )
-        x_ptr, x_top, x_lse, x_inv = y_ptr, y_top, y_lse, y_inv
+        x = y
