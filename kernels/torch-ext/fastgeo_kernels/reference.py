@@ -67,7 +67,7 @@ def path_js_div_value_and_grad(
     with torch.no_grad():
         upstream = row_weights(logits, edge_weight, sample_weight)
         rows, grad = _by_chunks(_rows_and_grad, logits, float(temperature), upstream)
-        return reduce_rows(rows, "batchmean", None, sample_weight), grad
+        return reduce_rows(rows, "batchmean", None, sample_weight), grad.contiguous()
 
 
 @torch.no_grad()
@@ -109,9 +109,8 @@ def _by_chunks(function, logits: Tensor, temperature: float, upstream: Optional[
     """Runs over slices of the batch that stay in a CPU's cache; every result has B second."""
     points, batch, classes = logits.shape
     size = max(1, CHUNK // (points * classes))
-    if size >= batch or logits.is_cuda or torch.compiler.is_compiling():
-        parts = function(logits, temperature, upstream)
-        return tuple(part.contiguous() for part in parts)
+    if logits.is_cuda or torch.compiler.is_compiling():
+        return function(logits, temperature, upstream)
     parts = [
         function(
             logits[:, start : start + size],
