@@ -3,7 +3,7 @@
 The graph that stacking runs (`fastgeo.tracing`) is run once on an example input. Every axis of
 every value has an `Axis` (`fastgeo.axes`), those of parameters free to begin with; each operation
 says which of them are permuted alike and which are not (`fastgeo.axis_rules`,
-`fastgeo.axis_layers`). What is left free in the end may be permuted.
+`fastgeo.axis_shapes`, `fastgeo.axis_layers`). What is left free in the end may be permuted.
 """
 
 import operator
