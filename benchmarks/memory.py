@@ -70,7 +70,7 @@ def peak_and_estimate(setting: str) -> tuple[float, float]:
         module(x[:1])
     network = stack(module.eval(), engine=options["engine"])
     params = {name: tensor[None] for name, tensor in module.state_dict().items()}
-    need = step_memory(network, params, x, networks=points - 2)
+    need = step_memory(network, params, x[:8], networks=points - 2, scale=batch / 8)
     before = _peak()
     optimize(path, module, [x], steps=3, channels_last=False, **options)
     peak = need.peak(points - 2, options.get("chunk"))

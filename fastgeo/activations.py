@@ -5,23 +5,24 @@ networks learn the same representations?" (ICLR 2016), and Ainsworth et al., "Gi
 section 3.1.
 """
 
-from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.func import functional_call
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastgeo.assignment import leaves
-from fastgeo.inputs import Inputs
-from fastgeo.modes import evaluation_mode
+from fastgeo.inputs import Inputs, arguments
+from fastgeo.modes import looked_at
 from fastgeo.path import StateDict
 from fastgeo.permutation import Block
-from fastgeo.symmetry import Symmetries, in_order
-from fastgeo.values import no_fast_path
+from fastgeo.stacked import Known, StackedPass
+from fastgeo.standin import Call, held_by
+from fastgeo.symmetry import Symmetries
+from fastgeo.values import Stacked, call
 
 
-@torch.no_grad()
 def correlations(
     symmetries: Symmetries, a: StateDict, b: StateDict, inputs: Inputs
 ) -> dict[str, Tensor]:
@@ -34,61 +35,41 @@ def correlations(
 
     Returns:
         Name -> [size, size], or [sizes of what it is within, size, sizes of what it is within,
-        size]: a's features, then b's; summed over all values of the graph with these features.
+        size]: a's features, then b's; summed over all values that have these features.
         Permutations that no value shows by themselves are left out.
     """
-    if symmetries.traced is None:
-        return {}
-    with evaluation_mode(symmetries.module), no_fast_path():
-        run = _Run(symmetries, a, b)
-        run.run(*in_order(symmetries.traced, inputs))
+    args, kwargs = arguments(symmetries.module, inputs)
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda t: Stacked(torch.stack([t, t])), (args, kwargs)
+    )
+    own = dict(symmetries.module.named_parameters(remove_duplicate=False))
+    own |= dict(symmetries.module.named_buffers(remove_duplicate=False))
+    state = {
+        name: Stacked(torch.stack([of.get(name, t).to(t) for of in (a, b)]))
+        for name, t in own.items()
+    }
+    run = _Correlations(symmetries)
+    with looked_at(symmetries.module), run:
+        call(symmetries.module)(state, args, kwargs)
     return run.found
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Both:
-    """A value of both networks."""
+class _Correlations(StackedPass):
+    """A pass through both networks, which keeps no value longer than it is used."""
 
-    a: Any
-    b: Any
-
-
-class _Run(fx.Interpreter):
-    """One pass of the graph through both networks, which keeps no value longer than it is used."""
-
-    def __init__(self, symmetries: Symmetries, a: StateDict, b: StateDict):
-        super().__init__(symmetries.module, graph=symmetries.traced.graph)
-        self.symmetries, self.extra_traceback = symmetries, False
-        self.states = {"a": a, "b": b}
+    def __init__(self, symmetries: Symmetries):
+        super().__init__(2, Known(), held_by(symmetries.module.modules()))
+        self.symmetries = symmetries
         self.found: dict[str, Tensor] = {}
 
-    def run_node(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            tensor = super().run_node(node)
-            return _Both(tensor, tensor)
-        a, b = (self._one(node, i) for i in ("a", "b"))
-        axes = self.symmetries.values.get(node)
-        if axes is not None and node.op.startswith("call") and a.is_floating_point():
-            for block in self.symmetries.blocks(node.name, axes):
-                self._add(block, *(block.of(value.contiguous()) for value in (a, b)))
-        return _Both(a, b)
-
-    def _one(self, node: fx.Node, network: str) -> Any:
-        """The value of a node in network a or b."""
-        args, kwargs = fx.node.map_aggregate(
-            self.fetch_args_kwargs_from_env(node),
-            lambda value: getattr(value, network) if isinstance(value, _Both) else value,
-        )
-        state = self.states[network]
-        if node.op == "get_attr" and node.target in state:
-            return state[node.target]
-        if node.op == "get_attr" and node.target in self.symmetries.traced.constants:
-            return self.symmetries.traced.constants[node.target]
-        if node.op == "call_module":
-            prefix = f"{node.target}."
-            own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            return functional_call(self.fetch_attr(node.target), own, args, kwargs)
-        return getattr(super(), node.op)(node.target, args, kwargs)
+    def _made(self, of: Call, way: str, given: Any, out: Any) -> None:
+        super()._made(of, way, given, out)
+        axes = self.symmetries.values.get(tuple(self.place))
+        if axes is None or not isinstance(out, Stacked) or not out.tensor.is_floating_point():
+            return
+        if [axis.size for axis in axes] == list(out.tensor.shape[1:]):
+            for block in self.symmetries.blocks(of.name, axes):
+                self._add(block, *(block.of(value.contiguous()) for value in out.tensor))
 
     def _add(self, block: Block, a: Tensor, b: Tensor) -> None:
         names = {name for name in block.axes if name is not None}
@@ -99,9 +80,9 @@ class _Run(fx.Interpreter):
             sizes = [block.sizes[place] for place in places]
             rows = []
             for value in (a, b):
-                own = value.double().nan_to_num(0.0, 0.0, 0.0)  # masks hold infinities
-                own = own.movedim(places, tuple(range(len(places))))
-                own = own.flatten(0, len(places) - 1).flatten(1) if own.ndim > 1 else own[:, None]
+                most = torch.finfo(value.dtype).max / 2  # masks hold the lowest number, or infinity
+                own = value.masked_fill(~(value.abs() < most), 0).double()
+                own = own.movedim(places, tuple(range(len(places)))).reshape(prod(sizes), -1)
                 own = own - own.mean(1, keepdim=True)
                 norm = own.norm(dim=1, keepdim=True)
                 rows.append(own / norm.clamp(min=1e-12 * norm.max().clamp(min=1e-300)))

@@ -3,30 +3,70 @@
 import torch
 from torch import Tensor
 
-from fastgeo.inputs import Inputs
+from fastgeo.inputs import Inputs, first_few
 from fastgeo.stacking import Parameters, StackedModule
+
+FEW_INPUTS = 8  # on which engines are checked, and memory is estimated
+
+
+def networks_like(params: Parameters, count: int) -> dict[str, Tensor]:
+    """[count, ...] of parameters [1, ...]: networks that differ from each other by little."""
+    scales = 1 + torch.arange(count).sub(count // 2) / (50 * count)
+    return {
+        name: t * scales.to(t).view(-1, *(1,) * (t.ndim - 1))
+        if t.is_floating_point()
+        else t.expand(count, *t.shape[1:])
+        for name, t in params.items()
+    }
+
+
+@torch.no_grad()
+def few_of(
+    loop: StackedModule, params: Parameters, inputs: Inputs, per_point: bool
+) -> tuple[Inputs, float]:
+    """A few inputs for one network, and how many times as many there are.
+
+    All of them, if they do not give what they give among all: the first axis is no batch then, but
+    the nodes of a graph, say.
+    """
+    few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
+    if scale == 1.0:
+        return few, scale
+    whole = loop(params, inputs, per_point=per_point)
+    try:
+        part = loop(params, few, per_point=per_point)
+        check_agreement((part, {}), (whole[:, : part.shape[1]], {}))
+    except Exception:  # noqa: BLE001 - whatever the user's forward raises of a part
+        return inputs, 1.0
+    return few, scale
 
 
 def outputs_and_gradients(
-    network: StackedModule, params: Parameters, inputs: Inputs, per_point: bool
+    network: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    per_point: bool,
+    *,
+    gradients: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Outputs, and the gradients of one number made of them to all trained parameters."""
     trained = {name for name, p in network.module.named_parameters() if p.requires_grad}
-    trained &= set() if torch.is_inference_mode_enabled() else params.keys()
+    trained &= params.keys() if gradients else set()
+    trained -= params.keys() if torch.is_inference_mode_enabled() else set()
     leaves = {
         name: tensor.detach().clone().requires_grad_(name in trained)
         for name, tensor in params.items()
     }
-    with torch.enable_grad():
+    with torch.set_grad_enabled(bool(trained)):
         outputs = network(leaves, inputs, per_point=per_point)
         if not isinstance(outputs, Tensor) or not outputs.requires_grad or not trained:
             return outputs, {}
         upstream = torch.arange(outputs.numel(), device=outputs.device).cos()
         to = {name: leaves[name] for name in sorted(trained)}
-        gradients = torch.autograd.grad(
+        found = torch.autograd.grad(
             outputs, list(to.values()), upstream.view(outputs.shape).to(outputs), allow_unused=True
         )
-    named = zip(to, gradients, strict=True)
+    named = zip(to, found, strict=True)
     return outputs.detach(), {name: g.to_dense() for name, g in named if g is not None}
 
 

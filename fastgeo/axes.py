@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 PRODUCT, SUM = "product", "sum"
+MIXED = "its positions play different parts"
 
 
 class Axis:
@@ -138,8 +139,9 @@ def split(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:
             elif part.size and missing % part.size == 0:
                 own.append(part)
                 missing //= part.size
-            elif part.kind is None and part.size % missing == 0:
-                first, rest = _refine(part, PRODUCT, [missing, part.size // missing])
+            elif part.size % missing == 0:
+                rows = [missing, part.size // missing]
+                first, rest = _rows(part, *rows) if part.kind else _refine(part, PRODUCT, rows)
                 own.append(first)
                 left.insert(0, rest)
                 missing = 1
@@ -150,6 +152,18 @@ def split(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:
             return [fixed(size, why) for size in sizes]
         found.append(product(own))
     return found
+
+
+def _rows(axis: Axis, count: int, size: int) -> list[Axis]:
+    """Make a product of what lies end to end: rows, in each of which the positions are permuted as
+    in that part of it."""
+    rows = [row.find() for row in cut(axis, [size] * count, MIXED)]
+    first, rest = fixed(count, MIXED), rows[0]
+    if len(set(rows)) > 1:
+        rest = Axis(size, scopes=[frozenset([first])])
+        rest.at = {(first, i): row for i, row in enumerate(rows)}
+    axis.kind, axis.parts = PRODUCT, [first, rest]
+    return axis.parts
 
 
 def cut(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:
@@ -164,6 +178,9 @@ def cut(axis: Axis, sizes: Sequence[int], why: str) -> list[Axis]:
         inner = prod(part.size for part in rest)
         if any(size % inner for size in wanted):
             parts = None
+        elif first.kind is None and all(size == inner for size in wanted):
+            fix(first, MIXED)
+            parts = [at(product(rest), first, i) for i in range(first.size)]
         else:
             own = cut(first, [size // inner for size in wanted], why)
             parts = [product([part, *rest]) for part in own]
@@ -255,10 +272,12 @@ def at(axis: Axis, selected: Axis, position: int) -> Axis:
         return composed(axis.kind, [at(part, selected, position) for part in axis.parts])
     if selected not in axis.depends_on():
         return axis
-    if (selected, position) not in axis.at:
-        own = Axis(axis.size, axis.why)
-        for scope in axis.scopes:
-            atoms = {atom for wide in scope for atom in wide.atoms()} - {selected}
-            restrict(own, {at(atom, selected, position) for atom in atoms})
-        axis.at[selected, position] = own
-    return axis.at[selected, position]
+    for (other, place), own in axis.at.items():
+        if other.find() is selected and place == position:
+            return own
+    axis.at[selected, position] = own = Axis(axis.size, axis.why)
+    for scope in axis.scopes:
+        whole = (wide for wide in scope if not wide.has_sum())
+        atoms = {atom for wide in whole for atom in wide.atoms()} - {selected}
+        restrict(own, {at(atom, selected, position) for atom in atoms})
+    return own

@@ -1,17 +1,26 @@
 """Rules, as in `axis_rules.py`, of operations that move, join, cut or pick the axes of a tensor."""
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
+from typing import Any
 
 import torch
 
-from fastgeo.axes import Axis, at, concat, cut, fix, fixed, product, split
-from fastgeo.axis_values import MIXED, Axes, NoRule, Value, joined, replaced, unify_all
-from fastgeo.values import forms, same
+from fastgeo.axes import MIXED, Axis, at, concat, cut, fix, fixed, product, split
+from fastgeo.axis_values import (
+    Axes,
+    NoRule,
+    Value,
+    fix_all,
+    joined,
+    mixed,
+    replaced,
+    unify_all,
+    values_in,
+)
 
 
-def _regrouped(out, input, *args, **kwargs):
+def regrouped(out, input, *args, **kwargs):
     """view, flatten, squeeze, ...: axes split and joined, their numbers in the same order."""
     if 0 in out.shape:
         raise NoRule("its output is empty")
@@ -28,22 +37,22 @@ def _regrouped(out, input, *args, **kwargs):
     return axes
 
 
-def _permute(out, input, *dims):
+def permute(out, input, *dims):
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return [input.axes[dim] for dim in dims]
 
 
-def _transpose(out, input, dim0, dim1):
+def transpose(out, input, dim0, dim1):
     axes = list(input.axes)
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     return axes
 
 
-def _t(out, input):
+def t(out, input):
     return list(reversed(input.axes))
 
 
-def _movedim(out, input, source, destination):
+def movedim(out, input, source, destination):
     rank = len(input.axes)
     source, destination = (
         [dim % rank for dim in ((own,) if isinstance(own, int) else own)]
@@ -56,7 +65,7 @@ def _movedim(out, input, source, destination):
     return [next(rest) if axis is None else axis for axis in axes]
 
 
-def _expand(out, input, *args, **kwargs):
+def expand(out, input, *args, **kwargs):
     """Where all positions are equal, any permutation will do."""
     axes = [Axis(size) for size in out.shape]
     for i, axis in enumerate(reversed(input.axes), 1):
@@ -65,22 +74,23 @@ def _expand(out, input, *args, **kwargs):
     return axes
 
 
-def _repeat(out, input, *args, **kwargs):
+def repeat(out, input, *args, **kwargs):
     axes = [Axis(size) for size in out.shape]
     for i, axis in enumerate(reversed(input.axes), 1):
         axes[-i] = product([Axis(out.shape[-i] // axis.size), axis])
     return axes
 
 
-def _repeat_interleave(out, input, repeats, dim=None, **kwargs):
-    if not isinstance(repeats, int) or dim is None:
-        raise NoRule("it repeats by different numbers")
-    axes = list(input.axes)
-    axes[dim] = product([axes[dim], Axis(repeats)])
-    return axes
+def repeat_interleave(out, input, repeats, dim=None, **kwargs):
+    if dim is None:
+        raise NoRule("it does not say along which axis")
+    if isinstance(repeats, int):
+        return replaced(input.axes, dim, product([input.axes[dim], Axis(repeats)]))
+    fix(input.axes[dim], MIXED)
+    return mixed(replaced(input.axes, dim, fixed(out.shape[dim], MIXED)), [input.axes[dim]])
 
 
-def _cat(out, tensors, dim=0):
+def cat(out, tensors, dim=0):
     tensors = [t for t in tensors if t.tensor.ndim == out.ndim]
     first, *others = tensors
     for other in others:
@@ -92,7 +102,7 @@ def _cat(out, tensors, dim=0):
     return axes
 
 
-def _stack(out, tensors, dim=0):
+def stack(out, tensors, dim=0):
     first, *others = tensors
     for other in others:
         unify_all(first.axes, other.axes)
@@ -101,22 +111,23 @@ def _stack(out, tensors, dim=0):
     return axes
 
 
-def _cut(out, input, _, dim=0):
+def in_parts(out, input, *given, dim=None, **kwargs):
     """chunk and split."""
+    dim = (given[1] if len(given) > 1 else 0) if dim is None else dim
     parts = cut(input.axes[dim], [own.shape[dim] for own in out], "it is cut across its parts")
     return [replaced(input.axes, dim, part) for part in parts]
 
 
-def _unbind(out, input, dim=0):
-    return [_selected(input.axes, dim % len(input.axes), i) for i in range(len(out))]
+def unbind(out, input, dim=0):
+    return [selected(input.axes, dim % len(input.axes), i) for i in range(len(out))]
 
 
-def _select(out, input, dim, index):
+def select(out, input, dim, index):
     dim = dim % len(input.axes)
-    return _selected(input.axes, dim, index % input.axes[dim].size)
+    return selected(input.axes, dim, index % input.axes[dim].size)
 
 
-def _selected(axes: Iterable[Axis], dim: int, position: int) -> Axes:
+def selected(axes: Iterable[Axis], dim: int, position: int) -> Axes:
     """The other axes, at one position of an axis that is fixed by that."""
     axes = list(axes)
     axis = axes.pop(dim)
@@ -124,32 +135,62 @@ def _selected(axes: Iterable[Axis], dim: int, position: int) -> Axes:
     return [at(own, axis, position) for own in axes]
 
 
-def _narrow(out, input, dim, start, length):
+def narrow(out, input, dim, start, length):
     axis = input.axes[dim]
-    return replaced(input.axes, dim, _part(axis, start % axis.size, length))
+    return replaced(input.axes, dim, part(axis, start % axis.size, length))
 
 
-def _part(axis: Axis, start: int, length: int) -> Axis:
+def part(axis: Axis, start: int, length: int) -> Axis:
     if length == axis.size:
         return axis
     rest = axis.size - start - length
     return cut(axis, [start, length, rest], "it is cut across its parts")[1]
 
 
-def _index_select(out, input, dim, index):
+def index_select(out, input, dim, index):
+    axis = input.axes[dim]
+    fix(axis, MIXED)
+    return mixed(replaced(input.axes, dim, index.axes[0] if index.axes else fixed(1)), [axis])
+
+
+def index_add(out, input, dim, index, source, **kwargs):
+    """index_copy and index_fill, too."""
     fix(input.axes[dim], MIXED)
-    return replaced(input.axes, dim, index.axes[0] if index.axes else fixed(1))
+    if isinstance(source, Value) and source.axes:
+        unify_all(replaced(input.axes, dim, index.axes[0]), source.axes)
+    return mixed(input.axes, index.axes)
 
 
-def _getitem(out, input, index):
+def gather(out, input, dim, index, **kwargs):
+    by_number(input, dim, index)
+    return mixed(index.axes, [input.axes[dim]])
+
+
+def scatter(out, input, dim, index, src=None, **kwargs):
+    by_number(input, dim, index)
+    if isinstance(src, Value) and src.axes:
+        begin_alike(src.axes, index.axes)
+    return mixed(input.axes, [index.axes[dim]])
+
+
+def by_number(input: Value, dim: int, index: Value) -> None:
+    """Look up positions along an axis, for each of an index along the others."""
+    fix(input.axes[dim], MIXED)
+    begin_alike(replaced(input.axes, dim, index.axes[dim]), index.axes)
+
+
+def begin_alike(axes: Iterable[Axis], shorter: Iterable[Axis]) -> None:
+    for axis, own in zip(axes, shorter, strict=True):
+        unify_all([part(axis, 0, own.size)], [own])
+
+
+def getitem(out, input, index):
     index = list(index) if isinstance(index, tuple) else [index]
+    index = [own for i in index for own in _numbers(i)]
     taken = sum(i is not None and i is not Ellipsis for i in index)
-    if Ellipsis in [i for i in index if not isinstance(i, Value)]:
-        place = next(p for p, i in enumerate(index) if i is Ellipsis)
-    else:
-        place = len(index)
+    place = next((p for p, i in enumerate(index) if i is Ellipsis), len(index))
     index[place : place + 1] = [slice(None)] * (len(input.axes) - taken)
-    axes, advanced, places, selected = [], [], [], []
+    axes, advanced, places, selected, along = [], [], [], [], []
     waiting = iter(input.axes)
     for i in index:
         if i is None:
@@ -157,18 +198,20 @@ def _getitem(out, input, index):
             continue
         axis = next(waiting)
         if isinstance(i, slice):
-            start, stop, step = i.indices(axis.size)
+            if any(bound.asked for bound in values_in(i)):
+                raise NoRule("it is cut where the numbers say")
+            bounds = (b.tensor if isinstance(b, Value) else b for b in (i.start, i.stop, i.step))
+            start, stop, step = slice(*bounds).indices(axis.size)
             size = len(range(start, stop, step))
             if step == 1 or size == axis.size:
-                axes.append(_part(axis, start, size))
+                axes.append(part(axis, start, size))
             else:
-                fix(axis, MIXED)
+                along.append(axis)
                 axes.append(fixed(size, MIXED))
         elif isinstance(i, int) and not isinstance(i, bool):
             selected.append((axis, i % axis.size))
-            places.append(None)
-        elif isinstance(i, Value) and i.tensor.dtype not in (torch.bool, torch.uint8):
-            fix(axis, MIXED)
+        elif isinstance(i, Value):
+            along.append(axis)
             advanced.append(i)
             places.append(len(axes))
         else:
@@ -177,40 +220,40 @@ def _getitem(out, input, index):
         fix(axis, "one of its positions is looked at by itself")
         axes = [at(own, axis, position) for own in axes]
     if advanced:
-        if len(set(places)) > 1 or None in places:
-            raise NoRule("its indices are not side by side")
+        first = places[0] if len(set(places)) == 1 else 0  # or they are not side by side
         shape = torch.broadcast_shapes(*(i.tensor.shape for i in advanced))
-        axes[places[0] : places[0]] = joined(torch.empty(shape, device="meta"), advanced)
-    return axes
+        axes[first:first] = joined(shape, advanced)
+    return mixed(axes, fix_all(along, MIXED))
 
 
-def _getattr(out, input, name):
-    if name not in ("mT", "T", "data"):
-        raise NoRule(f"{name} is no view")
+def _numbers(index: Any) -> list[Any]:
+    """An index, a mask as the numbers of what it selects along each axis."""
+    if isinstance(index, list):
+        index = torch.tensor(index)
+        index = Value(index, [fixed(size, MIXED) for size in index.shape])
+    if not isinstance(index, Value) or index.tensor.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    fix_all(index.axes, MIXED)
+    found = index.tensor.nonzero(as_tuple=True)
+    return [Value(own, [fixed(len(own), MIXED)]) for own in found]
+
+
+def finer(out, input, *args, **kwargs):
+    """one_hot, view_as_real."""
+    return [*input.axes, fixed(out.shape[-1], MIXED)]
+
+
+def as_complex(out, input):
+    fix(input.axes[-1], MIXED)
+    return list(input.axes[:-1])
+
+
+def same(out, input):
+    return list(input.axes)
+
+
+def turned(out, input):
+    """x.mT."""
     axes = list(input.axes)
-    if name == "T":
-        axes.reverse()
-    elif name == "mT":
-        axes[-2:] = axes[:-3:-1]
+    axes[-2:] = axes[:-3:-1]
     return axes
-
-
-FUNCTIONS: dict[Callable | str, Callable] = (
-    forms("view reshape flatten unflatten squeeze unsqueeze".split(), same(_regrouped))
-    | forms(["view_as", "reshape_as"], same(_regrouped))
-    | forms(["permute"], same(_permute))
-    | forms(["transpose", "swapaxes", "swapdims"], same(_transpose))
-    | forms(["t"], same(_t))
-    | forms(["movedim", "moveaxis"], same(_movedim))
-    | forms(["expand", "expand_as", "broadcast_to"], same(_expand))
-    | forms(["repeat", "tile"], same(_repeat))
-    | forms(["repeat_interleave"], same(_repeat_interleave))
-    | forms(["cat", "concat", "concatenate"], same(_cat))
-    | forms(["stack"], same(_stack))
-    | forms(["chunk", "split"], same(_cut))
-    | forms(["unbind"], same(_unbind))
-    | forms(["select"], same(_select))
-    | forms(["narrow"], same(_narrow))
-    | forms(["index_select"], same(_index_select))
-    | {operator.getitem: _getitem, getattr: _getattr}
-)

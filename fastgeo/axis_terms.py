@@ -20,22 +20,23 @@ def settle(tensors: Sequence[Sequence[Axis]]) -> None:
     Afterwards a permutation depends only on positions on axes that every tensor with it has, and an
     axis that was looked at by itself is permuted as it is in the whole.
     """
-    changed = True
+    changed, crossed = True, set()
     while changed:
         changed = False
-        for node in {node for axes in tensors for axis in axes for node in _nodes(axis)}:
+        nodes, waiting = set(), [axis for axes in tensors for axis in axes]
+        while waiting:
+            node = waiting.pop().find()
+            if node not in nodes:
+                nodes.add(node)
+                waiting += [*node.parts, *node.at.values()]
+        for node in nodes:
             changed |= _settle_selected(node)
+        for node in nodes:
+            changed |= _settle_crossed(node, crossed)
         terms = [own for axes in tensors for own in itertools.product(*map(_terms, axes))]
         for restricted in (_to_present, _to_chains):
             for atoms in set() if changed else set(terms):
                 changed |= restricted(atoms)
-
-
-def _nodes(axis: Axis) -> Iterator[Axis]:
-    axis = axis.find()
-    yield axis
-    for part in axis.parts:
-        yield from _nodes(part)
 
 
 def _settle_selected(axis: Axis) -> bool:
@@ -46,13 +47,46 @@ def _settle_selected(axis: Axis) -> bool:
             unify(composed(axis.kind, parts), own, "it is taken apart in two ways")
         elif selected.find() not in axis.depends_on():
             unify(axis, own, "it is taken apart in two ways")
+        elif (first := at(axis, selected, position)) is not own:  # now that two are one
+            unify(first, own, "it is taken apart in two ways")
         else:
             if axis.why is not None and not own.is_fixed():
                 fix(own, axis.why)
                 changed = True
+            outer = [at(p, selected, position) for p in axis.depends_on()]
+            changed |= _restrict_all(own, [atom for p in outer for atom in p.atoms()])
             continue
         axis.at.pop((selected, position), None)
         changed = True
+    return changed
+
+
+def _settle_crossed(axis: Axis, crossed: set) -> bool:
+    """At a position of each of two axes it is the same, whichever is looked at first."""
+    before = len(crossed) + len(axis.at)
+    outer = [p for p in axis.depends_on() if p.why is not None]
+    if axis.kind is None and axis.why is None and (axis.at or len(outer) > 1):
+        for s in outer:
+            for i in range(s.size):
+                at(axis, s, i)
+    for ((s, i), x), ((t, j), y) in itertools.combinations(list(axis.at.items()), 2):
+        s, t = s.find(), t.find()
+        if s is not t and (axis, s, i, t, j) not in crossed:
+            crossed.add((axis, s, i, t, j))
+            first, second = at(x, at(t, s, i), j), at(y, at(s, t, j), i)
+            unify(first, second, "it is taken apart in two ways")
+    return len(crossed) + len(axis.at) > before
+
+
+def _restrict_all(axis: Axis, to: Sequence[Axis]) -> bool:
+    """Dependences of its atoms on these and on each other; whether any was lost."""
+    changed, own = False, list(axis.atoms())
+    for atom in own:
+        wanted = atom.depends_on()
+        found = [p for p in wanted if p in to or p in own]
+        if len(found) < len(wanted):
+            restrict(atom, found)
+            changed = True
     return changed
 
 

@@ -1,20 +1,49 @@
 """Tensors with the axes that their permutations act on, as the rules of operations take them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastgeo.axes import Axis, fix, fixed, unify
+from fastgeo.standin import StandIn
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Value:
-    """A tensor and its axes."""
+class Value(StandIn):
+    """A tensor of one network with the axes that permutations act on.
 
-    tensor: Tensor | None
-    axes: tuple[Axis, ...]
+    Attributes:
+        tensor: the numbers.
+        axes: of each of its dimensions.
+        asked: whether it was computed of parameters, or of inputs that are no integers: what a
+            forward decides by such a number holds for no other network.
+    """
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor, axes: Iterable[Axis], asked: bool = True) -> "Value":
+        one = Tensor._make_wrapper_subclass(
+            cls,
+            tensor.shape,
+            dtype=tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+        one.tensor, one.axes, one._asked = tensor, tuple(axes), asked
+        return one
+
+    @property
+    def asked(self) -> bool:
+        return self._asked or getattr(self.tensor.untyped_storage(), "asked", False)
+
+    def write(self, values: Iterable["Value"]) -> None:
+        """What was computed of these is now in its memory, and in all views of it."""
+        if not self.asked and any(value.asked for value in values):
+            self.tensor.untyped_storage().asked = True
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"Value({self.tensor})"
 
 
 class NoRule(Exception):
@@ -22,7 +51,6 @@ class NoRule(Exception):
 
 
 Axes = list[Axis]
-MIXED = "its positions play different parts"
 
 
 def fix_all(axes: Iterable[Axis], why: str) -> Axes:
@@ -39,26 +67,36 @@ def unify_all(xs: Iterable[Axis], ys: Iterable[Axis]) -> None:
 
 def values_in(tree: Any) -> list[Value]:
     """The values among arguments, those of slices included."""
-    leaves: list[Any] = []
-    fx.node.map_aggregate(tree, leaves.append)
-    return [leaf for leaf in leaves if isinstance(leaf, Value)]
+    found = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Value):
+            found.append(leaf)
+        elif isinstance(leaf, slice):
+            found += values_in((leaf.start, leaf.stop, leaf.step))
+    return found
 
 
-def joined(out: Tensor, values: Iterable[Any]) -> Axes:
-    """The axes of what broadcasts to the output."""
-    axes: list[Axis | None] = [None] * out.ndim
-    for value in values:
-        if not isinstance(value, Value):
-            continue
-        for i, axis in enumerate(reversed(value.axes), 1):
+def joined(shape: Tensor | torch.Size, given: Iterable[Any]) -> Axes:
+    """The axes of what broadcasts to a shape, or to that of a tensor, of values or their axes."""
+    shape = tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape)
+    axes: list[Axis | None] = [None] * len(shape)
+    for own in given:
+        own = own.axes if isinstance(own, Value) else own
+        for i, axis in enumerate(reversed(own), 1):
             if axis.size == 1:
                 continue
             if axes[-i] is None:
                 axes[-i] = axis
             else:
                 unify_all([axes[-i]], [axis])
-    sizes = zip(axes, out.shape, strict=True)
-    return [fixed(size) if axis is None else axis for axis, size in sizes]
+    return [fixed(size) if a is None else a for a, size in zip(axes, shape, strict=True)]
+
+
+def mixed(axes: Iterable[Axis], along: Iterable[Axis]) -> list[Axes]:
+    """The axes of an output, and they with those along which it mixes numbers, as of one tensor: no
+    permutation may depend on positions on an axis that is in it twice."""
+    axes = list(axes)
+    return [axes, [*axes, *along]]
 
 
 def replaced(axes: Iterable[Axis], dim: int, axis: Axis) -> Axes:

@@ -8,14 +8,15 @@ measure fastgeo against these.
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgeo.inputs import Inputs, each_tensor
+from fastgeo.inputs import Inputs, arguments, each_tensor
+from fastgeo.outputs import logits_in
 from fastgeo.path import Path
 
 Network = Callable[..., Tensor]
@@ -70,7 +71,7 @@ def loop(
         if channels_last:
             inputs = each_tensor(_channels_last, inputs)
         with _autocast(path.device, bfloat16):
-            logits = [_call(network, inputs) for network in evaluate]
+            logits = [_logits(module, network, inputs) for network in evaluate]
         optimizer.zero_grad()
         energy = energy_of_pairs([each.float().softmax(-1) for each in logits])
         energy.backward()
@@ -102,7 +103,8 @@ def vmapped(module: nn.Module, path: Path, *, lr: float = 0.1, bfloat16: bool = 
     optimizer = torch.optim.SGD(list(trained.values()), lr)
 
     def one(params: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        return _call(lambda *a, **k: torch.func.functional_call(module, params, a, k), inputs)
+        network = lambda *a, **k: torch.func.functional_call(module, params, a, k)  # noqa: E731
+        return _logits(module, network, inputs)
 
     def step(inputs: Inputs) -> Tensor:
         with _autocast(path.device, bfloat16):
@@ -131,8 +133,9 @@ def energy_of_pairs(p: list[Tensor]) -> Tensor:
     return energy
 
 
-def _call(network: Network, inputs: Inputs) -> Tensor:
-    return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+def _logits(module: nn.Module, network: Network, inputs: Inputs) -> Tensor:
+    args, kwargs = arguments(module, inputs)
+    return logits_in(network(*args, **kwargs))
 
 
 def _autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:

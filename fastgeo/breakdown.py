@@ -70,7 +70,7 @@ def breakdown(
     """
     inputs = Passes(batches, repeat=True)
     options = dict(engine, **options)
-    floor = step_flops(module, path, on_device(next(inputs), path.device))
+    floor = step_flops(module, path, on_device(next(inputs)[0], path.device))
     floor = 1e3 * floor / fastest_matmul(path.device)
     path = optimize(path, module, islice(inputs, 1), **options)
     with recorded() as recorder:

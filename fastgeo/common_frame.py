@@ -6,9 +6,10 @@ frame, the maps between networks agree with each other, as in Crisostomi et al.,
 Consistent Multi-Model Merging" (2024).
 """
 
+import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from fastgeo.assignment import Assignment
 from fastgeo.evaluate import Data, evaluate
 from fastgeo.inputs import Inputs
-from fastgeo.matching import check_same_function, loaded, same_network
+from fastgeo.matching import check_same_function, loaded, same_network, warn_of_nothing
 from fastgeo.path import Path, StateDict
 from fastgeo.permutation import Permutations, PermutationSpec
 from fastgeo.symmetry import Symmetries, example
@@ -32,7 +33,6 @@ class CommonFrame:
 
     Attributes:
         state_dicts: of the permuted networks; each computes what it did.
-        modules: copies of the networks with these states, None for those given as state dicts.
         permutations: of each network, as in `Matching`.
         spec: the symmetries of the network.
         objectives_before, objectives_after: [K, K] inner products of the parameters of each pair.
@@ -45,7 +45,6 @@ class CommonFrame:
     """
 
     state_dicts: list[dict[str, Tensor]]
-    modules: list[nn.Module | None]
     permutations: list[Permutations]
     spec: PermutationSpec
     objectives_before: Tensor
@@ -56,6 +55,12 @@ class CommonFrame:
     sweeps: int
     relative_change: float
     seconds: float
+    _networks: list[StateDict | nn.Module] = field(repr=False)
+
+    @functools.cached_property
+    def modules(self) -> list[nn.Module | None]:
+        """Copies of the networks with these states, None for those given as state dicts."""
+        return [loaded(*pair) for pair in zip(self._networks, self.state_dicts, strict=True)]
 
 
 def match_many(
@@ -85,6 +90,9 @@ def match_many(
         batchnorm: of the barriers, as in `evaluate`.
         progress: show a progress bar, if it takes more than a second.
 
+    Warns:
+        UserWarning: as in `match`.
+
     Raises:
         TypeError, ValueError: as in `match` and `evaluate`; fewer than two networks.
 
@@ -103,6 +111,7 @@ def match_many(
     module, states = same_network(networks, module)
     inputs = example(module, example_input)
     spec = Symmetries(module, inputs).spec
+    warn_of_nothing(spec)
     names = spec.counted(states[0])
     wide = [{name: state[name].double() for name in names} for state in states]
     found = []
@@ -129,10 +138,6 @@ def match_many(
         barriers = [_barriers(module, own, data, batchnorm, progress) for own in (states, matched)]
     return CommonFrame(
         state_dicts=matched,
-        modules=[
-            loaded(network, state) if isinstance(network, nn.Module) else None
-            for network, state in zip(networks, matched, strict=True)
-        ],
         permutations=permutations,
         spec=spec,
         objectives_before=inner_products(wide),
@@ -143,6 +148,7 @@ def match_many(
         sweeps=sweeps,
         relative_change=max(changes),
         seconds=seconds,
+        _networks=networks,
     )
 
 

@@ -35,6 +35,12 @@ class EngineConfig(DeviceConfig):
     """networks in one pass, two chunks' activations being kept at most; None for all"""
     batchnorm: Literal["refuse", "recalibrate"] = "refuse"
     """recalibrate: the running statistics of every network are computed anew from training data"""
+    output: str = "logits"
+    """name of the logits, an attribute or key of what the network returns; logits is also a tensor
+    by itself, what is named out, or else the first tensor of a tuple or list"""
+    mask: str | None = None
+    """name of an input, in the logits' shape but for the classes, that is 0 where a row does not
+    count, such as attention_mask; rows whose label is -100 never count"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +205,7 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
 
 # Settings that an older config.json lacks, and what its run did.
 BEFORE = {
+    "output": "logits",
     "coarse_to_fine": False,
     "momentum": 0.0,
     "lr_schedule": "constant",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fastgeo.inputs import Inputs
+from fastgeo.inputs import Inputs, arguments
+from fastgeo.outputs import opened
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -51,7 +52,7 @@ def where(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> str
 
     hooks = [layer.register_forward_hook(hook(n)) for n, layer in module.named_modules()]
     try:
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+        args, kwargs = arguments(module, inputs)
         functional_call(module, state, args, kwargs, tie_weights=False)
     except Exception as error:  # noqa: BLE001 - what is reported is the numbers, not this
         return f"it cannot be evaluated by itself ({type(error).__name__}: {error})"
@@ -64,6 +65,6 @@ def where(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> str
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    for leaf in pytree.tree_leaves(dict(value) if isinstance(value, Mapping) else value):
+    for leaf in pytree.tree_leaves(opened(value)):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgeo.engines import Engine
-from fastgeo.inputs import Inputs, tensors_of
+from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.outputs import check_rows, logits_of
 from fastgeo.path import Path
 from fastgeo.phases import phase
 from fastgeo.stacking import part_of
@@ -17,7 +18,12 @@ MOST_CACHED = 2**28  # bytes of logits and inputs that EndLogits keeps
 
 
 def energy_and_gradient(
-    path: Path, engine: Engine, inputs: Inputs, trained: dict[str, str], ends: Tensor
+    path: Path,
+    engine: Engine,
+    inputs: Inputs,
+    trained: dict[str, str],
+    ends: Tensor,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence of each edge on a batch, [E] nats, and the energy's gradient [N - 2, ...].
 
@@ -26,12 +32,15 @@ def energy_and_gradient(
 
     Args:
         ends: [2, R, C] logits of the two ends, R rows.
+        counted: [B, ...], which of the rows count; None for all.
     """
     chunks = engine.chunks(len(path) - 2)
     energies, whole = [], {}
     if len(chunks) > 1:  # first of all, so that it does not lie scattered between activations
         whole = {name: torch.empty_like(path.interior[name]) for name in set(trained.values())}
     left, following = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
+    check_rows(counted, following.rows)
+    weight = None if counted is None else counted.flatten().to(ends.device)
     for i in range(len(chunks)):
         current, following = following, None
         if i + 1 < len(chunks):
@@ -39,7 +48,7 @@ def energy_and_gradient(
         right = ends[1:] if following is None else following.logits[:1].detach()
         known = torch.cat([left, current.logits.detach(), right])
         with phase("divergence"):
-            divergences, gradient = path_js_div_value_and_grad(known)
+            divergences, gradient = path_js_div_value_and_grad(known, sample_weight=weight)
         energies.append(divergences if following is None else divergences[:-1])
         left = known[-2:-1]
         gradients = current.backward(gradient[1:-1])
@@ -61,7 +70,8 @@ class _Chunk:
         params = part_of(path.stacked_interior(), part)
         tied = {name: self.leaves[first] for name, first in trained.items()}
         with torch.enable_grad(), phase("forward"):
-            self.logits = logits_of(engine.network(params | tied, inputs))  # [K, R, C]
+            outputs = engine.network(params | tied, inputs)  # [K, B, ..., C]
+            self.logits, self.rows = logits_of(outputs), outputs.shape[1:-1]  # [K, R, C]
 
     def backward(self, gradient: Tensor) -> dict[str, Tensor]:
         """The gradient of every trained parameter [K, ...], given that of the logits."""
@@ -99,12 +109,12 @@ class EndLogits:
         """
         tensors = tensors_of(given)
         known = self.known.get(tensors[0])
-        if known is not None and known.same(tensors):
+        if known is not None and known.same(given):
             return known.logits
         with phase("forward"):
             logits = logits_of(engine.forward(self.params, inputs))
         if not any(tensor.is_inference() for tensor in tensors):  # those have no version
-            known = _Known(tensors, logits)
+            known = _Known(given, logits)
             if known.bytes + sum(other.bytes for other in self.known.values()) <= MOST_CACHED:
                 self.known[tensors[0]] = known
         return logits
@@ -113,8 +123,8 @@ class EndLogits:
 class _Known:
     """Logits, and what tells that inputs are those that gave them."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], logits: Tensor):
-        self.logits = logits
+    def __init__(self, given: Inputs, logits: Tensor):
+        self.logits, self.others, tensors = logits, self._others(given), tensors_of(given)
         self.tensors = [weakref.ref(tensor) for tensor in tensors]
         self.versions = [tensor._version for tensor in tensors]
         # What NumPy writes into the memory of a tensor changes no version.
@@ -123,11 +133,11 @@ class _Known:
         ]
         self.bytes = logits.nbytes + sum(c.nbytes for c in self.copies if c is not None)
 
-    def same(self, tensors: tuple[Tensor, ...]) -> bool:
-        if len(tensors) != len(self.tensors):
+    def same(self, given: Inputs) -> bool:
+        if self._others(given) != self.others:
             return False
         for tensor, one, version, copy in zip(
-            tensors, self.tensors, self.versions, self.copies, strict=True
+            tensors_of(given), self.tensors, self.versions, self.copies, strict=True
         ):
             if one() is not tensor or tensor._version != version:
                 return False
@@ -135,18 +145,7 @@ class _Known:
                 return False
         return True
 
-
-def logits_of(outputs: Tensor) -> Tensor:
-    """What N networks returned, [N, B, ..., C], as [N, rows, C].
-
-    Raises:
-        TypeError: several tensors, or none.
-        ValueError: fewer dimensions.
-    """
-    if not isinstance(outputs, Tensor):
-        kind = type(outputs).__name__
-        raise TypeError(f"the module must return logits, one tensor [B, ..., C], got {kind}")
-    if outputs.ndim < 3:
-        shape = list(outputs.shape[1:])
-        raise ValueError(f"the module must return logits [B, ..., C], got {shape}")
-    return outputs.flatten(1, -2)
+    @staticmethod
+    def _others(given: Inputs) -> str:
+        """Names, and values that are no tensors."""
+        return repr(each_tensor(lambda tensor: "tensor", given))

@@ -2,9 +2,9 @@
 
 No engine is the fastest everywhere: stacking saves most where operations are small; for wide
 networks on a CPU a few at a time, or a loop in channels-last, may win. All give the same numbers up
-to rounding, which is checked once on a few inputs, gradients included and also of an engine that is
-named; so candidates take turns at the real work until the fastest is known, and none of it is done
-twice.
+to rounding, which is checked once on a few inputs, for as many networks as are evaluated at once,
+gradients included and also of an engine that is named; so candidates take turns at the real work
+until the fastest is known, and none of it is done twice.
 """
 
 import time
@@ -16,10 +16,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastgeo.agreement import check_agreement, outputs_and_gradients
-from fastgeo.inputs import Inputs, first_few, tensors_of
+from fastgeo.agreement import check_agreement, few_of, networks_like, outputs_and_gradients
+from fastgeo.inputs import Inputs, each_tensor, tensors_of
 from fastgeo.memory import (
-    FEW_INPUTS,
     activation_bytes,
     bytes_of,
     free_bytes,
@@ -29,6 +28,7 @@ from fastgeo.memory import (
 from fastgeo.modes import evaluation_mode
 from fastgeo.precision import matmul_precision
 from fastgeo.stacking import Parameters, StackedModule, channels_last_is_unsafe, part_of
+from fastgeo.standin import Unsupported
 from fastgeo.values import first_line
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class EngineChoice:
         memory_budget: int | str | None = None,
         batchnorm: str = "refuse",
         precision: str = "fp32",
+        output: str = "logits",
         work: str = "optimisation",
         on_choice: Callable[[dict], None] | None = None,
     ):
@@ -98,17 +99,22 @@ class EngineChoice:
         self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
         self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
         self.budget = None if memory_budget is None else bytes_of(memory_budget)
-        self.precision, self.work = precision, work
-        self._traced = StackedModule(
-            module, engine=engine, batchnorm=batchnorm, precision=precision
-        )
+        self.precision, self.output, self.work = precision, output, work
+        self._stacked = self._network(engine, False, precision)
+        self._agrees: dict[str, str] | None = None  # engine -> why it does not, "" if it does
         self.chosen: Engine | None = None
         self._points = 0
         self._visits: dict[Engine, list[float]] = {}  # seconds
         self._failed: dict[str, str] = {}  # engine -> why
 
     def prepare(
-        self, params: Parameters, inputs: Inputs, *, per_point: bool = False, points: int
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        *,
+        per_point: bool = False,
+        points: int,
+        most: int | None = None,
     ) -> None:
         """Line the candidates up, unless this was done before.
 
@@ -116,6 +122,7 @@ class EngineChoice:
             params: name -> [1, ...] of one network.
             inputs: of the work to come, [B, ...], or [1, B, ...] if per_point.
             points: N, networks in the work to come.
+            most: N of all that is to come, if that is more: engines are checked once.
 
         Raises:
             ValueError: a memory budget that one network exceeds, or an engine that was named and
@@ -127,16 +134,27 @@ class EngineChoice:
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
         on_gpu = next(iter(params.values())).is_cuda
         candidates = list(self._candidates(images, on_gpu, points))
-        candidates = self._agreeing(candidates, params, inputs, per_point)
-        for engine in candidates:
+        loop = self._network("loop", False, "fp32")
+        with evaluation_mode(self.module):
+            few, scale = few_of(loop, params, inputs, per_point)
+            if self._agrees is None:
+                self._agrees = self._checked(candidates, params, few, per_point, most or points)
+        agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
+        for engine in agreeing or candidates[-1:]:
             if self.budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
                 engine = Engine(engine.network, chunk)
             elif self.engine == "auto" and self.chunk is None:
-                engine = self._fitting(engine, params, inputs, per_point, points)
+                with evaluation_mode(self.module):
+                    engine = self._fitting(engine, params, few, scale, per_point, points)
             self._visits[engine] = []
         if len(self._visits) == 1:
             self._choose()
+
+    def next_level(self) -> None:
+        """The work goes on with other numbers of networks: choose again, of what agrees."""
+        self.finish()
+        self.chosen, self._visits = None, {}
 
     def run(self, work: Callable[[Engine], T]) -> T:
         """Do the work with the chosen engine, or with the candidate whose turn it is."""
@@ -163,17 +181,17 @@ class EngineChoice:
 
     def _candidates(self, images: bool, on_gpu: bool, points: int) -> Iterator[Engine]:
         """In the order of preference where times are alike."""
-        traced = self._traced.engine
+        own = self._stacked.engine
         few = FEW if points > FEW else None
         choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
         layouts = [True, False] if choice else [False]
         if self.engine != "auto":
-            ways = [(traced, False, None)]
-        elif self.precision == "bf16":  # which the traced graph alone can
-            ways = [(traced, layout, k) for k in (None, few) for layout in layouts]
+            ways = [(own, False, None)]
+        elif self.precision == "bf16":  # which that engine alone can
+            ways = [(own, layout, k) for k in (None, few) for layout in layouts]
         else:
-            ways = [(traced, False, None), (traced, layouts[0], few)]
-            if on_gpu and traced == "stacked":
+            ways = [(own, False, None), (own, layouts[0], few)]
+            if on_gpu and own == "stacked":
                 ways.append(("vmap", False, None))
             ways += [("loop", layout, few) for layout in layouts]
         if self.channels_last is not None:
@@ -184,42 +202,51 @@ class EngineChoice:
             yield Engine(self._network(name, channels_last, self.precision), chunk)
 
     def _network(self, engine: str, channels_last: bool, precision: str) -> StackedModule:
-        options = dict(channels_last=channels_last, batchnorm=self.batchnorm, precision=precision)
-        return StackedModule(self.module, engine=engine, **options)
+        options = dict(batchnorm=self.batchnorm, precision=precision, output=self.output)
+        return StackedModule(self.module, engine=engine, channels_last=channels_last, **options)
 
-    def _agreeing(
-        self, candidates: list[Engine], params: Parameters, inputs: Inputs, per_point: bool
-    ) -> list[Engine]:
-        """Those that compute what the module computes, and its gradients, on a few inputs.
+    def _checked(
+        self,
+        candidates: list[Engine],
+        params: Parameters,
+        few: Inputs,
+        per_point: bool,
+        points: int,
+    ) -> dict[str, str]:
+        """Of each engine that is no loop, whether it computes what the module computes, and its
+        gradients, for as many networks as it is to evaluate at once: "", or why it does not.
 
         Raises:
             ValueError: an engine was named, and does not.
         """
-        few, _ = first_few(inputs, FEW_INPUTS, int(per_point))
-        if all(engine.network.engine == "loop" for engine in candidates):
-            return candidates
-        agreeing: list[Engine] = []
+        largest: dict[str, tuple[int, StackedModule]] = {}
+        for engine in candidates:
+            kind, size = engine.network.engine, min(engine.chunk or points, points)
+            if kind != "loop" and size > largest.get(kind, (0,))[0]:
+                largest[kind] = size, engine.network
         # TF32 moves so many numbers over the kinks of ReLUs that it would hide an error: the same
         # operations are compared without it.
         precision = "bf16" if self.precision == "bf16" else "fp32"
-        with evaluation_mode(self.module), matmul_precision("fp32"):
-            loop = StackedModule(self.module, engine="loop", batchnorm=self.batchnorm)
-            expected = outputs_and_gradients(loop, params, few, per_point)
-            for engine in candidates:
-                try:
-                    network = engine.network
+        loop = self._network("loop", False, "fp32")
+        found, options = {}, dict(gradients=self.work != "evaluation")
+        for kind, (size, network) in largest.items():
+            own = few
+            if per_point:
+                own = each_tensor(lambda t, n=size: t.expand(n, *t.shape[1:]), few)
+            given = (networks_like(params, size), own, per_point)
+            try:
+                with matmul_precision("fp32"):
+                    expected = outputs_and_gradients(loop, *given, **options)
                     if network.precision != precision:
-                        network = self._network(network.engine, network.channels_last, precision)
-                    got = outputs_and_gradients(network, params, few, per_point)
-                    if network.engine != "loop":
-                        check_agreement(got, expected, precision)
-                except Exception as error:  # noqa: BLE001 - as in `run`
-                    if self.engine != "auto":
-                        raise
-                    self._failed[str(engine)] = first_line(error)
-                else:
-                    agreeing.append(engine)
-        return agreeing or candidates[-1:]
+                        network = self._network(kind, network.channels_last, precision)
+                    got = outputs_and_gradients(network, *given, **options)
+                    check_agreement(got, expected, precision)
+                found[kind] = ""
+            except Exception as error:  # noqa: BLE001 - as in `run`
+                if self.engine != "auto" or isinstance(error, Unsupported):
+                    raise
+                found[kind] = self._failed[kind] = first_line(error)
+        return found
 
     def _affordable(
         self,
@@ -243,19 +270,25 @@ class EngineChoice:
         return self.budget // (2 * each)
 
     def _fitting(
-        self, engine: Engine, params: Parameters, inputs: Inputs, per_point: bool, points: int
+        self,
+        engine: Engine,
+        params: Parameters,
+        few: Inputs,
+        scale: float,
+        per_point: bool,
+        points: int,
     ) -> Engine:
         """The candidate, with fewer networks at a time if the memory is not there for it."""
         free = free_bytes(next(iter(params.values())).device)
-        with evaluation_mode(self.module):
-            need = step_memory(
-                engine.network,
-                params,
-                inputs,
-                networks=points,
-                work=self.work,
-                per_point=per_point,
-            )
+        need = step_memory(
+            engine.network,
+            params,
+            few,
+            networks=points,
+            work=self.work,
+            per_point=per_point,
+            scale=scale,
+        )
         if free is None or need.peak(points, engine.chunk, streamed=not per_point) <= free:
             return engine
         return Engine(engine.network, need.fitting(points, free, streamed=not per_point) or 1)

@@ -10,10 +10,10 @@ from fastgeo_kernels import path_fisher_rao, path_js_div
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.energy import logits_of
 from fastgeo.engines import EngineChoice
 from fastgeo.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
 from fastgeo.modes import evaluation_mode
+from fastgeo.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.path import Path, check_path_of
 from fastgeo.recalibrate import recalibrate
 
@@ -26,8 +26,8 @@ class SplitEvaluation:
     """One set of labelled inputs along the path.
 
     Attributes:
-        loss: [N] mean cross-entropy, nats.
-        accuracy: [N] share of inputs classified correctly.
+        loss: [N] mean cross-entropy of the rows that count, nats.
+        accuracy: [N] share of them classified correctly.
         barrier: highest loss less the mean of the two ends, nats.
         barrier_above_line: highest excess of the loss of point i over the straight line between
             the losses of the ends at i / (N - 1), nats; 0 if no point is above it.
@@ -77,6 +77,8 @@ def evaluate(
     chunk: int | None = None,
     batchnorm: str = "refuse",
     precision: str = "fp32",
+    output: str = "logits",
+    mask: str | None = None,
     on_choice: Callable[[dict], None] | None = None,
     progress: bool = False,
     description: str = "evaluate",
@@ -86,12 +88,15 @@ def evaluate(
     Args:
         path: the path.
         module: the network of all points, run in eval mode; its parameter values are not used.
-        splits: name -> (inputs, labels), or an iterable of such batches. Inputs are [n, ...], or a
-            mapping of such tensors, the keyword arguments of the module's forward; labels are
-            integers within 0 .. C - 1, [n], or [n, ...] for logits [n, ..., C]. The lengths are
-            taken on the first split.
+        splits: name -> (inputs, labels), or an iterable of such batches. Inputs are [n, ...], or
+            any mapping of such tensors and other values, as in `fastgeo.optimize`: labels in it are
+            dropped unread. The labels beside it are integers within 0 .. C - 1, [n], or [n, ...]
+            for logits [n, ..., C], or -100 where a row does not count. The lengths are taken on the
+            first split.
         batch_size: inputs in one pass, for splits given as tensors.
-        engine, channels_last, precision, on_choice: as in `fastgeo.optimize`.
+        engine, channels_last, precision, output, on_choice: as in `fastgeo.optimize`.
+        mask: name of one of the inputs, [n, ...] as the labels: rows where it is 0 do not count, as
+            those labelled -100. Losses, accuracies and lengths are means over the rows that count.
         chunk: networks in one pass; None for all of them.
         batchnorm: "refuse", or "recalibrate": the running statistics of every network are computed
             anew on the first split (`fastgeo.recalibrate`), on the path that is evaluated only.
@@ -99,9 +104,10 @@ def evaluate(
         description: its label.
 
     Raises:
-        TypeError: a path or module of another type, or a batch that is not such a pair.
-        ValueError: a path that is not of this module, no data, inputs and labels whose counts
-            differ, or labels that are not classes.
+        TypeError: a path or module of another type, a batch that is not such a pair, or no logits
+            in what the module returns.
+        ValueError: a path that is not of this module, no data or no row that counts, inputs and
+            labels whose counts differ, or labels that are not classes.
 
     Example:
         >>> evaluate(path, module, {"test": (images, labels)}).splits["test"].barrier
@@ -113,17 +119,17 @@ def evaluate(
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
     options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    options |= dict(precision=precision, work="evaluation", on_choice=on_choice)
+    options |= dict(precision=precision, output=output, work="evaluation", on_choice=on_choice)
     choice = EngineChoice(module, **options)
     if batchnorm == "recalibrate":
         name, data = next(iter(splits.items()))
         inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
-        path = recalibrate(path, module, inputs, chunk=chunk)
+        path = recalibrate(path, module, inputs, chunk=chunk, output=output)
     stacked = path.stacked()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
     results, lengths = {}, None
     for name, data in splits.items():
-        totals = _Totals(len(path), path.device)
+        totals, batch = _Totals(len(path), path.device), None
         for batch in tqdm(
             _batches(name, data, batch_size),
             desc=f"{description} {name}",
@@ -136,10 +142,12 @@ def evaluate(
                 choice.prepare(one, inputs, points=len(path))
                 outputs = choice.run(lambda engine, x=inputs: engine.forward(stacked, x))
             logits = logits_of(outputs)
-            rows = label_rows(f"split {name!r}", labels, outputs).to(path.device).long()
+            counted, labels = rows_that_count(inputs, None, mask), labels.to(path.device)
+            rows = label_rows(f"split {name!r}", labels, outputs, counted)
             totals.add(logits, rows, lengths=lengths is None)
         if totals.count == 0:
-            raise ValueError(f"split {name!r} holds no data")
+            what = "no data" if batch is None else "no row that counts"
+            raise ValueError(f"split {name!r} holds {what}")
         results[name] = totals.split()
         lengths = lengths or totals.lengths()
     choice.finish()
@@ -147,7 +155,7 @@ def evaluate(
 
 
 class _Totals:
-    """Sums over the inputs of one split, in float64."""
+    """Sums over the rows of one split that count, in float64."""
 
     def __init__(self, points: int, device: torch.device):
         self.count = 0
@@ -157,16 +165,17 @@ class _Totals:
         self.square_chord = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, *, lengths: bool) -> None:
-        """logits [N, R, C], labels [R]."""
+        """logits [N, R, C], labels [R], -100 where a row does not count."""
+        counted = labels != IGNORED
         every_label = labels.expand(len(logits), -1)
         loss = F.cross_entropy(logits.flatten(0, 1), every_label.flatten(), reduction="none")
-        self.count += len(labels)
+        self.count += int(counted.sum())
         self.loss = self.loss + loss.view_as(every_label).sum(1, dtype=torch.float64)
         self.correct = self.correct + (logits.argmax(-1) == labels).sum(1)
         if lengths:
-            js_div = path_js_div(logits, reduction="none")
-            distance = path_fisher_rao(logits, reduction="none").double()
-            chord = path_fisher_rao(logits[[0, -1]], reduction="none").double()
+            js_div = path_js_div(logits, reduction="none").where(counted, 0)
+            distance = path_fisher_rao(logits, reduction="none").double().where(counted, 0)
+            chord = path_fisher_rao(logits[[0, -1]], reduction="none").double().where(counted, 0)
             self.js_div = self.js_div + js_div.sum(1, dtype=torch.float64)
             self.square_distance = self.square_distance + distance.square().sum(1)
             self.square_chord += chord.square().sum().item()
@@ -207,25 +216,7 @@ def _pair(name: str, batch: Sequence) -> Sequence:
     pair = isinstance(batch, tuple | list) and len(batch) == 2
     if not pair or not is_inputs(batch[0]) or not isinstance(batch[1], Tensor):
         raise TypeError(
-            f"split {name!r} must be a tuple (inputs, labels) or an iterable of such tuples"
+            f"split {name!r} must be a tuple (inputs, labels) of tensors, inputs also a mapping of "
+            "them, or an iterable of such tuples; labels within a mapping are not read"
         )
     return batch
-
-
-def label_rows(what: str, labels: Tensor, outputs: Tensor) -> Tensor:
-    """Labels [B, ...] as [R], after a check that they are classes of outputs [N, B, ..., C].
-
-    Raises:
-        ValueError: labels of another shape or type, or beyond the classes; it begins with `what`.
-    """
-    *rows, classes = outputs.shape[1:]
-    if list(labels.shape) != rows or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"{what}: labels must be integers {rows}, got {labels.dtype} {list(labels.shape)}"
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"{what}: labels must be within 0..{classes - 1}, got {int(labels.min())}.."
-            f"{int(labels.max())}"
-        )
-    return labels.flatten()

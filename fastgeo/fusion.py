@@ -1,130 +1,122 @@
-"""Runs of normalisation, residual sum and ReLU in a graph as one operation, which has a kernel.
+"""Normalisation, residual sum and ReLU as one operation, which has a kernel.
 
-Only where nothing else looks at what lies between. Without a GPU the operation does what the graph
-did, in the same order.
+A normalisation's result waits until something else than a sum or a ReLU looks at it; those join it.
+Without a GPU it is then computed as it would have been, in the same order.
 """
 
-import operator
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from fastgeo_kernels import stacked_channel_norm, stacked_group_norm, stacked_layer_norm
+from torch import Tensor
 
-GROUP_NORM = (F.group_norm, torch.group_norm)
-LAYER_NORM = (F.layer_norm, torch.layer_norm)
-RELU = (F.relu, torch.relu, "relu")
-ADD = (operator.add, torch.add, "add")
+from fastgeo.values import Stacked
 
 
-def group_norm_run(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """GroupNorm with one group, + residual, ReLU; of one network."""
-    return _behind(F.group_norm(input, 1, weight, bias, eps), residual, relu)
+class Waiting(NamedTuple):
+    """A normalisation that is yet to be computed, and what joined it.
+
+    Attributes:
+        norm: "group" for GroupNorm with one group, "layer" for LayerNorm over the last of an
+            image's axes, "channel" for the same with the channels where they are in images.
+        x, weight, bias, eps: [N, B, ...], [N, C], [N, C].
+        grad: whether gradients were enabled.
+        needs: whether it needs one.
+        residual: added to it; of the same shape.
+        relu: whether a ReLU is behind.
+        alone: the normalisation by itself, whose value is taken where it is known by then.
+    """
+
+    norm: str
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    grad: bool
+    needs: bool
+    residual: Stacked | None = None
+    relu: bool = False
+    alone: Stacked | None = None
+
+    def value(self) -> Tensor:
+        """[N, B, ...]."""
+        if torch.is_grad_enabled() == self.grad and not torch.is_inference_mode_enabled():
+            return self._value()
+        with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+            return self._value()
+
+    def _value(self) -> Tensor:
+        residual = None if self.residual is None else self.residual.tensor
+        if self.alone is not None and self.alone.waiting is None:
+            y = self.alone.tensor
+            y = y if residual is None else y + residual
+            return F.relu(y) if self.relu else y
+        given = (self.weight, self.bias, self.eps)
+        if self.norm == "layer":
+            return stacked_layer_norm(self.x, self.x.shape[-1:], *given)
+        options = dict(residual=residual, relu=self.relu)
+        if self.norm == "group":
+            return stacked_group_norm(self.x, 1, *given, **options)
+        return stacked_channel_norm(self.x, *given, **options)
 
 
-def channel_norm_run(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    """LayerNorm over the channels at each pixel of [B, C, H, W], + residual, ReLU."""
-    x = input.permute(0, 2, 3, 1)
-    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps).permute(0, 3, 1, 2)
-    return _behind(y, residual, relu)
+def waiting(norm: str, input: Any, weight: Any, bias: Any, eps: float) -> Stacked | None:
+    """The result of a normalisation, to be computed later; None if it cannot wait.
 
-
-def _behind(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
-
-
-def fuse(graph: fx.Graph) -> None:
-    """Replace the runs in a graph, each by one node where its last one was."""
-    for node in list(graph.nodes):
-        if found := _group_norm(node) or _channel_norm(node):
-            _fuse_run(graph, *found)
-    for node in reversed(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-
-
-def _fuse_run(graph: fx.Graph, function: Callable, norm: list[fx.Node], given: tuple) -> None:
-    """norm: its nodes, the last of which has its value; given: input, weight, bias, eps."""
-    run, residual = list(norm), None
-    following = _only_user(run[-1], ADD)
-    if following is not None and len(following.args) == 2 and not following.kwargs:
-        others = [arg for arg in following.args if arg is not run[-1]]
-        if len(others) == 1 and isinstance(others[0], fx.Node):
-            residual = others[0]
-            run.append(following)
-    rectified = _only_user(run[-1], RELU)
-    if rectified is not None:
-        run.append(rectified)
-    if len(run) == 1:
-        return  # a norm by itself
-    with graph.inserting_before(run[-1]):
-        args = (*given, residual, rectified is not None)
-        fused = graph.call_function(function, args)
-    fused.meta = dict(next(n for n in norm if n.meta.get("nn_module_stack")).meta)
-    if residual is not None and "in_place" in following.meta:
-        fused.meta["in_place"] = len(given) if following.args[0] is residual else 0
-    run[-1].replace_all_uses_with(fused)
-    for node in reversed(run):
-        graph.erase_node(node)
-
-
-def _group_norm(node: fx.Node) -> tuple | None:
-    if node.op != "call_function" or node.target not in GROUP_NORM:
+    What all networks share may be changed in place in the meantime, which nobody would see.
+    """
+    given = [t for t in (input, weight, bias) if t is not None]
+    if torch.is_inference_mode_enabled() or not all(isinstance(t, Stacked) for t in given):
         return None
-    given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), node.args, strict=False))
-    given |= node.kwargs
-    if given["num_groups"] != 1 or not set(given) <= {"input", "num_groups", *_AFFINE}:
+    x, weight, bias = (None if t is None else t.tensor for t in (input, weight, bias))
+    if torch.is_autocast_enabled(x.device.type):
         return None
-    return group_norm_run, [node], (given["input"], *_affine(given))
+    grad = torch.is_grad_enabled()
+    needs = grad and any(t._tensor.requires_grad for t in given)
+    return Stacked.later(Waiting(norm, x, weight, bias, eps, grad, needs))
 
 
-def _channel_norm(node: fx.Node) -> tuple | None:
-    """A permutation to channels-last, LayerNorm over the channels, and back."""
-    if node.op != "call_function" or node.target not in LAYER_NORM:
+def joins(value: Any) -> bool:
+    """Whether a sum or ReLU may join what is waiting."""
+    own = value.waiting if isinstance(value, Stacked) else None
+    return (
+        own is not None
+        and own.norm != "layer"
+        and not own.relu
+        and own.grad == torch.is_grad_enabled()
+    )
+
+
+def with_sum(a: Any, b: Any) -> Stacked | None:
+    """a + b of one network, if that joins one of them."""
+    for value, other in ((a, b), (b, a)):
+        if joins(value) and value.waiting.residual is None and _fits(value, other):
+            own = value.waiting
+            needs = own.grad and (own.needs or other.tensor.requires_grad)
+            return Stacked.later(own._replace(residual=other, alone=value, needs=needs))
+    return None
+
+
+def with_relu(value: Any) -> Stacked | None:
+    """Its ReLU, if that joins it."""
+    if not joins(value):
         return None
-    names = ("input", "normalized_shape", "weight", "bias", "eps")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    before, behind = given["input"], _only_user(node, ("permute", torch.permute))
-    known = set(given) <= {"input", "normalized_shape", *_AFFINE}
-    if not known or len(given["normalized_shape"]) != 1 or behind is None:
+    own = value.waiting
+    alone = value if own.alone is None else own.alone
+    return Stacked.later(own._replace(relu=True, alone=alone))
+
+
+def with_permutation(value: Any, dims: tuple[int, ...]) -> Stacked | None:
+    """A LayerNorm whose channels are put where they are in images, if it waits."""
+    own = value.waiting if isinstance(value, Stacked) else None
+    if own is None or own.norm != "layer" or tuple(dims) != (0, 3, 1, 2):
         return None
-    if not isinstance(before, fx.Node) or before.target not in ("permute", torch.permute):
-        return None
-    if len(before.users) != 1 or _order(before) != (0, 2, 3, 1) or _order(behind) != (0, 3, 1, 2):
-        return None
-    return channel_norm_run, [before, node, behind], (before.args[0], *_affine(given))
+    return Stacked.later(own._replace(norm="channel", x=own.x.permute(0, 1, 4, 2, 3)))
 
 
-_AFFINE = {"weight": None, "bias": None, "eps": 1e-5}
-
-
-def _affine(given: dict) -> tuple:
-    return tuple((_AFFINE | given)[name] for name in _AFFINE)
-
-
-def _order(permute: fx.Node) -> tuple:
-    dims = permute.args[1:]
-    return tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else tuple(dims)
-
-
-def _only_user(node: fx.Node, targets: tuple) -> fx.Node | None:
-    """The one user of a node, if it is a call of one of the targets."""
-    if len(node.users) != 1:
-        return None
-    (user,) = node.users
-    return user if user.op in ("call_function", "call_method") and user.target in targets else None
+def _fits(own: Stacked, other: Any) -> bool:
+    if other is own or not isinstance(other, Stacked):
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        return other.shape == own.shape and other.dtype == own.dtype

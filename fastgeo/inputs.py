@@ -1,36 +1,69 @@
 """Inputs of a network: one tensor, or several by the names of its forward's arguments."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-Inputs = Tensor | Mapping[str, Tensor]  # [B, ...]; a mapping holds keyword arguments of forward
+Inputs = Tensor | Mapping[str, Any]  # [B, ...]; a mapping holds keyword arguments of forward
 
 
 def is_inputs(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return bool(value) and all(map(torch.is_tensor, value.values()))
+        return any(map(torch.is_tensor, value.values()))
     return isinstance(value, Tensor)
 
 
+def arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple, dict[str, Any]]:
+    """What a module is called with on inputs: (args, kwargs).
+
+    Labels, of which a module would compute a loss, are left out, and caches of a language model are
+    off: neither is needed for logits.
+    """
+    args, kwargs = (inputs,), {}
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), {name: value for name, value in inputs.items() if name != "labels"}
+    if "use_cache" in inspect.signature(module.forward).parameters:
+        kwargs.setdefault("use_cache", False)
+    return args, kwargs
+
+
+def tensors_within(value: Any) -> Iterator[Tensor]:
+    """All tensors in what a module returns, those that objects of a class of its own hold, too."""
+    seen, waiting = set(), [value]
+    while waiting:
+        for leaf in pytree.tree_leaves(waiting.pop()):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif not isinstance(leaf, nn.Module | type) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+                waiting.append(list(held.values()))
+
+
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
-    return tuple(inputs.values()) if isinstance(inputs, Mapping) else (inputs,)
+    values = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
+    return tuple(value for value in values if isinstance(value, Tensor))
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
     """The inputs with a function applied to every tensor."""
     if isinstance(inputs, Mapping):
-        return {name: function(tensor) for name, tensor in inputs.items()}
+        return {
+            name: function(value) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
     return function(inputs)
 
 
 def first_few(inputs: Inputs, count: int, axis: int = 0) -> tuple[Inputs, float]:
     """The first inputs of a batch, and how many times as many there are.
 
-    All of them, where not all tensors have the batch on that axis.
+    All of them, where not all tensors have the same length on that axis.
     """
     sizes = {tensor.shape[axis : axis + 1] for tensor in tensors_of(inputs)}
     size = next(iter(sizes))
@@ -56,7 +89,9 @@ class Stream(ABC, Iterator):
 
 
 class Passes(Stream):
-    """The inputs of one pass over batches, or of pass after pass until one is empty.
+    """Inputs and targets of one pass over batches, or of pass after pass until one is empty.
+
+    Targets are the second entry of a batch, None where there is none.
 
     The place in an iterable is the state of torch's global generator at the start of its pass and
     how many batches were drawn since, which are drawn again and left aside to return there.
@@ -69,20 +104,21 @@ class Passes(Stream):
         self._pass: Iterator | None = None
         self._start, self._drawn = torch.get_rng_state(), 0
 
-    def __next__(self) -> Inputs:
+    def __next__(self) -> tuple[Inputs, Any]:
         batch = next(self._pass or self._begin(), _END)
         if batch is _END and self.repeat and self._drawn:
             batch = next(self._begin(), _END)
         if batch is _END:
             raise StopIteration
         self._drawn += 1
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        several = isinstance(batch, tuple | list)
+        inputs, targets, *_ = (*batch, None, None) if several else (batch, None)
         if not is_inputs(inputs):
             raise TypeError(
-                "each of batches must be inputs [B, ...], a mapping of them, or a tuple that "
-                f"begins with either, got {type(batch).__name__}"
+                "each of batches must be inputs [B, ...], a mapping with such tensors, or a tuple "
+                f"that begins with either, got {type(batch).__name__}"
             )
-        return inputs
+        return (dict(inputs) if isinstance(inputs, Mapping) else inputs), targets
 
     def state_dict(self) -> dict[str, Tensor]:
         if isinstance(self.batches, Stream):

@@ -60,7 +60,7 @@ class LoaderData:
         if not pair or not is_inputs(batch[0]) or not isinstance(batch[1], Tensor):
             raise ValueError(
                 f"the {split} loader must give batches (inputs, labels), inputs a tensor or a "
-                f"dictionary of tensors and labels a tensor, got {_described(batch)}"
+                f"mapping that holds tensors and labels a tensor, got {_described(batch)}"
             )
         return on_device(batch[0], self.device), batch[1].to(self.device)
 

@@ -8,26 +8,31 @@ the features on a batch the most (`fastgeo.activations`).
 """
 
 import copy
+import functools
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastgeo.activations import correlations
 from fastgeo.assignment import Assignment
 from fastgeo.frank_wolfe import Relaxation
-from fastgeo.inputs import Inputs, each_tensor
+from fastgeo.inputs import Inputs, arguments, tensors_within
+from fastgeo.modes import looked_at, uncompiled
 from fastgeo.path import StateDict, check_same_form, state_dict
 from fastgeo.permutation import Permutations, PermutationSpec
 from fastgeo.symmetry import Symmetries, example
-from fastgeo.values import no_fast_path
 
 SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
+ROUNDINGS = 10  # times as much as rounding all parameters does may a permutation change
 METHODS = ("weights", "activations")
 RELAXED_STEPS = 100  # at most; it nearly always stops long before
 
@@ -38,7 +43,6 @@ class Matching:
 
     Attributes:
         state_dict: b with its channels permuted; it computes what b computes.
-        module: a copy of b with this state, if b was given as a module; else None.
         permutations: name -> int64 [..., size], new position -> old position (`PermutationSpec`).
         spec: the symmetries of the network; `print(spec)` says what is permuted, what stays and
             why.
@@ -48,12 +52,11 @@ class Matching:
         sweeps: passes over all permutations of the restart that was kept, the last of which
             improved nothing (or the limit); 0 for activations.
         relative_change: largest difference of the outputs of b and of the permuted b on the example
-            input, over the largest output, in float64.
+            input, over the largest output, with parameters in float64.
         seconds: wall time.
     """
 
     state_dict: dict[str, Tensor]
-    module: nn.Module | None
     permutations: Permutations
     spec: PermutationSpec
     objective_before: float
@@ -62,6 +65,12 @@ class Matching:
     sweeps: int
     relative_change: float
     seconds: float
+    _b: nn.Module | None = field(repr=False)
+
+    @functools.cached_property
+    def module(self) -> nn.Module | None:
+        """A copy of b with this state, if b was given as a module; else None."""
+        return loaded(self._b, self.state_dict)
 
 
 def match(
@@ -82,7 +91,7 @@ def match(
     the parameters of a and the permuted b; what it gains, their squared distance loses twice.
 
     Args:
-        a, b: two modules, or two state dicts of one module; not changed.
+        a, b: two modules, or two state dicts of one module; neither changed nor copied as modules.
         example_input: a batch, as in `permutation_spec`. On it b and the permuted b are compared,
             and features correlated: the more and the more real the inputs, the better.
         module: the network of both, needed if both are given as state dicts.
@@ -96,8 +105,11 @@ def match(
         seed: of the order of the permutations within each sweep, and of random starts.
         progress: show a progress bar, if it takes more than a second.
 
+    Warns:
+        UserWarning: nothing to permute, and why.
+
     Raises:
-        TypeError: an argument that is neither a module nor a state dict.
+        TypeError: an argument that is neither a module nor a state dict, or is TorchScript.
         ValueError: ends that do not fit each other or the module, an input that the module cannot
             be evaluated on, none where one is needed, or a permuted b that does not compute what b
             does.
@@ -117,6 +129,7 @@ def match(
     module, (first, second) = same_network([a, b], module)
     inputs = example(module, example_input)
     symmetries = Symmetries(module, inputs)
+    warn_of_nothing(symmetries.spec)
     objective = Objective(symmetries.spec, first, second)
     starts = [("activations",)]
     if method == "weights":
@@ -138,7 +151,6 @@ def match(
     matched = symmetries.spec.permute(second, permutations)
     return Matching(
         state_dict=matched,
-        module=loaded(b, matched) if isinstance(b, nn.Module) else None,
         permutations=permutations,
         spec=symmetries.spec,
         objective_before=objective({}),
@@ -147,7 +159,16 @@ def match(
         sweeps=sweeps,
         relative_change=check_same_function(module, second, matched, inputs),
         seconds=time.perf_counter() - started,
+        _b=b if isinstance(b, nn.Module) else None,
     )
+
+
+def warn_of_nothing(spec: PermutationSpec) -> None:
+    """If a network has no permutation, and why."""
+    if not spec.channels:
+        whys = [f": {why}" for axes in spec.fixed.values() for why in axes.values()]
+        text = f"{spec.module} has no channels to permute{whys[0] if whys else ''}"
+        warnings.warn(text, stacklevel=3)
 
 
 STARTS: list[tuple[str, ...]] = [(), ("inwards",), ("activations", "relaxed")]
@@ -220,6 +241,7 @@ def same_network(
     module = next((m for m in (module, *networks) if isinstance(m, nn.Module)), None)
     if module is None:
         raise ValueError("state dicts do not say what network they are of; give it as module")
+    module = uncompiled(module)
     own = dict(module.named_parameters(remove_duplicate=False))
     for name, tensor in own.items():
         if name not in states[0]:
@@ -233,9 +255,6 @@ def same_network(
     for name in states[0]:
         if name not in own:
             raise ValueError(f"{name} is in the state dicts and not in the module")
-    kind = next(t for t in states[0].values() if t.is_floating_point())
-    if any(t.device != kind.device or t.dtype != kind.dtype for t in module.parameters()):
-        module = copy.deepcopy(module).to(kind.device, kind.dtype)
     return module, states
 
 
@@ -244,15 +263,20 @@ def check_same_function(
 ) -> float:
     """Largest difference of the outputs of two states of a module, over the largest output.
 
-    Computed in float64, where a permutation changes no more than the order of sums.
+    Computed in float64, where a permutation changes no more than the order of sums. If the module
+    computes some of it in a coarser type, the same is asked of that: as a measure of what rounding
+    does there, parameters are changed by one rounding of that type.
 
     Raises:
         ValueError: they differ by more than rounding.
     """
-    was, now = (_outputs(module, state, inputs) for state in (before, after))
-    scale = max(float(out.abs().max()) for out in was)
-    change = max(float((y - x).abs().max()) for x, y in zip(was, now, strict=True)) / (scale or 1)
-    if not change <= SAME_FUNCTION:
+    with _Coarsest() as coarsest:
+        was = _outputs(module, before, inputs)
+    change, bound = _change(was, _outputs(module, after, inputs)), SAME_FUNCTION
+    if coarsest.eps > torch.finfo(torch.float64).eps:
+        rounded = _outputs(module, before, inputs, rounding=coarsest.eps)
+        bound = max(bound, ROUNDINGS * _change(was, rounded))
+    if not change <= bound:
         raise ValueError(
             "the permuted network does not compute what b does: its outputs differ by "
             f"{change:.1e} of the largest"
@@ -260,17 +284,62 @@ def check_same_function(
     return change
 
 
-@torch.no_grad()
-def _outputs(module: nn.Module, state: StateDict, inputs: Inputs) -> list[Tensor]:
-    module = loaded(module, state).double().eval()
-    inputs = each_tensor(lambda t: t.double() if t.is_floating_point() else t, inputs)
-    with no_fast_path():
-        out = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-    return [leaf.double() for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+class _Coarsest(TorchFunctionMode):
+    """Notes the rounding, relative, of the coarsest type in which something is computed."""
+
+    eps = torch.finfo(torch.float64).eps
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+                self.eps = max(self.eps, torch.finfo(leaf.dtype).eps)
+        return out
 
 
-def loaded(module: nn.Module, state: StateDict) -> nn.Module:
-    """A copy of the module with another state."""
-    module = copy.deepcopy(module)
+def _outputs(
+    module: nn.Module, state: StateDict, inputs: Inputs, rounding: float = 0.0
+) -> list[Tensor]:
+    """What a module returns in another state, each number of which may be rounded up or down."""
+    generator = torch.Generator().manual_seed(0)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    own |= dict(module.named_buffers(remove_duplicate=False))
+    made: dict[Tensor, Tensor] = {}  # tensors may have several names
+    for name, tensor in own.items():
+        if tensor not in made:
+            made[tensor] = value = _exact(state.get(name, tensor)).to(tensor.device)
+            if rounding and value.is_floating_point():
+                up = torch.rand(value.shape, generator=generator).to(value) < 0.5
+                value *= 1 + rounding * (2 * up - 1)
+        own[name] = made[tensor]
+    args, kwargs = pytree.tree_map_only(Tensor, _exact, arguments(module, inputs))
+    with looked_at(module):
+        out = functional_call(module, own, args, kwargs, tie_weights=False)
+    return [leaf if leaf.is_complex() else leaf.double() for leaf in tensors_within(out)]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A copy, in float64 if it is of floating point."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128, copy=True)
+    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _change(was: list[Tensor], now: list[Tensor]) -> float:
+    """The largest difference over the largest number; what is infinite or none must stay so."""
+    pairs = list(zip(was, now, strict=True))
+    same = [(x == y) | (x.isnan() & y.isnan()) for x, y in pairs]
+    apart = [
+        float((y - x).abs().masked_fill(equal, 0).max())
+        for (x, y), equal in zip(pairs, same, strict=True)
+    ]
+    return max(apart) / (max(float(x[x.isfinite()].abs().max()) for x in was) or 1)
+
+
+def loaded(network: Any, state: StateDict) -> nn.Module | None:
+    """A copy of a module with another state; None of what is no module."""
+    if not isinstance(network, nn.Module):
+        return None
+    module = copy.deepcopy(uncompiled(network))
     module.load_state_dict(dict(state), strict=False)
     return module

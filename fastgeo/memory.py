@@ -13,14 +13,13 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from fastgeo.inputs import Inputs, first_few, tensors_of
+from fastgeo.inputs import Inputs, tensors_of
 from fastgeo.stacking import Parameters, StackedModule
 
 ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
 # Of all networks' weights, alive at once. On a path they are those of this step, the one before and
 # the next, the gradient and the preconditioned one; with momentum, three velocities as well.
 COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}
-FEW_INPUTS = 8  # on which memory is estimated, and engines are checked
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
 
@@ -108,7 +107,7 @@ def step_memory(
     networks: int,
     work: str = "optimisation",
     per_point: bool = False,
-    batch: int | None = None,
+    scale: float = 1.0,
 ) -> StepMemory:
     """The memory of a step, from a forward pass of one network on a few inputs.
 
@@ -118,12 +117,9 @@ def step_memory(
         inputs: [B, ...], or [1, B, ...] if per_point.
         networks: how many there are in a step.
         work: what the step is of, a key of `COPIES`.
-        batch: inputs in a step, if they are not as many as there are here.
+        scale: how many times as many inputs a step has.
     """
-    few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
-    if batch is not None:
-        scale = batch / tensors_of(few)[0].shape[int(per_point)]
-    kept = activation_bytes(network, params, few, per_point=per_point)
+    kept = activation_bytes(network, params, inputs, per_point=per_point)
     weights = networks * COPIES[work] * sum(tensor.nbytes for tensor in params.values())
     room = ROOM[next(iter(params.values())).device.type]
     return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")

@@ -3,7 +3,27 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+
+from fastgeo.standin import eagerly, held_by, unchanged
+from fastgeo.values import no_fast_path
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that torch.compile was given, or the module itself.
+
+    Raises:
+        TypeError: anything else than a module written in Python.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(module).__name__} is TorchScript, whose forward cannot be called on other "
+            "parameters; give the nn.Module that it was made of"
+        )
+    return getattr(module, "_orig_mod", module)
 
 
 @contextlib.contextmanager
@@ -16,6 +36,19 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in training:
             layer.training = True
+
+
+@contextlib.contextmanager
+def looked_at(module: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, as Python and not compiled, that leaves no trace."""
+    with (
+        evaluation_mode(module),
+        torch.no_grad(),
+        no_fast_path(),
+        unchanged(held_by(module.modules())),
+        eagerly(),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,73 +1,155 @@
-"""Operations on stacked values: arithmetic, shapes and reductions.
+"""Stacked forms of arithmetic, shapes and reductions.
 
-`FUNCTIONS` holds them under the function, or the name of the tensor method, that a graph calls.
-Each takes N and what the function takes, with `Stacked` values among it.
+Each takes N and what the function takes, with `Stacked` values among it; which function has which
+form stands in `fastgeo.operations`.
 """
 
 import functools
-import operator
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import stacked_linear
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastgeo.values import NoForm, Stacked, aligned, any_stacked, each, forms, rank_of, same
+from fastgeo import fusion
+from fastgeo.values import (
+    NoForm,
+    Stacked,
+    aligned,
+    any_stacked,
+    by_loop,
+    each,
+    rank_of,
+    strides_of_one,
+)
 
 # --- Elementwise ----------------------------------------------------------------------------------
 
 
-def _elementwise(function: Callable) -> Callable:
-    def stacked(n: int, *args: Any, inplace: bool = False, **kwargs: Any) -> Stacked:
-        rank = max(map(rank_of, (*args, *kwargs.values())))
-        args = _scalars_as(args, rank)
-        args = [aligned(arg, rank) for arg in args]
+def elementwise(function: Callable, n: int, *args: Any, **kwargs: Any) -> Stacked:
+    rank = max(map(rank_of, (*args, *kwargs.values())))
+    args = [aligned(arg, rank) for arg in scalars_as(args, rank)]
+    if kwargs:
         kwargs = {name: aligned(value, rank) for name, value in kwargs.items()}
-        return Stacked(function(*args, **kwargs))
+    return Stacked(function(*args, **kwargs))
+
+
+def add(function: Callable, n: int, input: Any, other: Any, **kwargs: Any) -> Stacked:
+    joined = None if kwargs else fusion.with_sum(input, other)
+    return elementwise(function, n, input, other, **kwargs) if joined is None else joined
+
+
+def relu(function: Callable, n: int, input: Any, **kwargs: Any) -> Stacked:
+    joined = fusion.with_relu(input)
+    return elementwise(function, n, input, **kwargs) if joined is None else joined
+
+
+def scalars_as(values: Sequence[Any], rank: int) -> Sequence[Any]:
+    """The values, a network's scalars in the type of the rest, which they do not decide; as
+    [N, 1, ...] they would. Where all are scalars, those that are shared decide it as well."""
+    scalar = [isinstance(v, Stacked) and not rank_of(v) for v in values]
+    if not any(scalar):
+        return values
+    if not rank:
+        return [
+            v[None] if isinstance(v, Tensor) and not s else v
+            for v, s in zip(values, scalar, strict=True)
+        ]
+    rest = [v for v, s in zip(values, scalar, strict=True) if not s]
+    types = [v.tensor.dtype if isinstance(v, Stacked) else v.dtype for v in rest if rank_of(v)]
+    dtype = functools.reduce(torch.promote_types, types)
+
+    def fitted(v: Stacked) -> Stacked:
+        return Stacked(v.tensor.to(dtype)) if _kind(v.tensor.dtype) <= _kind(dtype) else v
+
+    return [fitted(v) if s else v for v, s in zip(values, scalar, strict=True)]
+
+
+def _kind(dtype: torch.dtype) -> int:
+    """Of numbers: bool, integers, floating point, complex. A higher one decides the type."""
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else int(dtype != torch.bool)
+
+
+def alike(function: Callable) -> Callable:
+    """What takes a shape and a type only, and so is one value for all networks."""
+
+    def stacked(n, input, *args, **kwargs):
+        if any_stacked((*args, *kwargs.values())):
+            raise NoForm("the number that fills it differs between the networks")
+        with torch._C.DisableTorchFunctionSubclass():
+            one = torch.empty((), dtype=input.dtype, device=input.device).expand(input.shape)
+        return function(one, *args, **kwargs)
 
     return stacked
 
 
-def _scalars_as(values: Sequence[Any], rank: int) -> Sequence[Any]:
-    """The values, a network's scalars in the type of the rest, which they do not decide; as
-    [N, 1, ...] they would."""
-    scalar = [isinstance(v, Stacked) and v.tensor.ndim == 1 for v in values]
-    if not rank or not any(scalar):
-        return values
-    rest = [
-        v.tensor if isinstance(v, Stacked) else v
-        for v, s in zip(values, scalar, strict=True)
-        if not s
-    ]
-    types = [t.dtype for t in rest if torch.is_tensor(t) and t.ndim and t.is_floating_point()]
-    if not types:
-        return values
-    dtype = functools.reduce(torch.promote_types, types)
-    return [
-        Stacked(v.tensor.to(dtype)) if s and v.tensor.is_floating_point() else v
-        for v, s in zip(values, scalar, strict=True)
-    ]
+def one_hot(n, input, num_classes=-1):
+    if num_classes < 0:
+        raise NoForm("its number of classes depends on its values", by_loop)
+    return Stacked(F.one_hot(input.tensor, num_classes))
 
 
-def _dropout(n, input, p=0.5, training=True, inplace=False):
+def dropout(n, input, p=0.5, training=True, inplace=False):
     return Stacked(F.dropout(each(input, n), p)) if training else input
 
 
-def _matmul(n, input, other):
+def dropout_of(function: Callable) -> Callable | None:
+    """Of whole channels, or with other numbers than zeros; None for what calls one of these."""
+
+    def stacked(n, input, p, train):
+        return samplewise(function)(n, input, p, train) if train else input
+
+    return None if hasattr(function, "__code__") else stacked
+
+
+def samplewise(function: Callable) -> Callable:
+    """What treats every one of a batch alike, which is its input's first axis."""
+
+    def stacked(n, input, *args, **kwargs):
+        out = function(each(input, n).flatten(0, 1), *args, **kwargs)
+        return Stacked(out.unflatten(0, (n, -1)))
+
+    return stacked
+
+
+def matmul(n, input, other):
     if rank_of(other) == 1:
-        return Stacked(_matmul(n, input, Stacked(each(other, n)[..., None])).tensor.squeeze(-1))
+        return Stacked(matmul(n, input, Stacked(each(other, n)[..., None])).tensor.squeeze(-1))
     if rank_of(input) == 1:
-        return Stacked(_matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(-2))
+        return Stacked(matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(-2))
     if rank_of(other) == 2:
         return Stacked(stacked_linear(each(input, n), each(other, n).mT))
     rank = max(rank_of(input), rank_of(other))
     return Stacked(torch.matmul(aligned(input, rank), aligned(other, rank)))
 
 
-def _einsum(n, equation, *operands):
+def plus_product(function: Callable) -> Callable:
+    """addmm and the like: beta * input + alpha * (a @ b)."""
+
+    def stacked(n, input, *factors, beta=1, alpha=1, **named):
+        a, b = *factors, *(named[name] for name in sorted(named))
+        if function.__name__ == "addmm" and rank_of(input) == beta == alpha == 1:
+            return Stacked(stacked_linear(each(a, n), each(b, n).mT, each(input, n)))
+        product = matmul(n, a, b)
+        if function.__name__ == "addbmm":
+            product = Stacked(product.tensor.sum(1))
+        if alpha != 1:
+            product = Stacked(product.tensor * alpha)
+        return elementwise(torch.add, n, product, input, alpha=beta) if beta else product
+
+    return stacked
+
+
+def outer(n, input, vec2):
+    return Stacked(each(input, n)[:, :, None] * each(vec2, n)[:, None])
+
+
+def einsum(n, equation, *operands):
     if not isinstance(equation, str) or "->" not in equation:
         raise NoForm("its output is not given by letters")
     operands = operands[0] if isinstance(operands[0], list | tuple) else operands
@@ -84,222 +166,292 @@ def _einsum(n, equation, *operands):
 # --- Shapes ---------------------------------------------------------------------------------------
 
 
-def _behind_n(dim: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """A dimension, or several, of a network's own value as one of [N, ...]."""
-    if isinstance(dim, tuple):
-        return tuple(map(_behind_n, dim))
-    return dim + 1 if dim >= 0 else dim
+def behind_n(dim: int | Sequence[int], rank: int) -> int | tuple[int, ...]:
+    """An axis, or several, of a network's own value with `rank` of them as one of [N, ...]."""
+    if not rank or dim is None or dim == () or dim == []:
+        raise NoForm("its axis is not given" if rank else "its input has no axes")
+    if not isinstance(dim, int):
+        return tuple(behind_n(one, rank) for one in dim)
+    if not -rank <= dim < rank:
+        raise IndexError(f"Dimension out of range (of {rank} axes, but got {dim})")
+    return dim % rank + 1
 
 
-def _sizes(sizes: tuple) -> tuple[int, ...]:
+def sizes_in(sizes: tuple) -> tuple[int, ...]:
     """The sizes of view(2, 3) and of view((2, 3))."""
     return tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
-def _reshape(n, input, *shape):
-    return Stacked(input.tensor.reshape(n, *_sizes(shape)))
+def regrouped(t: Tensor, shape: Sequence[int]) -> Stacked:
+    """A view of [N, ...], or a copy where N lies between the axes of a network."""
+    out = t.reshape(len(t), *shape)
+    if out.data_ptr() != t.data_ptr() and _is_view(of_one(t), shape):
+        for tensor in (t, out):  # which are one memory in a network
+            tensor.untyped_storage().parted = True
+    return Stacked(out)
 
 
-def _flatten(n, input, start_dim=0, end_dim=-1):
-    t = input.tensor
-    if t.ndim == 1:
-        return Stacked(t[:, None])
-    return Stacked(t.flatten(_behind_n(start_dim), _behind_n(end_dim)))
+def of_one(t: Tensor) -> Tensor:
+    """A network's own value of [N, ...], as it would lie in memory by itself; without numbers."""
+    return torch.empty_strided(t.shape[1:], strides_of_one(t), device="meta")
 
 
-def _permute(n, input, *dims):
+def _is_view(t: Tensor, shape: Sequence[int]) -> bool:
+    try:
+        t.view(*shape)
+    except RuntimeError:
+        return False
+    return True
+
+
+def reshape(n, input, *shape, **named):
+    if isinstance(input, Stacked):
+        return regrouped(input.tensor, sizes_in(shape) or named["shape"])
+    raise NoForm("its sizes differ between the networks")
+
+
+def view(n, input, *shape, **named):
+    if shape and isinstance(shape[0], torch.dtype):
+        raise NoForm("it is another dtype's view")
+    return reshape(n, input, *shape, **named)
+
+
+def flatten(n, input, start_dim=0, end_dim=-1):
+    shape = input.tensor.shape
+    if len(shape) == 1:
+        return regrouped(input.tensor, [1])
+    start, end = behind_n((start_dim, end_dim), len(shape) - 1)
+    flat = prod(shape[start : end + 1])
+    return regrouped(input.tensor, [*shape[1:start], flat, *shape[end + 1 :]])
+
+
+def permute(n, input, *dims, **named):
+    dims = sizes_in(dims) or named["dims"]
+    dims = behind_n(dims, rank_of(input))
+    joined = fusion.with_permutation(input, [dim - 1 for dim in dims])
+    return Stacked(input.tensor.permute(0, *dims)) if joined is None else joined
+
+
+def transpose(n, input, dim0, dim1):
+    return Stacked(input.tensor.transpose(*behind_n((dim0, dim1), rank_of(input))))
+
+
+def turned(n, input):
+    """x.T and x.t(), whose axes are in reverse."""
+    return Stacked(input.tensor.permute(0, *range(rank_of(input), 0, -1)))
+
+
+def transposed(n, input):
+    """x.mT."""
+    return transpose(n, input, -1, -2)
+
+
+def data(n, input):
+    return Stacked(input.tensor.data)
+
+
+def movedim(n, input, source, destination):
     rank = rank_of(input)
-    return Stacked(input.tensor.permute(0, *(dim % rank + 1 for dim in _sizes(dims))))
+    return Stacked(input.tensor.movedim(behind_n(source, rank), behind_n(destination, rank)))
 
 
-def _transpose(n, input, dim0, dim1):
-    return Stacked(input.tensor.transpose(_behind_n(dim0), _behind_n(dim1)))
+def unsqueeze(n, input, dim):
+    return Stacked(input.tensor.unsqueeze(behind_n(dim, rank_of(input) + 1)))
 
 
-def _unsqueeze(n, input, dim):
-    return Stacked(input.tensor.unsqueeze(_behind_n(dim)))
+def squeeze(n, input, dim=None):
+    if dim is None:
+        shape = [size for size in input.tensor.shape[1:] if size != 1]
+        return Stacked(input.tensor.view(n, *shape))
+    return Stacked(input.tensor.squeeze(behind_n(dim, rank_of(input))))
 
 
-def _squeeze(n, input, dim):
-    return Stacked(input.tensor.squeeze(_behind_n(dim)))
+def unflatten(n, input, dim, sizes):
+    shape, place = input.tensor.shape, behind_n(dim, rank_of(input))
+    with torch._C.DisableTorchFunctionSubclass():
+        own = torch.empty(shape[place], device="meta").unflatten(0, sizes).shape
+    return regrouped(input.tensor, [*shape[1:place], *own, *shape[place + 1 :]])
 
 
-def _unflatten(n, input, dim, sizes):
-    return Stacked(input.tensor.unflatten(_behind_n(dim), sizes))
-
-
-def _repeat(n, input, *repeats):
-    repeats = _sizes(repeats)
+def repeat(n, input, *repeats, **named):
+    repeats = sizes_in((*repeats, *named.values()))
+    repeats = (1,) * (rank_of(input) - len(repeats)) + repeats  # tile(2) of a matrix
     return Stacked(aligned(input, len(repeats)).repeat(1, *repeats))
 
 
-def _expand(n, input, *sizes):
-    sizes = _sizes(sizes)
+def repeat_interleave(n, input, repeats=None, dim=None, *, output_size=None):
+    if repeats is None or isinstance(repeats, Stacked):
+        raise NoForm("how often it repeats differs between the networks", by_loop)
+    t = input.tensor.reshape(n, -1) if dim is None else input.tensor
+    dim = 1 if dim is None else behind_n(dim, rank_of(input))
+    return Stacked(torch.repeat_interleave(t, repeats, dim, output_size=output_size))
+
+
+def expand(n, input, *sizes, **named):
+    sizes = sizes_in(sizes) or named["size"]
     return Stacked(aligned(input, len(sizes)).expand(n, *sizes))
 
 
-def _like(handler: Callable, function: Callable) -> Callable:
+def like(handler: Callable) -> Callable:
     """The shape of another value in place of sizes."""
 
     def stacked(n, input, other):
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = tuple(other.shape)
         if not isinstance(input, Stacked):
-            return function(input, _size(n, other))
-        return handler(n, input, *_size(n, other))
+            return input.expand(shape) if handler is expand else input.reshape(shape)
+        return handler(n, input, *shape)
 
     return stacked
 
 
-def _cat(n, tensors, dim=0):
-    return Stacked(torch.cat([each(t, n) for t in tensors], _behind_n(dim)))
+def cat(n, tensors, dim=0, *, axis=None):
+    rank = max(map(rank_of, tensors))
+    parts = [each(t, n) for t in tensors]
+    if rank > 1:  # torch ignores an empty one of one axis, as a cache begins with
+        parts = [t[0] if t.ndim == 2 and not t.numel() else t for t in parts]
+    return Stacked(torch.cat(parts, behind_n(dim if axis is None else axis, rank)))
 
 
-def _stack(n, tensors, dim=0):
-    return Stacked(torch.stack([each(t, n) for t in tensors], _behind_n(dim)))
+def stack(n, tensors, dim=0):
+    dim = behind_n(dim, rank_of(tensors[0]) + 1)
+    return Stacked(torch.stack([each(t, n) for t in tensors], dim))
 
 
-def _chunk(n, input, chunks, dim=0):
-    return tuple(map(Stacked, input.tensor.chunk(chunks, _behind_n(dim))))
+def hsplit(n, input, indices_or_sections):
+    split = torch.dsplit if rank_of(input) > 1 else torch.hsplit
+    return tuple(map(Stacked, split(input.tensor, indices_or_sections)))
 
 
-def _split(n, tensor, split_size_or_sections, dim=0):
-    return tuple(map(Stacked, tensor.tensor.split(split_size_or_sections, _behind_n(dim))))
+def diagonal(n, input, offset=0, dim1=0, dim2=1):
+    return Stacked(input.tensor.diagonal(offset, *behind_n((dim1, dim2), rank_of(input))))
 
 
-def _getitem(n, input, index):
-    if torch.is_tensor(input):
-        raise NoForm("its index differs between the networks")
-    if not isinstance(input, Stacked):
-        return input[index]  # of a tuple
-    index = index if isinstance(index, tuple) else (index,)
-    if any_stacked(index):
-        raise NoForm("its index differs between the networks")
-    if any(isinstance(i, list | torch.Tensor) for i in index):
-        places = [p for p, i in enumerate(index) if isinstance(i, int | list | torch.Tensor)]
-        if places[-1] - places[0] >= len(places):  # the axes that they give would come before N
-            raise NoForm("its indices are not side by side")
-    return Stacked(input.tensor[:, *index])
+def over_last(function: Callable, axes: int = 2) -> Callable:
+    """What treats all axes but the last few as a batch's."""
+
+    def stacked(n, input, *args, **kwargs):
+        if rank_of(input) < axes:
+            raise NoForm(f"its input has fewer than {axes} axes")
+        return Stacked(function(input.tensor, *args, **kwargs))
+
+    return stacked
 
 
-def _size(n, input, dim=None):
-    shape = input.tensor.shape[1:] if isinstance(input, Stacked) else input.shape
-    return shape if dim is None else shape[dim]
+def to(function: Callable) -> Callable:
+    def stacked(n, input, *args, **kwargs):
+        args, kwargs = pytree.tree_map_only(Stacked, lambda t: t.tensor, (args, kwargs))
+        if not isinstance(input, Stacked):
+            return function(input, *args, **kwargs)
+        if kwargs.pop("memory_format", torch.preserve_format) is not torch.preserve_format:
+            input.tensor.untyped_storage().parted = True  # as in `contiguous`
+        made = function(input.tensor, *args, **kwargs)
+        return input if made is input.tensor else pytree.tree_map_only(Tensor, Stacked, made)
+
+    return stacked
 
 
-def _dim(n, input):
-    return rank_of(input)
-
-
-def _getattr(n, input, name):
-    if not isinstance(input, Stacked):
-        return getattr(input, name)  # of a named tuple
-    if name in ("device", "dtype"):
-        return getattr(input.tensor, name)
-    if name == "ndim":
-        return rank_of(input)
-    if name == "mT" or (name == "T" and rank_of(input) == 2):
-        return Stacked(input.tensor.mT)
-    if name == "shape":
-        return _size(n, input)
-    raise NoForm(f"{name} has no stacked form")
-
-
-def _to(n, input, *args, **kwargs):
-    if not isinstance(input, Stacked):
-        raise NoForm("its input is one for all networks")
-    args = [arg.tensor if isinstance(arg, Stacked) else arg for arg in args]
-    return Stacked(input.tensor.to(*args, **kwargs))
-
-
-def _contiguous(n, input, *args, **kwargs):
-    return input  # `_reshape` copies where a view would need it
+def contiguous(n, input, memory_format=torch.contiguous_format):
+    t = input.tensor
+    if of_one(t).is_contiguous(memory_format=memory_format):
+        return input
+    if memory_format is torch.contiguous_format:
+        return Stacked(t.contiguous())
+    t.untyped_storage().parted = True  # the layout of images is the engine's: no copy
+    return Stacked(t)
 
 
 # --- Along an axis --------------------------------------------------------------------------------
 
 
-def _reduction(function: Callable) -> Callable:
-    def stacked(n, input, dim=None, keepdim=False):
+AXES = ("dim", "dims", "axis", "dimension")
+
+
+def along(function: Callable, at: int = 0, default: int | None = None) -> Callable:
+    """What works along one axis or several, given `at` places behind its input; other tensors among
+    its arguments have as many axes as that, as in gather."""
+
+    def stacked(n, input, *args, **kwargs):
         rank = rank_of(input)
-        if rank == 0:
-            return input
-        dims = (dim,) if isinstance(dim, int) else dim or range(rank)
-        return Stacked(function(input.tensor, [d % rank + 1 for d in dims], keepdim))
+        name = next((name for name in AXES if name in kwargs), "dim")
+        if name not in kwargs and len(args) > at:
+            args = (*args[:at], behind_n(args[at], rank), *args[at + 1 :])
+        else:
+            kwargs[name] = behind_n(kwargs.get(name, default), rank)
+        kwargs = dict(zip(kwargs, with_n(kwargs.values(), n, rank), strict=True))
+        out = function(each(input, n), *with_n(args, n, rank), **kwargs)
+        return Stacked(out) if isinstance(out, Tensor) else type(out)([*map(Stacked, out)])
 
     return stacked
 
 
-def _extreme(function: Callable, elementwise: Callable, reduction: Callable) -> Callable:
-    def stacked(n, input, dim=None, keepdim=False):
-        if dim is None:
-            return _reduction(reduction)(n, input)
-        if isinstance(dim, Stacked | torch.Tensor):  # max(a, b)
-            return _elementwise(elementwise)(n, input, dim)
-        return pytree.tree_map(Stacked, function(input.tensor, _behind_n(dim), keepdim))
+def with_n(values: Iterable, n: int, rank: int) -> list:
+    """Arguments with N in front of each tensor; these are to have as many axes as the input."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if any(rank_of(tensor) != rank for tensor in tensors):
+        raise NoForm("its tensors have different numbers of axes")
+    return [each(value, n) if isinstance(value, Tensor) else value for value in values]
+
+
+def reduction(function: Callable, at: int = 0, several: bool = True) -> Callable:
+    """What `along` is for, of all axes where none is given; several: whether it takes as many."""
+
+    def stacked(n, input, *args, **kwargs):
+        if len(args) > at and isinstance(args[at], bool):  # var(x, False)
+            kwargs["unbiased"], args = args[at], args[:at]
+        if (args[at] if len(args) > at else kwargs.get("dim", kwargs.get("axis"))) is not None:
+            return along(function, at)(n, input, *args, **kwargs)
+        rank, kept = rank_of(input), input
+        every = tuple(range(rank))
+        if not (several and rank):
+            kept, every = Stacked(input.tensor.reshape(n, -1)), 0
+        if len(args) > at:
+            args = (*args[:at], every, *args[at + 1 :])
+        else:
+            kwargs = {name: value for name, value in kwargs.items() if name != "axis"}
+            kwargs["dim"] = every
+        out = along(function, at)(n, kept, *args, **kwargs)
+        if kept is input:
+            return out
+        ones = lambda t: (1,) * rank if t.ndim > 1 else ()  # noqa: E731 - where axes are kept
+        return pytree.tree_map(lambda one: Stacked(one.tensor.view(n, *ones(one.tensor))), out)
 
     return stacked
 
 
-def _along(function: Callable) -> Callable:
-    def stacked(n, input, dim, *args, **kwargs):
-        return Stacked(function(input.tensor, _behind_n(dim), *args, **kwargs))
+def norm(function: Callable) -> Callable | None:
+    """Of torch.linalg.norm; None for torch.norm, which calls others."""
 
-    return stacked
+    def stacked(n, input, ord=None, dim=None, keepdim=False, *, dtype=None):
+        options = dict(keepdim=keepdim, dtype=dtype)
+        if dim is None and (ord is None or rank_of(input) != 2):
+            of_all = reduction(torch.linalg.vector_norm, 1)
+            return of_all(n, input, 2 if ord is None else ord, **options)
+        return along(function, 1)(n, input, ord, (0, 1) if dim is None else dim, **options)
 
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-ELEMENTWISE = """
-    abs add addcdiv addcmul bfloat16 ceil celu clamp clone cos detach div double elu eq erf
-    exp expm1 float floor ge gelu gt half hardsigmoid hardswish hardtanh isinf isnan le
-    leaky_relu log log1p log2 logical_and logical_not logical_or logsigmoid lt masked_fill
-    maximum minimum mish mul ne neg pow reciprocal relu relu6 round rsqrt selu sigmoid sign
-    silu sin softplus softsign sqrt square sub tanh tanhshrink threshold true_divide where
-""".split()
-PYTHON = "abs add and_ eq ge gt invert le lt mul ne neg or_ pow sub truediv".split()
+    return stacked if function is torch.linalg.norm else None
 
 
-FUNCTIONS: dict[Callable | str, Callable] = (
-    {function: _elementwise(function) for function in (getattr(operator, n) for n in PYTHON)}
-    | forms(ELEMENTWISE, _elementwise)
-    | forms(["sum", "mean", "amax", "amin"], _reduction)
-    | forms(["max"], same(_extreme(torch.max, torch.maximum, torch.amax)))
-    | forms(["min"], same(_extreme(torch.min, torch.minimum, torch.amin)))
-    | forms(["softmax", "log_softmax"], _along)
-    | forms(["view", "reshape"], same(_reshape))
-    | forms(["permute"], same(_permute))
-    | forms(["transpose", "swapaxes"], same(_transpose))
-    | forms(["flatten"], same(_flatten))
-    | forms(["unsqueeze"], same(_unsqueeze))
-    | forms(["squeeze"], same(_squeeze))
-    | forms(["unflatten"], same(_unflatten))
-    | forms(["repeat"], same(_repeat))
-    | forms(["expand"], same(_expand))
-    | forms(["expand_as"], same(_like(_expand, torch.Tensor.expand)))
-    | forms(["view_as", "reshape_as"], same(_like(_reshape, torch.reshape)))
-    | forms(["cat", "concat"], same(_cat))
-    | forms(["stack"], same(_stack))
-    | forms(["to", "type_as"], same(_to))
-    | forms(["chunk"], same(_chunk))
-    | forms(["split"], same(_split))
-    | forms(["contiguous"], same(_contiguous))
-    | forms(["size"], same(_size))
-    | forms(["dim"], same(_dim))
-    | forms(["matmul", "bmm", "mm", "mv"], same(_matmul))
-    | forms(["einsum"], same(_einsum))
-    | forms(["dropout"], same(_dropout))
-    | {
-        operator.getitem: _getitem,
-        operator.matmul: _matmul,
-        getattr: _getattr,
-    }
-)
-# Drawn for each network by itself, also where nothing that they are given differs.
-RANDOM = set(
-    forms(
-        """alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout
-        gumbel_softmax multinomial normal poisson rand rand_like randint randint_like randn
-        randn_like randperm rrelu scaled_dot_product_attention
-        """.split(),
-        same(lambda: None),
-    )
-)
+def windows(function: Callable) -> Callable | None:
+    """Of x.unfold; None for F.unfold, which calls others."""
+    return along(function) if function is Tensor.unfold else None
+
+
+def extreme(elementwise_: Callable, all_of: Callable) -> Callable:
+    def made(function: Callable) -> Callable:
+        def stacked(n, input, dim=None, keepdim=False, *, other=None):
+            other = dim if isinstance(dim, Tensor) else other
+            if other is not None:  # max(a, b)
+                return elementwise(elementwise_, n, input, other)
+            if dim is None:
+                return reduction(all_of)(n, input)
+            return along(function)(n, input, dim, keepdim)
+
+        return stacked
+
+    return made
+
+
+def flip(n, input, *dims, **named):
+    dims = sizes_in((*dims, *named.values()))
+    return Stacked(input.tensor.flip(behind_n(dims, rank_of(input))))

@@ -6,7 +6,6 @@ Multiplying the stacked gradient by the inverse of L, the gradient in the H1 inn
 removes that factor at the same optimum and learning rate.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from itertools import count
 
@@ -23,6 +22,7 @@ from fastgeo.inputs import Inputs, Passes, on_device
 from fastgeo.levels import levels
 from fastgeo.memory import path_work
 from fastgeo.modes import batch_statistics, evaluation_mode
+from fastgeo.outputs import rows_that_count
 from fastgeo.path import Path, check_path_of
 from fastgeo.phases import phase
 from fastgeo.precision import matmul_precision
@@ -45,6 +45,8 @@ def optimize(
     memory_budget: int | str | None = None,
     batchnorm: str = "refuse",
     precision: str = "fp32",
+    output: str = "logits",
+    mask: str | None = None,
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, Path], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -62,8 +64,11 @@ def optimize(
     Args:
         path: where to start; not changed.
         module: the network of all points, run in eval mode; its parameter values are not used.
-        batches: iterable of inputs [B, ...], or of mappings of such inputs (keyword arguments of
-            the module's forward), or of tuples whose first entry they are (targets are ignored).
+        batches: iterable of inputs, or of tuples that begin with inputs and targets. Inputs are a
+            tensor [B, ...], or any mapping that holds one, such as a tokenizer's: the keyword
+            arguments of the module's forward. Labels in it are dropped unread (a language model
+            shifts them, so they do not belong to the rows of its logits), and caches are off. Of
+            targets it matters only where they are -100: that row of the logits does not count.
             Gone through again, if it can be, until all steps are done.
         steps: how many; one pass over the batches by default.
         lr: learning rate.
@@ -89,6 +94,10 @@ def optimize(
             running ones are left for `fastgeo.recalibrate` to compute.
         precision: "fp32", "tf32" or "bf16" as in `fastgeo.stack`, of the backward pass, too. The
             weights of the path stay in their own dtype, and the divergence in fp32.
+        output: name of the logits [B, ..., C] in what the module returns, as in `fastgeo.stack`.
+        mask: name of one of the inputs, of the logits' shape without C, as attention_mask is for a
+            language model: rows where it is 0 do not count. The energy is the mean over those that
+            do, and 0 on a batch without any.
         on_choice: called once with {"engine", "channels_last", "chunk", "seconds": measured a step
             of each candidate, "failed": why others were left out} when the engine is known.
         on_step: called before every update with {"step", "energy": nats, "sqrt_jsd",
@@ -103,8 +112,10 @@ def optimize(
         A new path with the same ends.
 
     Raises:
-        TypeError: a path, module or batches of another type.
-        ValueError: a path that is not of this module, no parameter to train, lr <= 0, momentum
+        TypeError: a path, module or batches of another type, or no logits in what the module
+            returns.
+        ValueError: a path that is not of this module, a mask or targets with -100 whose shape is
+            not that of the logits, no parameter to train, lr <= 0, momentum
             outside [0, 1), an unknown lr_schedule, too few batches or no number of steps, an
             energy or gradient that stops being finite, or checkpoints of another path.
 
@@ -117,8 +128,7 @@ def optimize(
     if coarse_to_fine and steps is None:
         raise ValueError("coarse_to_fine needs the number of steps")
     check_path_of(path, module)
-    new_choice = functools.partial(
-        EngineChoice,
+    choice = EngineChoice(
         module,
         engine=engine,
         channels_last=channels_last,
@@ -126,10 +136,10 @@ def optimize(
         memory_budget=memory_budget,
         batchnorm=batchnorm,
         precision=precision,
+        output=output,
         work=path_work(momentum),
         on_choice=on_choice,
     )
-    choice = new_choice()
     mode = evaluation_mode(module)
     if batchnorm == "recalibrate":
         mode = batch_statistics(module, update=False)
@@ -160,21 +170,23 @@ def optimize(
             if (points := sizes.get(step, len(path))) != len(path):
                 path = path.resample(points)
                 descent.velocity = resampled(descent.velocity, points)
-                choice.finish()
-                choice = new_choice()
+                choice.next_level()
             if checkpoints is not None:
                 place = {"order": order.state_dict(), "velocity": dict(descent.velocity)}
                 checkpoints.reached(State(step, {"path": path._parts(), "state": place}))
             with phase("data"):
-                given = None if step == steps else next(order, None)
-            if given is None:
+                batch = None if step == steps else next(order, None)
+            if batch is None:
                 break
+            given, targets = batch
             inputs = on_device(given, path.device)
+            counted = rows_that_count(inputs, targets, mask)
             one = {name: tensor[None] for name, tensor in path.start.items()}
-            choice.prepare(one, inputs, points=len(path) - 2)
+            most = max(sizes.values()) - 2
+            choice.prepare(one, inputs, points=len(path) - 2, most=most)
             energies, gradient = choice.run(
-                lambda engine, path=path, given=given, inputs=inputs: energy_and_gradient(
-                    path, engine, inputs, trained, ends(given, inputs, engine)
+                lambda engine, path=path, given=given, x=inputs, counted=counted: (
+                    energy_and_gradient(path, engine, x, trained, ends(given, x, engine), counted)
                 )
             )
             if not torch.isfinite(energies).all():

@@ -182,7 +182,7 @@ class Path:
 
 
 def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
-    """A copy of the state of a module or state dict.
+    """A copy of the state of a module or state dict, without the prefix of torch.compile.
 
     Raises:
         TypeError: anything else.
@@ -193,7 +193,10 @@ def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
         raise TypeError(
             f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
         )
-    return {name: tensor.detach().clone() for name, tensor in network.items()}
+    compiled = "_orig_mod." if all(name.startswith("_orig_mod.") for name in network) else ""
+    return {
+        name.removeprefix(compiled): tensor.detach().clone() for name, tensor in network.items()
+    }
 
 
 def check_path_of(path: Path, module: nn.Module) -> None:

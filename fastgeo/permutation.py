@@ -2,7 +2,7 @@
 
 Relabelling the channels of a layer, and the inputs of every layer that reads them, leaves the
 function of a network unchanged (Entezari et al., 2022; Ainsworth et al., "Git Re-Basin", 2022).
-`fastgeo.permutation_spec` derives these symmetries from a network's graph.
+`fastgeo.permutation_spec` reads these symmetries off one pass of a network.
 """
 
 from collections.abc import Mapping

@@ -108,7 +108,8 @@ def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None)
                 path = optimize(*given, on_step=on_step, **options)
         if c.batchnorm == "recalibrate":
             batches = run.dataset.in_order("train", c.batch_size)
-            path = recalibrate(path, run.new_module(), batches, chunk=c.chunk, progress=True)
+            options = dict(chunk=c.chunk, output=c.output, progress=True)
+            path = recalibrate(path, run.new_module(), batches, **options)
         path.save(run.file("path.safetensors"))
 
 
@@ -198,6 +199,8 @@ def profile(
         raise ValueError("profile measures networks without BatchNorm only")
     if c.cuda_graph:
         raise ValueError("profile measures steps that are not replayed; leave out --cuda-graph")
+    if c.output != "logits" or c.mask is not None:
+        raise ValueError("profile measures steps on all logits; leave out --output and --mask")
     run.check()
     print(headline(machine()), flush=True)
     if c.a is not None:

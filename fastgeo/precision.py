@@ -7,11 +7,11 @@ the divergence its digits where neighbours are close.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastgeo.values import Stacked
@@ -55,70 +55,90 @@ def _allows_tf32(backend: Any) -> bool | None:
         return None
 
 
+REDUCTIONS = set("mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d".split())
+REDUCTIONS |= {"adaptive_avg_pool2d", "adaptive_avg_pool3d"}
+
+
 class Casts:
-    """Which nodes of a traced graph are layers of the body, and which of the head.
+    """Which calls of a pass are layers of the body, and which of the head.
+
+    A layer is a call that takes parameters, or what was computed of nothing else, beside something
+    else. Those of the head have no layer behind them.
 
     Attributes:
-        body, head: nodes that take parameters; those of the head have none behind them.
+        count, total: layers so far in the pass, and in all.
+        of_body: names of parameters that layers of the body take as they are, and nothing else.
     """
 
-    def __init__(self, graph: fx.Graph, constants: dict[str, Tensor]):
-        parameters = set()  # and what is computed of nothing else
-        takes = []
-        for node in graph.nodes:
-            inputs = node.all_input_nodes
-            if node.op == "get_attr":
-                if node.target not in constants:
-                    parameters.add(node)
-            elif node.op == "call_module":
-                takes.append(node)
-            elif inputs and parameters.issuperset(inputs):
-                parameters.add(node)
-            elif parameters.intersection(inputs):
-                takes.append(node)
-        (output,) = (node for node in graph.nodes if node.op == "output")
-        self.head, seen, ahead = set(), set(), [output]
-        layers = set(takes)
+    def __init__(self, record: Sequence[Any], outputs: Sequence[Stacked]):
+        """record: `Entry`s of a pass in which all inputs were `Stacked`; outputs: what it gave."""
+        layers = [
+            i for i, entry in enumerate(record) if len({of is None for of, _ in entry.given}) == 2
+        ]
+        number = {place: i for i, place in enumerate(layers)}
+        head, before, ahead = set(), set(), [output.at for output in outputs]
         while ahead:
-            node = ahead.pop()
-            if node in seen or node in parameters:
+            place = ahead.pop()
+            if place is None or place in before:
                 continue
-            seen.add(node)
-            if node in layers:
-                self.head.add(node)
-            else:
-                ahead += node.all_input_nodes
-        self.body = layers - self.head
+            before.add(place)
+            if place in number:
+                head.add(number[place])
+                continue
+            ahead += [at for of, at in record[place].given if of is None]
+        self._head = head
+        # The means in front of the head: (layers before it, name).
+        inputs = {at for i in head for of, at in record[layers[i]].given if of is None}
+        self._means, seen = set(), set()
+        while inputs:
+            place = inputs.pop()
+            if place is None or place in seen or place in number:
+                continue
+            seen.add(place)
+            if record[place].name in REDUCTIONS:
+                self._means.add((sum(i < place for i in layers), record[place].name))
+            inputs |= {at for of, at in record[place].given if of is None}
+        read: dict[bool, set[str]] = {True: set(), False: set()}
+        for place, entry in enumerate(record):
+            body = place in number and number[place] not in head
+            read[body] |= {name for of, at in entry.given if at is None for name in of or ()}
+        self.of_body = read[True] - read[False]
+        self.count, self.total = 0, len(layers)
 
-    def __call__(self, node: fx.Node, value: Any) -> Any:
-        """The arguments of a node in the dtype that it runs in."""
-        if node in self.body:
-            return _cast(value, torch.bfloat16)
-        if node in self.head:
-            leaves = (_tensor(leaf) for leaf in pytree.tree_leaves(value))
-            double = any(t is not None and t.dtype == torch.float64 for t in leaves)
-            return _cast(value, torch.float64 if double else torch.float32)
-        return value
-
-    def parameters_of_body(self) -> set[str]:
-        """Names that are used by layers of the body and by no other node."""
-        return _names(self.body) - _names(self.head)
-
-
-def _names(layers: set[fx.Node]) -> set[str]:
-    return {i.target for node in layers for i in node.all_input_nodes if i.op == "get_attr"}
+    def given(self, name: str, args: Any, kwargs: dict) -> tuple[Any, dict]:
+        """The arguments of a call in the dtype that it runs in."""
+        known = [t.of for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Stacked)]
+        tensors = sum(isinstance(t, Tensor) for t in pytree.tree_leaves((args, kwargs)))
+        of_parameters = sum(of is not None for of in known)
+        if 0 < of_parameters < tensors:
+            self.count += 1
+            if self.count - 1 in self._head:
+                return _wide(args, kwargs)
+            return _cast((args, kwargs), torch.bfloat16)
+        if (self.count, name) in self._means:
+            return _wide(args, kwargs)
+        return args, kwargs
 
 
-def _tensor(leaf: Any) -> Tensor | None:
-    leaf = leaf.tensor if isinstance(leaf, Stacked) else leaf
-    return leaf if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+def _wide(args: Any, kwargs: dict) -> tuple[Any, dict]:
+    double = any(_is(t, torch.float64) for t in pytree.tree_leaves((args, kwargs)))
+    return _cast((args, kwargs), torch.float64 if double else torch.float32)
+
+
+def _is(leaf: Any, dtype: torch.dtype) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(leaf, Tensor) and leaf.dtype == dtype
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    def one(leaf: Any) -> Any:
-        tensor = _tensor(leaf)
-        if tensor is None or tensor.dtype == dtype:
-            return leaf
-        return Stacked(tensor.to(dtype)) if isinstance(leaf, Stacked) else tensor.to(dtype)
+    def one(leaf: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            if not leaf.is_floating_point() or leaf.dtype == dtype:
+                return leaf
+        if not isinstance(leaf, Stacked):
+            return leaf.to(dtype)
+        cast = Stacked(leaf.tensor.to(dtype))
+        cast.of, cast.at = leaf.of, leaf.at
+        return cast
 
-    return pytree.tree_map(one, value)
+    return pytree.tree_map_only(Tensor, one, value)

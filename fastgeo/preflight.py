@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastgeo.energy import logits_of
-from fastgeo.evaluate import label_rows
 from fastgeo.files import sha256_of
-from fastgeo.inputs import on_device
+from fastgeo.inputs import arguments, on_device
 from fastgeo.loaders import LoaderData
 from fastgeo.memory import ROOM, free_bytes, path_work, size_of, step_memory
 from fastgeo.modes import refuse_batch_norm
+from fastgeo.outputs import label_rows, logits_in, logits_of, rows_that_count
 from fastgeo.stacking import StackedModule
 from fastgeo.train import training_steps
 
@@ -55,19 +53,32 @@ def _data(run: Run) -> None:
     run.data = found
 
 
+@torch.no_grad()
 def _graph(run: Run, module: nn.Module) -> None:
     """ValueError if the step of this network cannot be one on static buffers."""
     name = type(module).__name__
+    network = StackedModule(module.eval(), engine="stacked", precision=run.config.precision)
+    inputs, _ = next(iter(run.dataset.in_order("train", 2)))
+    params = {name: torch.stack([t, t]) for name, t in module.state_dict().items()}
     try:
-        StackedModule(module.eval(), engine="stacked", precision=run.config.precision)
+        network(params, on_device(inputs, torch.device("cpu")))
     except ValueError as error:
         why = error.__cause__ or error
         raise ValueError(f"{name} cannot be stacked: {why}; leave out --cuda-graph") from error
+    for line in network.reads():
+        raise ValueError(
+            f"{name} reads numbers back from the device, {line}; leave out --cuda-graph"
+        )
     dtypes = {str(p.dtype) for p in module.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
             f"the trained parameters of {name} are {', '.join(sorted(dtypes))}; leave out "
             "--cuda-graph, which takes one dtype"
+        )
+    if rows_that_count(*next(iter(run.dataset.in_order("train", 2))), None) is not None:
+        raise ValueError(
+            f"some labels of {run.config.data} are -100, at which a step of --cuda-graph does not "
+            "look; leave it out, or give other labels and --mask for the rows that count"
         )
 
 
@@ -78,7 +89,9 @@ def _memory(run: Run, module: nn.Module) -> None:
         return
     inputs, labels = next(iter(run.dataset.in_order("train", 8)))
     inputs = on_device(inputs, torch.device("cpu"))
-    network = StackedModule(module.eval(), engine=c.engine, batchnorm="recalibrate")
+    network = StackedModule(
+        module.eval(), engine=c.engine, batchnorm="recalibrate", output=c.output
+    )
     params = {name: tensor[None] for name, tensor in module.state_dict().items()}
     own = isinstance(run.dataset, LoaderData)
     steps = {
@@ -95,7 +108,7 @@ def _memory(run: Run, module: nn.Module) -> None:
             inputs,
             networks=networks,
             work=work,
-            batch=len(labels) if own else batch,
+            scale=1.0 if own else batch / len(labels),
         )
         need = replace(need, room=ROOM[run.device.type], kept=kept)
         finds = c.engine == "auto" and not (c.cuda_graph and what == "optimisation")
@@ -117,15 +130,16 @@ def _forward(run: Run, module: nn.Module) -> None:
     inputs, labels = next(iter(run.dataset.in_order("train", 2)))
     inputs = on_device(inputs, torch.device("cpu"))
     try:
-        named = isinstance(inputs, Mapping)
-        outputs = module.eval()(**inputs) if named else module.eval()(inputs)
+        args, kwargs = arguments(module, inputs)
+        outputs = module.eval()(*args, **kwargs)
     except Exception as error:
         raise ValueError(
             f"model {c.model} cannot be evaluated on inputs of {c.data}: "
             f"{type(error).__name__}: {error}"
         ) from error
     try:
-        logits_of(outputs[None] if isinstance(outputs, Tensor) else outputs)
-        label_rows(f"data {c.data}", labels, outputs[None])
+        outputs = logits_in(outputs, c.output)[None]
+        logits_of(outputs)
+        label_rows(f"data {c.data}", labels.cpu(), outputs, rows_that_count(inputs, None, c.mask))
     except TypeError as error:
         raise ValueError(f"model {c.model}: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo import baselines
-from fastgeo.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.inputs import Inputs, each_tensor, first_few, tensors_of
 from fastgeo.measure import (
     flops_of,
     matmul_rate,
@@ -255,7 +255,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _few(inputs: Inputs) -> Inputs:
-    return each_tensor(lambda tensor: tensor[:CHECKED], inputs)
+    return first_few(inputs, CHECKED)[0]
 
 
 def _rows(inputs: Inputs) -> int:

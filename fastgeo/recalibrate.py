@@ -22,6 +22,7 @@ def recalibrate(
     batches: Iterable,
     *,
     chunk: int | None = None,
+    output: str = "logits",
     progress: bool = False,
 ) -> Path:
     """The same path with the running statistics of every network, ends included, from data.
@@ -37,6 +38,7 @@ def recalibrate(
         module: the network of all points; its BatchNorm layers must track statistics.
         batches: one pass over inputs, as in `fastgeo.optimize`; training data, usually.
         chunk: networks in one pass; None for all of them.
+        output: name of an output of the module, as in `fastgeo.optimize`.
         progress: show a progress bar.
 
     Raises:
@@ -60,9 +62,9 @@ def recalibrate(
     for name in names:
         start = STATISTICS[name.rpartition(".")[2]]
         stacked[name] = torch.full_like(stacked[name], start, memory_format=torch.contiguous_format)
-    engine = Engine(stack(module, batchnorm="recalibrate"), chunk)
+    engine = Engine(stack(module, batchnorm="recalibrate", output=output), chunk)
     seen = 0
-    for given in tqdm(
+    for given, _ in tqdm(
         Passes(batches, repeat=False),
         desc="recalibrate",
         unit="batch",

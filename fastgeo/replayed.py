@@ -30,6 +30,8 @@ def optimize_static(
     precondition: bool = True,
     coarse_to_fine: bool = False,
     precision: str = "fp32",
+    output: str = "logits",
+    mask: str | None = None,
     channels_last: bool | None = None,
     chunk: int | None = None,
     memory_budget: int | str | None = None,
@@ -45,12 +47,13 @@ def optimize_static(
     The steps are the same up to rounding.
 
     Args:
-        path, module, lr, momentum, lr_schedule, precondition, coarse_to_fine, precision, chunk,
-            memory_budget, on_choice, progress: as in `fastgeo.optimize`; the module must be one
-            that can be traced.
+        path, module, lr, momentum, lr_schedule, precondition, coarse_to_fine, precision, output,
+            mask, chunk, memory_budget, on_choice, progress: as in `fastgeo.optimize`; the module
+            must be one that can be stacked.
         batches: as in `fastgeo.optimize`, all of one shape, of which `read_every` are copied to the
-            device at a time. Those of `Dataset.shuffled` are made there, of data that is there:
-            the host only draws numbers.
+            device at a time; what is no tensor in them is the same in all, and no target is -100.
+            Those of `Dataset.shuffled` are made there, of data that is there: the host only draws
+            numbers.
         steps: how many.
         channels_last: memory format of images and weights; by default on a GPU.
         capture: whether the step is captured in a CUDA graph, once for each number of points; by
@@ -68,7 +71,7 @@ def optimize_static(
     Raises:
         TypeError: a path, module or batches of another type.
         ValueError: as `fastgeo.optimize`, an energy that is not finite when it is read, a module
-            that cannot be traced, or batches that differ in shape.
+            that cannot be stacked, batches that differ in shape, or targets of -100.
 
     Example:
         >>> digits = fastgeo.data.load("digits")
@@ -86,6 +89,8 @@ def optimize_static(
         steps=steps,
         precondition=precondition,
         precision=precision,
+        output=output,
+        mask=mask,
         channels_last=channels_last,
         chunk=chunk,
         memory_budget=memory_budget,
@@ -94,7 +99,8 @@ def optimize_static(
     )
     source = source_of(batches, path.device)
     sizes = levels(len(path), steps) if coarse_to_fine else {0: len(path)}
-    taken, velocity, static = 0, {}, None
+    taken, velocity, static, choice = 0, {}, None, None
+    most_points = max(sizes.values()) - 2
     block = read_every if checkpoints is None else 1
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
         taken, (path, velocity) = saved.step, restored(path, saved, sizes, momentum)
@@ -117,7 +123,9 @@ def optimize_static(
             if static is None:
                 state = dict(first=taken, velocity=velocity, take=block)
                 most = min(read_every, until - taken)
-                static = StaticStep(path, module, source, **how, **state, read_every=most)
+                state |= dict(read_every=most, choice=choice, most=most_points)
+                static = StaticStep(path, module, source, **how, **state)
+                choice = static.choice
                 filled = static.filled
                 if capture:
                     static.capture()

@@ -328,7 +328,7 @@ class Run:
 
         if not known:
             options["on_choice"] = on_choice
-        return options | {"batchnorm": c.batchnorm}
+        return options | {name: getattr(c, name) for name in ("batchnorm", "output", "mask")}
 
     def file(self, name: str) -> FilePath:
         return self.folder / name

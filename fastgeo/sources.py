@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastgeo.data import Shuffled
 from fastgeo.inputs import Inputs, Passes, Stream
+from fastgeo.outputs import rows_that_count
 
 
 class Source(ABC):
@@ -54,7 +55,13 @@ class Given(Source):
         self.stream = Passes(batches, repeat=True)
 
     def take(self, count: int) -> Iterator[Inputs]:
-        return islice(self.stream, count)
+        for inputs, targets in islice(self.stream, count):
+            if rows_that_count(inputs, targets, None) is not None:
+                raise ValueError(
+                    "steps on static buffers do not look at targets, of which some are -100; give "
+                    "inputs alone and mask= for the rows that count, or use fastgeo.optimize"
+                )
+            yield inputs
 
     def inputs(self, kept: Inputs) -> Inputs:
         return kept

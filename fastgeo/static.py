@@ -9,6 +9,7 @@ elsewhere the same object runs it operation by operation.
 
 import gc
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from fastgeo_kernels import path_update
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastgeo.descent import Descent
-from fastgeo.energy import energy_and_gradient, logits_of
+from fastgeo.energy import energy_and_gradient
 from fastgeo.engines import Engine, EngineChoice
 from fastgeo.inputs import Inputs
 from fastgeo.modes import evaluation_mode
 from fastgeo.optimize import trained_names
+from fastgeo.outputs import logits_of, rows_that_count
 from fastgeo.path import Path, check_path_of
 from fastgeo.precision import matmul_precision
 from fastgeo.sources import Source
@@ -36,6 +38,8 @@ class StaticStep:
         take: steps for which inputs are put on the device; `read_every` by default.
         velocity: first name -> [N - 2, ...] to go on with; zeros by default.
         lengths: whether the path is measured before every step.
+        choice: of the step on a coarser path, whose engine is checked already.
+        most: interior points of the finest path to come, if those are more.
         Others as of `optimize_static`.
 
     Attributes:
@@ -58,6 +62,8 @@ class StaticStep:
         steps: int | None = None,
         precondition: bool = True,
         precision: str = "fp32",
+        output: str = "logits",
+        mask: str | None = None,
         channels_last: bool | None = None,
         chunk: int | None = None,
         memory_budget: int | str | None = None,
@@ -67,10 +73,12 @@ class StaticStep:
         velocity: Mapping[str, Tensor] | None = None,
         lengths: bool = False,
         on_choice: Callable[[dict], None] | None = None,
+        choice: EngineChoice | None = None,
+        most: int | None = None,
     ):
         check_path_of(path, module)
         self.module, self.source, self.read_every = module, source, read_every
-        self.precision = precision
+        self.precision, self.mask = precision, mask
         self.trained = trained_names(module)
         self.descent = Descent(
             self.trained,
@@ -90,13 +98,16 @@ class StaticStep:
         (dtype,), device, points = dtypes, path.device, len(path) - 2
         if channels_last is None:
             channels_last = device.type == "cuda"
-        choice = EngineChoice(
+        if choice is not None:
+            choice.next_level()
+        self.choice = choice or EngineChoice(
             module,
             engine="stacked",
             channels_last=channels_last,
             chunk=chunk,
             memory_budget=memory_budget,
             precision=precision,
+            output=output,
             on_choice=on_choice,
         )
         shapes = {name: path.interior[name].shape for name in firsts}
@@ -130,8 +141,8 @@ class StaticStep:
             )
         first = {name: tensor[None] for name, tensor in path.start.items()}
         with evaluation_mode(module):
-            choice.prepare(first, self._inputs(), points=points)
-        self.engine: Engine = choice.chosen
+            self.choice.prepare(first, self._batch()[0], points=points, most=most)
+        self.engine: Engine = self.choice.chosen
         halves = self.engine.network.parameters_in_half()
         interior = dict(self.views)
         if self.copy is not None:
@@ -150,7 +161,7 @@ class StaticStep:
         found = list(self.source.take(min(count, self.read_every)))
         if not found:
             return 0
-        flat = [pytree.tree_flatten(one) for one in found]
+        flat = [_tensors_and_form(one) for one in found]
         if self.kept is None:
             first, self.form = flat[0]
             size, device = self.read_every, self.weight.device
@@ -160,8 +171,9 @@ class StaticStep:
             shapes = [list(t.shape) for t in leaves]
             if form != self.form or shapes != expected:
                 raise ValueError(
-                    "steps on static buffers take batches of one shape (in a DataLoader "
-                    f"drop_last=True), got {_words(shapes)} after {_words(expected)}"
+                    "steps on static buffers take batches of one shape, and alike beside their "
+                    "tensors (in a DataLoader drop_last=True), got "
+                    f"{_words(shapes)} after {_words(expected)}"
                 )
         for i, buffer in enumerate(self.kept):
             buffer[: len(flat)].copy_(torch.stack([leaves[i] for leaves, _ in flat]))
@@ -174,14 +186,14 @@ class StaticStep:
     def run(self) -> None:
         """One step, operation by operation; nothing waits for the device."""
         with evaluation_mode(self.module), matmul_precision(self.precision):
-            inputs = self._inputs()
+            inputs, counted = self._batch()
             with torch.no_grad():
                 ends = logits_of(self.engine.network(self.ends, inputs))
             if self.lengths is not None:
                 length = self._masters().euclidean().sum()
                 self.lengths.index_copy_(0, self.turn, length[None].to(self.lengths))
             energies, gradient = energy_and_gradient(
-                self.network_path, self.engine, inputs, self.trained, ends
+                self.network_path, self.engine, inputs, self.trained, ends, counted
             )
             torch._foreach_copy_(
                 list(self.gradients.values()), [gradient[name] for name in self.gradients]
@@ -244,9 +256,20 @@ class StaticStep:
         own = {name: self.views[first] for name, first in self.trained.items()}
         return Path(self.start, self.fixed | own, self.end)
 
-    def _inputs(self) -> Inputs:
-        kept = [buffer.index_select(0, self.turn)[0] for buffer in self.kept]
-        return self.source.inputs(pytree.tree_unflatten(kept, self.form))
+    def _batch(self) -> tuple[Inputs, Tensor | None]:
+        """Inputs of the step whose turn it is, and which rows count."""
+        form, others = self.form
+        tensors = (buffer.index_select(0, self.turn)[0] for buffer in self.kept)
+        leaves = [next(tensors) if other is Tensor else other for other in others]
+        inputs = self.source.inputs(pytree.tree_unflatten(leaves, form))
+        return inputs, rows_that_count(inputs, None, self.mask)
+
+
+def _tensors_and_form(value: Any) -> tuple[list[Tensor], tuple]:
+    """All tensors in a value, and what it is beside them."""
+    leaves, form = pytree.tree_flatten(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, (form, [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def _words(shapes: list[list[int]]) -> str:

@@ -1,47 +1,51 @@
-"""The permutation symmetries of a network, read off its graph.
+"""The permutation symmetries of a network, read off one pass.
 
-The graph that stacking runs (`fastgeo.tracing`) is run once on an example input. Every axis of
-every value has an `Axis` (`fastgeo.axes`), those of parameters free to begin with; each operation
-says which of them are permuted alike and which are not (`fastgeo.axis_rules`,
-`fastgeo.axis_shapes`, `fastgeo.axis_layers`). What is left free in the end may be permuted.
+The module is called once on an example input, with values that carry an `Axis` (`fastgeo.axes`) for
+each of their dimensions, those of parameters free to begin with; each operation says which of them
+are permuted alike and which are not (`fastgeo.operations`). What is left free in the end may be
+permuted.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fastgeo import axis_layers, axis_rules, axis_shapes
+from fastgeo import axis_rules
 from fastgeo.axes import Axis, fix, fixed
 from fastgeo.axis_terms import settle, terms_of
-from fastgeo.axis_values import NoRule, Value, values_in
-from fastgeo.inputs import Inputs, each_tensor, is_inputs
-from fastgeo.modes import batch_norms, evaluation_mode
+from fastgeo.axis_values import NoRule, Value, joined, unify_all, values_in
+from fastgeo.inputs import Inputs, arguments, each_tensor, is_inputs, tensors_within
+from fastgeo.modes import batch_norms, looked_at, uncompiled
+from fastgeo.operations import operation_of
 from fastgeo.permutation import Block, Channels, PermutationSpec
-from fastgeo.tracing import Trace, TraceFailed, trace
-from fastgeo.values import no_fast_path
+from fastgeo.standin import Call, Pass, layers_around
 
-FUNCTIONS = axis_rules.FUNCTIONS | axis_shapes.FUNCTIONS | axis_layers.FUNCTIONS
+NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes either name
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty")  # hold what was there before
 INPUT = "it is the network's input"
 OUTPUT = "it is the network's output"
-SHAPES = set("dim getattr is_floating_point ndimension nelement numel size stride".split())
 
 
 def permutation_spec(module: nn.Module, example_input: Inputs | None = None) -> PermutationSpec:
     """The permutations of a network's channels that leave its function as it is.
 
     Args:
-        module: any nn.Module; it is not changed. One that cannot be traced has no known
-            permutations, and its spec says why.
+        module: any nn.Module, compiled or not; it is not changed. Its forward may look at shapes
+            as it likes, and at what it computes of integers alone, masks or lengths, for which the
+            symmetries are those on inputs with such answers. If it decides by any other numbers
+            that it computes, nothing is permuted, and the spec names the line.
         example_input: [B, ...] as its forward takes it, or a mapping of such tensors, the keyword
-            arguments of its forward; by default the module's attribute `example_input_array`.
+            arguments of its forward, of which labels are left out; by default the module's
+            attribute `example_input_array`.
 
     Raises:
-        TypeError: no module, or no such input.
-        ValueError: an input that the module cannot be evaluated on, or none.
+        TypeError: no module, one of TorchScript, or no such input.
+        ValueError: an input that the module cannot be evaluated on, or none, or a module that
+            returns no tensor.
 
     Example:
         >>> print(permutation_spec(nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)), x))
@@ -51,13 +55,12 @@ def permutation_spec(module: nn.Module, example_input: Inputs | None = None) -> 
           0.weight[1]: it is the network's input
           2.weight[0], 2.bias[0]: it is the network's output
     """
+    module = uncompiled(module)
     return Symmetries(module, example(module, example_input)).spec
 
 
 def example(module: nn.Module, given: Inputs | None) -> Inputs:
     """The example input of a module, on its device."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     if given is None:
         given = getattr(module, "example_input_array", None)
     if given is None:
@@ -79,37 +82,36 @@ def example(module: nn.Module, given: Inputs | None) -> Inputs:
 
 
 class Symmetries:
-    """A module with the axes of all values of its graph.
+    """A module with the axes of all values that it computes.
 
     Attributes:
         spec: its permutations.
-        traced: its graph, None if it has none.
-        values: node -> the axes of its value, if that is a tensor.
+        values: place of each call in a pass -> the axes of what it gave, if that is a tensor.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs):
-        self.module, self.traced, self.values = module, None, {}
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-        with evaluation_mode(module), torch.no_grad(), no_fast_path():
+        self.module, self.values = module, {}
+        args, kwargs = arguments(module, inputs)
+        with looked_at(module):
             try:
-                module(*args, **kwargs)
+                own = {name: t.clone() for name, t in module.named_buffers(remove_duplicate=False)}
+                out = functional_call(module, own, *_copied(args, kwargs), tie_weights=False)
             except Exception as error:
                 raise ValueError(
                     f"{type(module).__name__} cannot be evaluated on example_input: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            if next(tensors_within(out), None) is None:
+                raise ValueError(f"{type(module).__name__} returns no tensor")
+            run = _AxesPass(module)
             try:
-                self.traced = trace(module, sorted(kwargs) or None)
-            except TraceFailed as error:
-                why = f"the network cannot be traced: {error}"
+                state, self.values = run.settled(args, kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+                why = f"the network cannot be followed: {error}"
                 state = {
                     name: [fixed(size, why) for size in tensor.shape]
                     for name, tensor, _ in _tensors(module)
                 }
-            else:
-                run = _Run(module, self.traced)
-                run.run(*in_order(self.traced, inputs))
-                state, self.values = run.settled()
         self._names: dict[Axis, str] = {}
         self.spec = self._spec(state)
 
@@ -166,13 +168,6 @@ class Symmetries:
         )
 
 
-def in_order(traced: Trace, inputs: Inputs) -> list[Tensor]:
-    """Inputs in the order of a graph's placeholders."""
-    if not isinstance(inputs, Mapping):
-        return [inputs]
-    return [inputs[node.target] for node in traced.graph.nodes if node.op == "placeholder"]
-
-
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """(name, tensor, kind) of all parameters and buffers, under all of their names."""
     for name, tensor in module.named_parameters(remove_duplicate=False):
@@ -181,130 +176,171 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
         yield name, tensor, "buffer"
 
 
-class _Run(fx.Interpreter):
-    """One pass of the graph on `Value`s."""
+class _AxesPass(Pass):
+    """One pass on `Value`s."""
 
-    def __init__(self, module: nn.Module, traced: Trace):
-        super().__init__(module, graph=traced.graph)
-        self.constants, self.extra_traceback = traced.constants, False
-        self.state: dict[str, Value] = {}
-        self.first: dict[Tensor, str] = {}
+    stand_in = Value
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.state: dict[str, Value] = {}  # by the first name of each
+        self.names: dict[str, str] = {}  # name -> the first one of the same tensor
+        first, statistics = {}, set(_statistics(module))
         for name, tensor, kind in _tensors(module):
-            why = None if kind == "parameter" else f"{name} is a buffer"
-            self.first.setdefault(tensor, name)
-            self.state[name] = Value(tensor, tuple(Axis(size, why) for size in tensor.shape))
-        for name, layer in batch_norms(module).items():  # running statistics are of the channels
-            for own, tensor in layer.named_buffers(recurse=False):
-                own = f"{name}.{own}".lstrip(".")
-                self.state[own] = Value(tensor, tuple(map(Axis, tensor.shape)))
-        self.values: dict[fx.Node, tuple[Axis, ...]] = {}
+            self.names[name] = first.setdefault(tensor, name)
+            if self.names[name] == name:
+                own = tensor if kind == "parameter" else tensor.clone()
+                self.state[name] = Value(own, map(Axis, tensor.shape))
+                if kind == "buffer" and name not in statistics:
+                    self.state[name] = _constant(own, f"{name} is a buffer")
+        self.layers = {layer: name for name, layer in module.named_modules()}
+        self.values: dict[tuple[int, ...], tuple[Axis, ...]] = {}
         self.all: list[tuple[Axis, ...]] = []
-        self.used: set[str] = set()
-        self.placed: set[Axis] = set()  # fixed, and it is known where
+        self.used: set[Axis] = set()
+        self.placed = {INPUT, OUTPUT}  # reasons of which it is known where they came up
 
-    def settled(self) -> tuple[dict[str, tuple[Axis, ...]], dict[fx.Node, tuple[Axis, ...]]]:
-        """The axes of parameters and buffers by their first names, and of nodes."""
-        state = {name: self.state[name] for name in self.first.values()}
-        for name, value in state.items():
-            if name not in self.used:
+    def settled(
+        self, args: tuple, kwargs: dict
+    ) -> tuple[dict[str, tuple[Axis, ...]], dict[tuple[int, ...], tuple[Axis, ...]]]:
+        """The axes of parameters and buffers by their first names, and of what calls gave."""
+        args, kwargs = pytree.tree_map_only(Tensor, _given, (args, kwargs))
+        state = {name: self.state[first] for name, first in self.names.items()}
+        with self:
+            out = functional_call(self.module, state, args, kwargs, tie_weights=False)
+        if self.refused is not None:
+            raise self.refused
+        _fix_all((t for t in tensors_within(out) if isinstance(t, Value)), OUTPUT)
+        for value in self.state.values():
+            if value.axes and value.axes[0] not in self.used:
                 _fix_all([value], "the network does not use it")
-        settle([*self.all, *(value.axes for value in state.values())])
-        return {name: value.axes for name, value in state.items()}, self.values
+        axes = {name: value.axes for name, value in self.state.items()}
+        settle([*self.all, *axes.values()])
+        return axes, self.values
 
-    def placeholder(self, target: str, args: tuple, kwargs: dict) -> Value:
-        tensor = super().placeholder(target, args, kwargs)
-        return Value(tensor, tuple(fixed(size, INPUT) for size in tensor.shape))
+    def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
+        operation = operation_of(function)
+        if operation is None and call.python is not None:
+            with self:
+                return call.python(*args, **kwargs)
+        out = function(*_plain(args), **_plain(kwargs))
+        return self._with_axes(call, operation and operation.rule, out, args, kwargs)
 
-    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
-        if target in self.constants:
-            return _constant(self.constants[target])
-        found = super().get_attr(target, args, kwargs)
-        return self._own(target) if isinstance(found, Tensor) else found
+    def change(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
+        target = args[0]
+        if call.name == "__setitem__":
+            _, index, value = args
+            view = target.tensor[_plain(index)]
+            rule = operation_of(Tensor.__getitem__).rule
+            made = self._with_axes(call, rule, view, (target, index), {})
+            function(*_plain(args))
+            if isinstance(value, Tensor):
+                self._with_axes(call, _written, view, (made, value), {})
+            target.write(values_in((index, value)))
+            return None
+        function(*_plain(args), **_plain(kwargs))
+        if target.tensor.shape != target.shape:
+            self.refuse(f"its forward calls {call.name}, which changes a shape in place")
+        operation = operation_of(call.base or function)
+        rule = operation and operation.rule
+        made = self._with_axes(call, rule, target.tensor, args, kwargs)
+        unify_all(target.axes, made.axes)
+        target.write([made])
+        return target
 
-    def output(self, target: str, args: tuple, kwargs: dict) -> None:
-        _fix_all(values_in(args), OUTPUT)
+    def shared(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
+        out = function(*args, **kwargs)
+        return out.zero_() if call.name in EMPTY else out
 
-    def run_node(self, node: fx.Node) -> Any:
-        out = super().run_node(node)
-        if isinstance(out, Value):
-            self.values[node] = out.axes
-        self.all += [value.axes for value in values_in(out)]
-        self._say_where(node, [*values_in(out), *values_in(self.fetch_args_kwargs_from_env(node))])
-        return out
+    def value(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
+        if any(value.asked for value in values_in((args, kwargs))):
+            self.refuse(f"its forward asks for {call.name}() of what it computes")
+        return function(*_plain(args), **_plain(kwargs))
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target in (getattr, operator.getitem) and not isinstance(args[0], Value):
-            return target(*args)  # of a tuple
-        rule = FUNCTIONS.get(target)
-        return self._by_rule(rule, target, args, kwargs, args, kwargs)
+    def storage_of(self, tensor: Tensor) -> Value:
+        return _constant(tensor)
 
-    def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
-        def method(input: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return getattr(input, target)(*args, **kwargs)
+    def part_of(self, storage: Value, tensor: Tensor) -> Tensor:
+        if storage.tensor is not tensor:
+            self.refuse("its forward writes into a tensor of which it has another view")
+        return storage
 
-        method.__name__ = target
-        return self._by_rule(FUNCTIONS.get(target), method, args, kwargs, args, kwargs)
-
-    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
-        layer = self.fetch_attr(target)
-        own = {
-            name: self._own(f"{target}.{name}")
-            for named in (layer.named_parameters, layer.named_buffers)
-            for name, _ in named(remove_duplicate=False)
-        }
-        rule = axis_layers.MODULES.get(type(layer))
-        return self._by_rule(rule, layer, args, kwargs, (layer, own, *args), kwargs)
-
-    def _own(self, name: str) -> Value:
-        first = self.first[self.state[name].tensor]
-        self.used.add(first)
-        return self.state[first]
-
-    def _by_rule(
-        self,
-        rule: Callable | None,
-        function: Callable,
-        args: tuple,
-        kwargs: dict,
-        of_rule: tuple,
-        named: dict,
+    def _with_axes(
+        self, call: Call, rule: Callable | None, out: Any, args: tuple, kwargs: dict
     ) -> Any:
-        """What a function gives of values, with its axes by a rule of what the rule takes."""
-        given = values_in((of_rule, named))
-        out = function(*_tensors_of(args), **_tensors_of(kwargs))
+        """What a function gave of values, with its axes by a rule."""
+        kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t if isinstance(t, Value) else _constant(t), (args, kwargs)
+        )
+        given = values_in((args, kwargs))
+        if rule is axis_rules.alike:  # of its first argument only the shape
+            given = given[1:]
+        self.used.update(value.axes[0] for value in given if value.axes)
         leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not given:
-            return pytree.tree_map_only(Tensor, _constant, out)
-        if not leaves:  # a number or a shape
-            if getattr(function, "__name__", "") not in SHAPES:
-                _fix_all(given, "its numbers leave the graph")
-            return out
         try:
             if rule is None:
                 raise NoRule("it has no rule")
-            axes = _flat(rule(out, *of_rule, **named))
-            shapes = [tuple(axis.size for axis in own) for own in axes]
-            if shapes != [tuple(leaf.shape) for leaf in leaves]:
+            given_by_rule = _flat(rule(out, *args, **kwargs))
+            axes = given_by_rule[: len(leaves)]
+            if [tuple(a.size for a in own) for own in axes] != [tuple(t.shape) for t in leaves]:
                 raise NoRule("its rule does not cover this form of it")
+            self.all += given_by_rule[len(leaves) :]
         except Exception as error:  # noqa: BLE001 - then nothing is known of the operation
             known = isinstance(error, NoRule)
             why = str(error) if known else f"its rule does not cover this form of it: {error}"
             _fix_all(given, why)
             axes = [[fixed(size, why) for size in leaf.shape] for leaf in leaves]
-        found = iter(axes)
-        return pytree.tree_map_only(Tensor, lambda leaf: Value(leaf, tuple(next(found))), out)
+        found, asked = iter(axes), any(value.asked for value in given)
+        made = pytree.tree_map_only(Tensor, lambda leaf: Value(leaf, next(found), asked), out)
+        if isinstance(made, Value):
+            self.values[tuple(self.place)] = made.axes
+        self.all += [value.axes for value in values_in(made)]
+        self._say_where(call, [*values_in(made), *given])
+        return made
 
-    def _say_where(self, node: fx.Node, values: list[Value]) -> None:
+    def _say_where(self, call: Call, values: list[Value]) -> None:
         """Name the layer and operation in the reasons that have come up in it."""
-        layers = list(node.meta.get("nn_module_stack", {}))
-        where = f"{node.name} in {layers[-1]}" if layers and layers[-1] else node.name
-        own = [v for name, v in self.state.items() if name.startswith(f"{node.target}.")]
-        for axis in {axis for value in [*values, *own] for axis in value.axes}:
+        where = None
+        for axis in {axis for value in values for axis in value.axes}:
             for atom in axis.atoms():
-                if atom.why is not None and atom not in self.placed:
-                    self.placed.add(atom)
-                    if atom.why not in (INPUT, OUTPUT) and node.op.startswith("call"):
-                        atom.why = f"{where}: {atom.why}"
+                if atom.why is None or atom.why in self.placed:
+                    continue
+                if where is None:
+                    layer = self.layers.get(next(layers_around(), None), "")
+                    where = f"{call.name} in {layer}" if layer else call.name
+                atom.why = f"{where}: {atom.why}"
+                self.placed.add(atom.why)
+
+
+def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+
+
+def _plain(tree: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, slice):
+            return slice(_plain(leaf.start), _plain(leaf.stop), _plain(leaf.step))
+        return leaf.tensor if isinstance(leaf, Value) else leaf
+
+    return pytree.tree_map(one, tree)
+
+
+def _given(tensor: Tensor) -> Value:
+    axes = (fixed(size, INPUT) for size in tensor.shape)
+    return Value(tensor.clone(), axes, tensor.is_floating_point() or tensor.is_complex())
+
+
+def _written(out, place, value):
+    unify_all(place.axes, joined(out, [value]))
+    return list(place.axes)
+
+
+def _statistics(module: nn.Module) -> Iterator[str]:
+    """Names of running statistics, which are of the channels."""
+    for name, layer in batch_norms(module).items():
+        for own, _ in layer.named_buffers(recurse=False):
+            yield f"{name}.{own}".lstrip(".")
 
 
 def _fix_all(values: Iterable[Value], why: str) -> None:
@@ -313,19 +349,13 @@ def _fix_all(values: Iterable[Value], why: str) -> None:
             fix(axis, why)
 
 
-def _constant(tensor: Tensor) -> Value:
+def _constant(tensor: Tensor, why: str = "it meets numbers that are always the same") -> Value:
     """What depends on no input and no parameter; any permutation leaves equal numbers alike."""
     axes = []
     for i, size in enumerate(tensor.shape):
         equal = bool((tensor == tensor.narrow(i, 0, 1)).all()) if size else False
-        axes.append(Axis(size, None if equal else "it meets numbers that are always the same"))
-    return Value(tensor, tuple(axes))
-
-
-def _tensors_of(tree: Any) -> Any:
-    return fx.node.map_aggregate(
-        tree, lambda leaf: leaf.tensor if isinstance(leaf, Value) else leaf
-    )
+        axes.append(Axis(size, None if equal else why))
+    return Value(tensor, axes, asked=False)
 
 
 def _flat(axes: Any) -> list[list[Axis]]:

@@ -3,6 +3,7 @@
 import contextlib
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,10 @@ from fastgeo.checkpoint import Checkpoints, State
 from fastgeo.config import TrainConfig
 from fastgeo.data import Dataset
 from fastgeo.diagnose import all_finite, first_not_finite, where
-from fastgeo.energy import logits_of
 from fastgeo.engines import Engine, EngineChoice
-from fastgeo.evaluate import label_rows
-from fastgeo.inputs import Inputs, Stream, each_tensor, on_device
-from fastgeo.loaders import LoaderData
+from fastgeo.inputs import Stream, each_tensor, on_device
+from fastgeo.loaders import Batch, LoaderData
+from fastgeo.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.stacking import part_of
 
 States = list[dict[str, Tensor]]
@@ -34,6 +34,8 @@ def train_ends(
     channels_last: bool | None = None,
     chunk: int | None = None,
     batchnorm: str = "refuse",
+    output: str = "logits",
+    mask: str | None = None,
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, States], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -44,14 +46,15 @@ def train_ends(
     Each network has its own initial weights, order of images and augmentation, all from its own
     seed, so it does not depend on which others are trained beside it (up to rounding); dropout
     alone draws for all of them, from the first seed. SGD with Nesterov momentum under a one-cycle
-    schedule on the mean cross-entropy.
+    schedule on the mean cross-entropy of the rows that count.
 
     Args:
         make_module: returns a freshly initialised module; called once a seed.
         data: what to train on, on the device to train on.
         seeds: one a network.
         config: epochs, train_batch_size, train_lr and the rest of the schedule.
-        engine, channels_last, on_choice: as in `fastgeo.optimize`.
+        engine, channels_last, output, on_choice: as in `fastgeo.optimize`.
+        mask: as in `fastgeo.evaluate`.
         chunk: networks in one pass; None for all of them.
         batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, which is then trained as
             it is, every network with running statistics of its own.
@@ -88,7 +91,7 @@ def train_ends(
     trained = [name for parameter, name in first.items() if parameter.requires_grad]
     weights = [stacked[name].requires_grad_() for name in trained]
     options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    choice = EngineChoice(module, **options, work="training", on_choice=on_choice)
+    choice = EngineChoice(module, **options, output=output, work="training", on_choice=on_choice)
 
     optimizer = torch.optim.SGD(
         weights, config.train_lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
@@ -126,8 +129,8 @@ def train_ends(
             choice.prepare(one, first_input, per_point=True, points=len(seeds))
 
             loss = choice.run(  # [K]
-                lambda engine, inputs=inputs, labels=labels, check=step == first_step: _losses(
-                    engine, stacked, inputs, labels, check=check
+                lambda engine, batch=(inputs, labels), check=step == first_step: _losses(
+                    engine, stacked, batch, mask, check=check
                 )
             )
             if not loss.isfinite().all():
@@ -216,9 +219,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _losses(
-    engine: Engine, stacked: dict[str, Tensor], inputs: Inputs, labels: Tensor, *, check: bool
+    engine: Engine, stacked: dict[str, Tensor], batch: Batch, mask: str | None, *, check: bool
 ) -> Tensor:
     """[K] nats, the mean loss of every network; leaves the gradient of their sum."""
+    inputs, labels = batch
     for tensor in stacked.values():
         tensor.grad = None
     losses = []
@@ -226,21 +230,25 @@ def _losses(
         own = each_tensor(lambda tensor, part=part: tensor[part], inputs)
         outputs = engine.network(part_of(stacked, part), own, per_point=True)  # [k, B, ..., C]
         logits = logits_of(outputs)
-        rows = labels[part].flatten(1).long()
-        if check:
-            label_rows("training data", labels[part][0], outputs)
-        loss = F.cross_entropy(logits.flatten(0, 1), rows.flatten(), reduction="none")
-        loss = loss.unflatten(0, rows.shape).mean(1)
+        counted = rows_that_count(own, None, mask)
+        rows = label_rows("training data", labels[part], outputs[None], counted, check=check)
+        loss = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none").view(len(logits), -1)
+        count = (rows != IGNORED).view_as(loss).sum(1).clamp(min=1)
+        loss = loss.mean(1) * (loss.shape[1] / count.to(loss))  # 1 where all count: bit for bit
         loss.sum().backward()
         losses.append(loss.detach())
     return torch.cat(losses)
 
 
-def _stacked(inputs: list[Inputs]) -> Inputs:
-    """Inputs of K networks as one, [K, B, ...]."""
+def _stacked(inputs: list[Any]) -> Any:
+    """Inputs of K networks as one, tensors [K, B, ...]."""
     if isinstance(inputs[0], Mapping):
-        return {name: torch.stack([own[name] for own in inputs]) for name in inputs[0]}
-    return torch.stack(inputs)
+        return {name: _stacked([own[name] for own in inputs]) for name in inputs[0]}
+    if isinstance(inputs[0], Tensor):
+        return torch.stack(inputs)
+    if any(value != inputs[0] for value in inputs):
+        raise ValueError(f"an input that is no tensor differs between the networks: {inputs}")
+    return inputs[0]
 
 
 def training_steps(data: Dataset | LoaderData, config: TrainConfig) -> int:

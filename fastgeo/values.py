@@ -1,26 +1,75 @@
 """Values of N networks at once, and functions of one network applied to them.
 
-In a stacked run a value that differs between the networks is `Stacked`, a tensor [N, ...]; any
-other value, the shared input for one, is as in a single network and is computed once.
+In a stacked pass a value that differs between the networks is `Stacked`, which holds a tensor
+[N, ...]; any other value, the shared input for one, is as in a single network and is computed once.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fastgeo.standin import StandIn, held_by, unchanged
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Stacked:
-    """A value of N networks: tensor [N, ...]."""
 
-    tensor: Tensor
+class Stacked(StandIn):
+    """A value of N networks, seen as that of one.
+
+    Attributes:
+        tensor: [N, ...].
+        waiting: what will compute the tensor when it is asked for (`fastgeo.fusion`), or None.
+        of: names of the parameters that it was computed of, None if of anything else as well.
+        at: place in its pass's record of the call that gave it.
+    """
+
+    waiting, of, at = None, None, None
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor) -> "Stacked":
+        one = Tensor._make_wrapper_subclass(
+            cls,
+            tensor.shape[1:],
+            None if tensor.is_contiguous() else strides_of_one(tensor),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+        one._tensor = tensor
+        return one
+
+    @property
+    def tensor(self) -> Tensor:
+        if self.waiting is not None:
+            self._tensor, self.waiting = self.waiting.value(), None
+        return self._tensor
+
+    @tensor.setter
+    def tensor(self, tensor: Tensor) -> None:
+        self._tensor, self.waiting = tensor, None
+
+    @classmethod
+    def later(cls, waiting: Any) -> "Stacked":
+        """One whose tensor `waiting.value()` gives, in the shape of `waiting.x`."""
+        x = waiting.x
+        one = Tensor._make_wrapper_subclass(
+            cls, x.shape[1:], dtype=x.dtype, device=x.device, requires_grad=waiting.needs
+        )
+        one._tensor, one.waiting = None, waiting
+        return one
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"Stacked({list(self.shape)} of each network, {self.dtype})"
+
+
+def strides_of_one(t: Tensor) -> list[int]:
+    """Of a network's own value of [N, ...], as it would lie in memory by itself."""
+    n, between = len(t), t.stride(0)
+    return [step // n if n > 1 and step > between > 0 else step for step in t.stride()[1:]]
 
 
 def each(value: Stacked | Tensor, n: int) -> Tensor:
@@ -31,14 +80,12 @@ def each(value: Stacked | Tensor, n: int) -> Tensor:
 def any_stacked(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(map(any_stacked, value))
-    if isinstance(value, dict):
-        return any(map(any_stacked, value.values()))
     return isinstance(value, Stacked)
 
 
 def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
     """A function of one network's values, vectorised over N; random numbers differ."""
-    stacked, call = _one_network(function, args, kwargs)
+    stacked, call = one_network(function, args, kwargs)
     form: list[Any] = []
 
     def one(n_th: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +94,7 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
         form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
         return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-    with no_fast_path(), _no_fallback_warnings(), _no_gradient_hooks():
+    with no_fast_path(), _no_fallback_warnings():
         out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
     structure, *others = form
     return pytree.tree_unflatten(
@@ -58,7 +105,7 @@ def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) 
 @contextlib.contextmanager
 def no_fast_path() -> Iterator[None]:
     """Transformer layers as they are trained: their kernels for inference have no gradient, vmap
-    and torch.fx hide that one is wanted, and without one they give zeros where keys are padded."""
+    hides that one is wanted, and without one they give zeros where keys are padded."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -77,24 +124,21 @@ def _no_fallback_warnings() -> Iterator[None]:
         torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
-@contextlib.contextmanager
-def _no_gradient_hooks() -> Iterator[None]:
+class NoGradientHooks(TorchFunctionMode):
     """RuntimeError where one is set, which vmap would never call."""
-    before = Tensor.register_hook
 
-    def refuse(self: Tensor, hook: Callable) -> NoReturn:
-        raise RuntimeError("vmap has no gradient hooks")
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in SETS_HOOKS:
+            raise RuntimeError("vmap has no gradient hooks")
+        return func(*args, **kwargs or {})
 
-    Tensor.register_hook = refuse
-    try:
-        yield
-    finally:
-        Tensor.register_hook = before
+
+SETS_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
     """A function of one network's values, called N times."""
-    stacked, call = _one_network(function, args, kwargs)
+    stacked, call = one_network(function, args, kwargs)
 
     def i_th(i: int, own: tuple[Tensor, ...]) -> Any:
         places = [tensor.data_ptr() for tensor in own]
@@ -118,7 +162,7 @@ class NoForm(Exception):
         self.way = way
 
 
-def _one_network(
+def one_network(
     function: Callable, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """The stacked tensors among the arguments, and the function of one network's part of them."""
@@ -142,23 +186,31 @@ def _check_outputs(leaves: Iterable[Any]) -> None:
         if not torch.is_tensor(leaf) and any(map(torch.is_tensor, inside)):
             raise TypeError(
                 f"a {type(leaf).__name__} with tensors cannot be joined over networks; return a "
-                "tensor, a tuple or a dict"
+                "tensor, a tuple or a dict, or name the output that is meant: output="
             )
+
+
+class Differs(ValueError):
+    """The networks give what cannot be one value of all of them."""
 
 
 def _joined(*values: Any) -> Any:
     _check_outputs(values)
     if torch.is_tensor(values[0]):
+        if any(value.shape != values[0].shape for value in values):
+            raise Differs("its size differs between the networks")
         return Stacked(torch.stack(values))
     if any(value != values[0] for value in values):
-        raise ValueError(f"a value that is no tensor differs between the networks: {values}")
+        raise Differs(f"a value that is no tensor differs between the networks: {values}")
     return values[0]
 
 
 def without_n(value: Any, n: int) -> Any:
     """What all networks returned, with every tensor [N, ...]."""
-    return pytree.tree_map(
-        lambda leaf: each(leaf, n) if isinstance(leaf, Stacked | Tensor) else leaf, value
+    leaves, structure = pytree.tree_flatten(value)
+    _check_outputs(leaves)
+    return pytree.tree_unflatten(
+        [each(leaf, n) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
     )
 
 
@@ -172,38 +224,74 @@ def aligned(value: Any, rank: int) -> Any:
 
 def rank_of(value: Any) -> int:
     """The number of axes that one network sees."""
-    if isinstance(value, Stacked):
-        return value.tensor.ndim - 1
-    return value.ndim if isinstance(value, Tensor) else 0
+    if isinstance(value, Stacked) and value.waiting is None:
+        return value._tensor.ndim - 1
+    if isinstance(value, Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.ndim
+    return 0
 
 
-def call(module: nn.Module, *, copies: bool = False) -> Callable:
+def call(
+    module: nn.Module,
+    *,
+    attributes: Sequence[dict | list] | None = None,
+    on_change: Callable[[], Any] | None = None,
+) -> Callable:
     """The module as a function of (state, args, kwargs), which updates the buffers in state.
 
+    As torch.func.functional_call, which looks its parameters up anew each time.
+
     Args:
-        module: must be given its state under all names.
-        copies: call it on copies of the tensors among args and kwargs.
+        module: must be given its parameters under all names.
+        attributes: what is put back afterwards (`held_by`); its own by default.
+        on_change: called if there is anything to put back but buffers.
     """
+    attributes = held_by(module.modules()) if attributes is None else attributes
+    holders = {
+        f"{name}.{key}".lstrip("."): (held, key)
+        for name, layer in module.named_modules(remove_duplicate=False)
+        for held in (layer._parameters, layer._buffers)
+        for key in held
+    }
 
     def function(state: Mapping[str, Tensor], args: tuple, kwargs: dict) -> Any:
-        if copies:
-            args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        now = dict(state)  # in which functional_call returns what the forward assigned
-        out = functional_call(module, now, args, kwargs, tie_weights=False)
-        for name, tensor in state.items():
-            if now[name] is not tensor:
+        own = [(*holders[name], tensor) for name, tensor in state.items()]
+        before = [held[key] for held, key, _ in own]
+        try:
+            for held, key, tensor in own:
+                held[key] = tensor
+            with unchanged(attributes) as changed:
+                out = module(*args, **kwargs)
+                now = [held.get(key) for held, key, _ in own]
+                for held, key, tensor in own:
+                    held[key] = tensor
+                if on_change is not None and changed():
+                    on_change()
+        finally:
+            for (held, key, _), tensor in zip(own, before, strict=True):
+                held[key] = tensor
+        for (_, _, tensor), assigned in zip(own, now, strict=True):
+            if assigned is not tensor:
                 with torch.no_grad():
-                    tensor.copy_(now[name])
+                    tensor.copy_(assigned)
         return out
 
     return function
 
 
-def own_buffers(module: nn.Module, n: int) -> dict[str, Stacked | Tensor]:
-    """The module's own buffers by name; in train mode a copy for each network to update."""
+def on_copies(function: Callable) -> Callable:
+    """What `call` gives, on copies of the inputs."""
+
+    def copied(state: Mapping[str, Tensor], args: tuple, kwargs: dict) -> Any:
+        return function(state, *pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+
+    return copied
+
+
+def own_buffers(module: nn.Module, n: int) -> dict[str, Stacked]:
+    """Of the module's own buffers, by name, a copy for each network to update."""
     named = module.named_buffers(remove_duplicate=False)
-    if not any(layer.training for layer in module.modules()):
-        return dict(named)
     return {name: Stacked(t.expand(n, *t.shape).clone()) for name, t in named}
 
 
@@ -233,31 +321,16 @@ def refused_in_place(tensors: Sequence[Tensor]) -> Iterator[None]:
 @contextlib.contextmanager
 def undone_on_failure(tensors: Iterable[Tensor]) -> Iterator[None]:
     """The tensors as they were before, if an exception ends this."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    before = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     except Exception:
         with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
+            for tensor, version, value in before:
+                if tensor._version != version:
+                    tensor.copy_(value)
         raise
 
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def forms(names: Iterable[str], make: Callable[[Callable], Callable]) -> dict:
-    """torch.name, F.name and the tensor method, each with the handler made of it."""
-    handlers = {}
-    for name in names:
-        functions = [getattr(module, name, None) for module in (torch, F)]
-        handlers |= {f: make(f) for f in functions if callable(f)}
-        if hasattr(Tensor, name):
-            handlers[name] = make(getattr(Tensor, name))
-    return handlers
-
-
-def same(handler: Callable) -> Callable:
-    """For `forms`: one handler, whatever it is called as."""
-    return lambda function: handler

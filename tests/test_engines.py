@@ -5,7 +5,8 @@ import torch
 from conftest import images, tiny_resnet
 from torch import nn
 
-from fastgeo import Path, engines, evaluate, models, optimize
+from fastgeo import Path, engines, evaluate, models, optimize, optimize_static, stack
+from fastgeo.agreement import few_of, outputs_and_gradients
 from fastgeo.engines import EngineChoice
 from fastgeo.stacking import StackedModule
 
@@ -103,6 +104,54 @@ def test_what_has_no_images_has_no_memory_format_to_choose(clock):
     seconds = {"stacked": 0.1, "stacked, 4 at a time": 0.3, "loop, 4 at a time": 0.2}
     turns, *_ = chosen(clock, seconds, module, torch.randn(3, 64).double())
     assert turns == [*seconds] * 3
+
+
+@pytest.mark.parametrize("run", [optimize, optimize_static])
+@pytest.mark.parametrize("chunk, networks", [(None, 11), (4, 4)])
+def test_an_engine_is_checked_once_a_run_for_as_many_networks_as_it_evaluates(
+    monkeypatch, run, chunk, networks
+):
+    """Not for each level of points."""
+    checked = []
+
+    def outputs(network, params, *args, **options):
+        checked.append((network.engine, len(params["linear.weight"])))
+        return outputs_and_gradients(network, params, *args, **options)
+
+    monkeypatch.setattr(engines, "outputs_and_gradients", outputs)
+    line = Path.linear(small(), tiny_resnet(1, "channel"), 13)
+    engine = {"engine": "stacked"} if run is optimize else {}
+    options = dict(steps=6, coarse_to_fine=True, chunk=chunk, lr=1e-3, **engine)
+    run(line, small(), [images()], **options)
+    assert checked == [("loop", networks), ("stacked", networks)]
+
+
+def test_inputs_whose_first_axis_is_no_batch_are_not_cut():
+    """The nodes of a graph whose edges the network holds."""
+
+    class Graph(nn.Module):
+        def __init__(self, nodes=12):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 5)
+            self.register_buffer("source", torch.arange(nodes))
+            self.register_buffer("target", torch.arange(nodes).roll(1))
+
+        def forward(self, x):
+            h = self.first(x).relu()
+            return self.second(torch.zeros_like(h).index_add(0, self.target, h[self.source]))
+
+    class Mixing(Graph):
+        def forward(self, x):  # a part of the nodes is evaluated, to something else
+            h = self.first(x).relu()
+            return self.second(h - h.mean(0))
+
+    for kind in (Graph, Mixing):
+        line = Path.linear(kind().double(), kind().double(), 5)
+        x = torch.randn(12, 6).double()
+        one = {name: tensor[None] for name, tensor in kind().double().named_parameters()}
+        assert few_of(stack(kind().double(), engine="loop"), one, x, False) == (x, 1.0)
+        paths = [optimize(line, kind(), [x], steps=2, engine=e) for e in ("auto", "loop")]
+        torch.testing.assert_close(*(path.interior for path in paths))
 
 
 def test_a_convolution_that_channels_last_breaks_on_a_cpu_is_not_measured_in_it(clock):
@@ -273,7 +322,8 @@ def test_what_returns_no_logits_is_named(path):
             return self.outputs(self.head(x))
 
     for outputs, error, words in (
-        (lambda x: (x, x), TypeError, "one tensor .*, got tuple"),
+        (lambda x: (3, None), TypeError, "one tensor .*, got tuple of int, NoneType; name another"),
+        (lambda x: {"scores": x}, TypeError, "one tensor .*, got dict of scores; name another"),
         (lambda x: x[:, 0], ValueError, r"logits \[B, ..., C\], got \[5\]"),
     ):
         line = Path.linear(Pair(outputs), Pair(outputs), 4)

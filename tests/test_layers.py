@@ -1,4 +1,4 @@
-"""Attention, embeddings, dropout and BatchNorm on stacked values, against the loop in float64."""
+"""Attention, recurrence, embeddings, dropout and BatchNorm, stacked, against the loop."""
 
 import copy
 
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_equals_the_loop, assert_trains_like_the_loop, clones
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 
 from fastgeo import stack
@@ -30,6 +32,10 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.use(self.layer, self.first(x), x)
+
+
+def assert_stacked(network):
+    assert not {"vmap:", "loop:"} & set(network.explain().split()), network.explain()
 
 
 BLIND = torch.ones(T, T).triu(1).bool()
@@ -79,15 +85,12 @@ def test_multihead_attention_equals_the_loop(options, use, batch_first):
     layer = nn.MultiheadAttention(D, 2, batch_first=batch_first, **options)
     module = Around(use, layer).double().eval()
     x = sequences() if batch_first else sequences(T, B)
-    network = assert_equals_the_loop(module, x, 3, False)
-    lines = [line for line in network.explain().splitlines() if line.startswith("layer ")]
-    assert lines and all(line.endswith("stacked") for line in lines)
+    assert_stacked(assert_equals_the_loop(module, x, 3, False))
 
 
 def test_attention_of_one_sequence_equals_the_loop():
     module = Around(lambda a, x, shared: a(x, x, shared)[0], nn.MultiheadAttention(D, 2)).double()
-    network = assert_equals_the_loop(module, sequences()[0], 3, False)
-    assert "vmap: its input has no batch axis" in network.explain()
+    assert_stacked(assert_equals_the_loop(module, sequences()[0], 3, False))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_encoders_equal_the_loop_operation_by_operation(use, norm_first, batch_f
     module = Around(lambda e, x, shared: use(e, x), encoder).double().eval()
     x = sequences() if batch_first else sequences(T, B)
     network = assert_equals_the_loop(module, x, 3, False)
-    assert not {"vmap", "loop"} & set(network.explain().replace(":", "").split())
+    assert_stacked(network)
     params = {name: torch.stack([p] * 2) for name, p in module.named_parameters()}
     with torch.no_grad():
         got = network(params, x)
@@ -191,13 +194,84 @@ def test_an_embedding_of_bounded_norm_equals_the_loop():
     assert (got.norm(dim=-1) < 1.0 + 1e-6).all()
 
 
+# --- Recurrence -----------------------------------------------------------------------------------
+
+
+def all_of(output):
+    """The states and the last ones, in one row."""
+    return torch.cat([value.flatten() for value in tree_leaves(output)])[None]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(bias=False),
+        dict(num_layers=2, dropout=0.5),
+        dict(num_layers=2, bidirectional=True),
+        dict(batch_first=True, bidirectional=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda r, x, shared: all_of(r(x)),
+        lambda r, x, shared: all_of(r(shared)),
+        lambda r, x, shared: all_of(r(x[0])),  # one sequence
+    ],
+)
+def test_recurrent_layers_equal_the_loop(kind, options, use):
+    module = Around(use, kind(D, 4, **options)).double().eval()
+    assert_stacked(assert_equals_the_loop(module, sequences(), 3, False))
+
+
+@pytest.mark.parametrize(
+    "layer, use",
+    [
+        (nn.LSTM(D, 4), lambda r, x, shared: r(x, (x[:1, :, :4], shared[:1, :, 4:]))),
+        (nn.GRU(D, 4), lambda r, x, shared: r(shared, x[:1, :, :4])),
+        (nn.RNN(D, 4, nonlinearity="relu"), lambda r, x, shared: r(x, shared[:1, :, :4])),
+        (nn.LSTMCell(D, 4), lambda r, x, shared: r(x[0], (shared[0, :, :4], x[1, :, :4]))),
+        (nn.LSTMCell(D, 4, bias=False), lambda r, x, shared: r(shared[0, 0])),
+        (nn.GRUCell(D, 4), lambda r, x, shared: r(x[0], r(shared[0]))),
+        (nn.RNNCell(D, 4), lambda r, x, shared: r(shared[0], x[0, :, :4])),
+        (nn.RNNCell(D, 4, nonlinearity="relu"), lambda r, x, shared: r(x[0])),
+    ],
+)
+def test_recurrence_from_given_states_equals_the_loop(layer, use):
+    module = Around(lambda r, x, shared: all_of(use(r, x, shared)), layer).double()
+    assert_stacked(assert_equals_the_loop(module, sequences(), 3, False))
+
+
+def packed(layer, x, shared):
+    sequences = pack_padded_sequence(x, torch.tensor([5, 3, 2]), batch_first=True)
+    return pad_packed_sequence(layer(sequences)[0], batch_first=True)[0]
+
+
+@pytest.mark.parametrize(
+    "layer, use, line",
+    [
+        (nn.LSTM(D, 4, bidirectional=True), packed, "loop: its sequences are packed"),
+        (nn.GRU(D, 4), packed, "loop: its sequences are packed"),
+        (nn.LSTM(D, 4, proj_size=2), lambda r, x, _: r(x)[0], "loop: its states are projected"),
+    ],
+)
+def test_packed_and_projected_recurrence_is_a_loop_over_the_call(layer, use, line):
+    network = assert_equals_the_loop(Around(use, layer).double(), sequences(), 3, False)
+    assert line in network.explain()
+
+
 # --- Dropout --------------------------------------------------------------------------------------
 
 DROPOUT = [
     nn.Dropout(0.4),
     nn.Dropout1d(0.4),
     nn.AlphaDropout(0.4),
+    nn.FeatureAlphaDropout(0.4),
     nn.MultiheadAttention(D, 2, dropout=0.4, batch_first=True),
+    nn.GRU(D, D, num_layers=2, dropout=0.4),
 ]
 
 
@@ -206,7 +280,9 @@ DROPOUT = [
 def test_dropout_draws_for_every_network_by_itself(layer, shared):
     def use(layer, x, own):
         x = own if shared else x
-        return layer(x, x, x)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+        if isinstance(layer, nn.MultiheadAttention):
+            return layer(x, x, x)[0]
+        return layer(x)[0] if isinstance(layer, nn.GRU) else layer(x)
 
     module = Around(use, copy.deepcopy(layer)).double().train()
     params = {name: torch.stack([p] * 200) for name, p in module.named_parameters()}
@@ -311,9 +387,9 @@ def _causal(length):
         ),
     ],
 )
-def test_whole_transformers_are_traced(layer, use):
-    network = assert_equals_the_loop(Around(use, layer()).double().eval(), sequences(), 3, False)
-    assert not {"vmap:", "loop:"} & set(network.explain().split())
+def test_whole_transformers_are_stacked(layer, use):
+    module = Around(use, layer()).double().eval()
+    assert_stacked(assert_equals_the_loop(module, sequences(), 3, False))
 
 
 PADDED_FIRST = torch.arange(B) >= torch.tensor([3, 2, 1, 3, 2])[:, None]  # [T, B]: batch is second

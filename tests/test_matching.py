@@ -1,16 +1,20 @@
 """Matching finds planted permutations, never loses, and says what it did."""
 
+import contextlib
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
 from conftest import images, tiny_resnet
 from torch import nn
+from torch.nn.utils import prune
 from zoo import BATCH_NORM, ZOO
 
 from fastgeo import match, match_many, models, permutation_spec
 from fastgeo.matching import check_same_function
+from fastgeo.operations import TABLE
 
 
 def inner(x, y):
@@ -147,12 +151,106 @@ def test_modules_and_states_are_left_alone_and_a_module_comes_back():
     before = {key: tensor.clone() for key, tensor in b.state_dict().items()}
     matching = match(a, b, images())
     torch.testing.assert_close(b.state_dict(), before, rtol=0, atol=0)
+    assert "module" not in vars(matching)  # made when it is asked for
     assert type(matching.module) is models.ResNet and matching.module is not b
     torch.testing.assert_close(matching.module(images()), b(images()))
     torch.testing.assert_close(matching.module.state_dict(), matching.state_dict, rtol=0, atol=0)
     of_states = match(a.state_dict(), b.state_dict(), images(), module=a)
     assert of_states.module is None
     torch.testing.assert_close(of_states.state_dict, matching.state_dict, rtol=0, atol=0)
+
+
+class Keeps(nn.Module):
+    """Keeps what it computed, counts its calls and changes its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.features = self.a(x.mul_(2)).relu()
+        return self.b(self.features)
+
+
+def pruned():
+    layers = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    prune.random_unstructured(layers[0], "weight", 0.3)
+    return layers
+
+
+def normalised():
+    layers = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layers[0])
+    return layers
+
+
+@pytest.mark.parametrize("build, free", [(Keeps, 1), (pruned, 0), (normalised, 1)])
+@pytest.mark.parametrize("method", ["weights", "activations"])
+def test_modules_that_cannot_be_copied_are_matched_and_left_as_they_were(build, free, method):
+    (a, b), x = (build(), build()), torch.randn(5, 3)
+    for module in (a, b):
+        module(x.clone())
+        with pytest.raises(RuntimeError, match="deepcopy"):
+            copy.deepcopy(module)
+    before, given = {key: t.clone() for key, t in b.state_dict().items()}, x.clone()
+    kept = [dict(vars(layer)) for layer in b.modules()]
+    with contextlib.nullcontext() if free else pytest.warns(UserWarning, match="is a buffer"):
+        matching = match(a, b, x, method=method)
+        frame = match_many([a, b], x)
+    assert len(matching.spec.channels) == free and matching.relative_change < 1e-12
+    assert frame.relative_change < 1e-12
+    torch.testing.assert_close(b.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(x, given)
+    for layer, own in zip(b.modules(), kept, strict=True):
+        assert vars(layer).keys() == own.keys()
+        assert all(vars(layer)[name] is value for name, value in own.items())
+
+
+def test_compiled_modules_and_their_states_are_matched_as_what_they_are_made_of():
+    (a, b), x = (models.mlp(6, (5,), 3).double() for _ in range(2)), torch.randn(4, 6)
+    expected = match(a, b, x)
+    compiled = torch.compile(a), torch.compile(b)
+    for first, second in (compiled, (compiled[0].state_dict(), compiled[1]), (a, compiled[1])):
+        matching = match(first, second, x)
+        torch.testing.assert_close(matching.state_dict, expected.state_dict, rtol=0, atol=0)
+        assert type(matching.module) is models.MLP
+    states = [network.state_dict() for network in compiled]
+    for frame in (match_many(compiled, x), match_many(states, x, module=compiled[0])):
+        assert frame.state_dicts[0].keys() == a.state_dict().keys()
+    within = [nn.Sequential(torch.compile(nn.Linear(3, 6)), nn.Linear(6, 2)) for _ in range(2)]
+    assert len(match(*within, torch.randn(4, 3)).spec.channels) == 1
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 3)))
+    with pytest.raises(TypeError, match="is TorchScript, whose forward cannot be called on other"):
+        match(scripted, scripted, x)
+
+
+def test_inputs_and_outputs_may_be_as_in_transformers():
+    class Output:
+        def __init__(self, **fields):
+            self.fields = fields
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x, mask=None, labels=None, use_cache=True):
+            assert labels is None and not use_cache and mask is None
+            logits = self.b(self.a(x).relu())
+            return Output(logits=logits, others=(logits.log(), {"best": logits.argmax(-1)}))
+
+    inputs = {"x": torch.randn(4, 3), "mask": None, "labels": torch.zeros(4)}
+    matching = match(Model(), Model(), inputs)  # logarithms of negative numbers are nan in both
+    assert matching.relative_change < 1e-12 and len(matching.spec.channels) == 1
+    nothing = nn.Sequential(nn.Linear(3, 2))
+    nothing.register_forward_hook(lambda *_: [])
+    with pytest.raises(ValueError, match="Sequential returns no tensor"):
+        match(nothing, nothing, torch.randn(4, 3))
 
 
 def test_a_network_without_symmetries_is_left_as_it_is():
@@ -162,9 +260,10 @@ def test_a_network_without_symmetries_is_left_as_it_is():
 
     a, b = Branches(3, 4), Branches(3, 4)
     for method in ("weights", "activations"):
-        matching = match(a, b, torch.ones(2, 3), method=method)
+        with pytest.warns(UserWarning, match="no channels to permute: .* asks for __bool__"):
+            matching = match(a, b, torch.ones(2, 3), method=method)
         torch.testing.assert_close(matching.state_dict, b.state_dict())
-        assert "cannot be traced" in matching.spec.fixed["weight"][0]
+        assert "asks for __bool__() of what it computes" in matching.spec.fixed["weight"][0]
 
 
 def test_a_permuted_network_that_computes_something_else_is_refused():
@@ -176,9 +275,45 @@ def test_a_permuted_network_that_computes_something_else_is_refused():
         check_same_function(module, module.state_dict(), wrong, images())
 
 
-def test_a_symmetry_that_the_graph_cannot_show_is_caught(monkeypatch):
+class Float32Norm(nn.Module):
+    """As Llama's: whatever it is given, it computes in float32."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(size))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y.type_as(x) * self.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_within_is_as_coarse_as_the_module_computes(dtype):
+    """A norm in float32 rounds more than float64 may; what is a little wrong is still refused."""
+    torch.manual_seed(1)
+    a, b = (
+        nn.Sequential(nn.Linear(8, 64), Float32Norm(64), nn.ReLU(), nn.Linear(64, 5)).to(dtype)
+        for _ in range(2)
+    )
+    x = torch.randn(16, 8)
+    matching = match(a, b, x)
+    assert 1e-10 < matching.relative_change < 1e-6
+    assert matching.objective_after > matching.objective_before
+    state = matching.state_dict
+    wrong = state | {"1.weight": state["1.weight"].clone()}
+    wrong["1.weight"][[0, 1]] = wrong["1.weight"][[0, 1]].mean()
+    with pytest.raises(ValueError, match="does not compute what b does"):
+        check_same_function(b, b.state_dict(), wrong, x.to(dtype))
+    in_float64 = nn.Sequential(a[0], a[2], a[3])
+    slightly = in_float64.state_dict()
+    slightly["0.bias"] = slightly["0.bias"].double() * (1 + 1e-8)
+    with pytest.raises(ValueError, match="does not compute what b does"):
+        check_same_function(in_float64, in_float64.state_dict(), slightly, x.to(dtype))
+
+
+def test_a_symmetry_that_is_none_is_caught(monkeypatch):
     """A wrong rule (the order of channels does not count for cumsum) cannot slip through."""
-    from fastgeo import symmetry
 
     class Running(nn.Module):
         def __init__(self):
@@ -188,7 +323,8 @@ def test_a_symmetry_that_the_graph_cannot_show_is_caught(monkeypatch):
         def forward(self, x):
             return self.b(self.a(x).cumsum(-1))
 
-    monkeypatch.setitem(symmetry.FUNCTIONS, "cumsum", lambda out, x, dim: list(x.axes))
+    wrong = TABLE[torch.Tensor.cumsum]._replace(rule=lambda out, x, dim: list(x.axes))
+    monkeypatch.setitem(TABLE, torch.Tensor.cumsum, wrong)
     with pytest.raises(ValueError, match="does not compute what b does"):
         match(Running(), Running(), torch.randn(4, 3))
 

@@ -57,9 +57,9 @@ def test_activations_are_counted_on_a_few_inputs(module):
     x, params = images(24), {n: t[None] for n, t in module.state_dict().items()}
     for engine in ("stacked", "loop"):
         network = stack(module, engine=engine)
-        need = step_memory(network, params, x, networks=5)
+        need = step_memory(network, params, x[:4], networks=5, scale=6)
         assert need.activations == pytest.approx(activation_bytes(network, params, x), rel=0.02)
-        assert step_memory(network, params, x[:4], networks=5, batch=24) == need
+        assert step_memory(network, params, x[:8], networks=5, scale=3) == need
 
 
 @pytest.mark.parametrize("setting", ["cifar10 preset at N = 9, B = 32, stacked"])
@@ -104,7 +104,7 @@ def test_auto_tries_nothing_that_does_not_fit(momentum, module, monkeypatch):
     """Velocities count: three copies of all weights."""
     path, x, found = Path.linear(tiny_resnet(1), tiny_resnet(2), 12), images(24), []
     params = {n: t[None] for n, t in module.state_dict().items()}
-    need = step_memory(stack(module), params, x, networks=10)
+    need = step_memory(stack(module), params, x[:8], networks=10, scale=3)
     velocity = 3 * 10 * sum(t.nbytes for t in params.values()) if momentum else 0
     monkeypatch.setattr("fastgeo.engines.free_bytes", lambda device: velocity + need.peak(10, 2))
     optimize(path, module, [x], steps=15, momentum=momentum, on_choice=found.append)

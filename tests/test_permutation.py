@@ -1,4 +1,4 @@
-"""Symmetries read off the graph: they are those known, they hold, and what is fixed says why."""
+"""Symmetries read off one pass: they are those known, they hold, and what is fixed says why."""
 
 import copy
 import re
@@ -218,6 +218,62 @@ def gated(x, embed, head):
     return head(F.glu(embed(x), -1))
 
 
+def biases_joined(x, q, k, v, head):
+    """One matrix and one bias, without one for the keys, as in BEiT."""
+    bias = torch.cat([q.bias, torch.zeros_like(k.bias), v.bias])
+    weight = torch.cat([q.weight, k.weight, v.weight])
+    q, k, v = F.linear(x, weight, bias).reshape(-1, 3, 2, 3).unbind(1)
+    return head(((q * k).sum(-1, keepdim=True) * v).flatten(1))
+
+
+def branches_weighed(x, branches, weights, head):
+    """As in selective kernels: between branches the weights of each channel sum to one."""
+    weights = weights(x).view(-1, 2, 4).softmax(1)
+    return head((branches(x).view(-1, 2, 4) * weights).sum(1))
+
+
+def gram(x, embed, head):
+    y = embed(x).view(-1, 3, 4)
+    return head((y @ y.mT).sum(2))
+
+
+def gram_of_halves(x, embed, scale, head):
+    y = embed(x)
+    y = torch.cat([y[:, :12] * scale(x), y[:, 12:]], -1).view(-1, 2, 3, 4)
+    return head((y @ y.mT).sum(-1).flatten(1))
+
+
+def swapped(x, embed, head):
+    """A position of the inner axis is looked at before the halves that lie end to end."""
+    y = torch.cat(embed(x).chunk(2, -1)[::-1], -1).unflatten(-1, (2, 2, 3))
+    return head(y[:, :, 1].flatten(1))
+
+
+def looked_at_twice(x, a, b, head):
+    """The halves of two values, each by itself, and both values together."""
+    y, z = a(x).view(-1, 2, 6), b(x).view(-1, 2, 6)
+    return head(y[:, 0]) + head(z[:, 1].cumsum(-1)) + (y + z).mean((1, 2))[:, None]
+
+
+def in_order_of_heads(x, embed, head):
+    y = embed(x).view(-1, 2, 3)
+    return head((y + y.roll(1, 1)).flatten(1))
+
+
+def complex_rotary(x, embed, qk, head):
+    turn = torch.polar(torch.ones(2), torch.arange(2.0)).to(torch.complex128)
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (2, 2))) * turn).flatten(2)
+        for t in qk(x).view(-1, 2, 2, 4).unbind(1)
+    )
+    return head(embed(x)) * (q * k).sum((1, 2))[:, None]
+
+
+def states_of_zeros(x, embed, gru, head):
+    y, _ = gru(embed(x), x.new_zeros(1, len(x), 6))
+    return head(y.mean(1))
+
+
 linear, conv = nn.Linear, nn.Conv2d
 ATTENTION = dict(embed=linear(3, 8), qkv=linear(8, 24), out=linear(8, 8), head=linear(8, 5))
 FORMS = {
@@ -285,6 +341,60 @@ FORMS = {
         (4, 7, 3),
         ["4", "6", "6", "6"],  # the layer above backwards, and the one below forwards
     ),
+    "biases joined": (
+        biases_joined,
+        dict(q=linear(3, 6), k=linear(3, 6), v=linear(3, 6), head=linear(6, 5)),
+        (4, 3),
+        ["2", "3 in 2", "3 in 2"],
+    ),
+    "branches weighed": (
+        branches_weighed,
+        dict(branches=linear(3, 8), weights=linear(3, 8), head=linear(4, 5)),
+        (4, 3),
+        ["2", "4"],
+    ),
+    "gram": (gram, dict(embed=linear(3, 12), head=linear(3, 5)), (4, 3), ["3", "4"]),
+    "gram of halves": (
+        gram_of_halves,
+        dict(embed=linear(3, 24), scale=linear(3, 12), head=linear(6, 5)),
+        (4, 3),
+        ["3", "4", "3", "4"],
+    ),
+    "swapped": (swapped, dict(embed=linear(3, 12), head=linear(6, 5)), (4, 3), ["3"] * 4),
+    "looked at twice": (
+        looked_at_twice,
+        dict(a=linear(3, 12), b=linear(3, 12), head=linear(6, 5)),
+        (4, 3),
+        [],
+    ),
+    "in order of heads": (
+        in_order_of_heads,
+        dict(embed=linear(3, 6), head=linear(6, 5)),
+        (4, 3),
+        ["3"],
+    ),
+    "complex rotary": (
+        complex_rotary,
+        dict(embed=linear(3, 8), qk=linear(3, 16), head=linear(8, 5)),
+        (4, 3),
+        ["8", "2"],
+    ),
+    "weights normalised": (
+        lambda x, a, norm, b: b(norm(a(x))),
+        dict(
+            a=nn.utils.parametrizations.weight_norm(linear(3, 6), dim=1),
+            norm=nn.RMSNorm(6, eps=1e-5),
+            b=nn.utils.parametrizations.weight_norm(linear(6, 5)),
+        ),
+        (4, 3),
+        ["6"],
+    ),
+    "states of zeros": (
+        states_of_zeros,
+        dict(embed=linear(3, 4), gru=nn.GRU(4, 6, batch_first=True), head=linear(6, 5)),
+        (4, 7, 3),
+        ["4", "6"],
+    ),
     "one head": (one_of_two_heads, dict(embed=linear(3, 8), head=linear(8, 5)), (4, 3), ["4"]),
     "gated": (gated, dict(embed=linear(3, 8), head=linear(4, 5)), (4, 3), ["4"]),
 }
@@ -297,6 +407,62 @@ def test_axes_are_followed_through(name):
     for parameter in module.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     x, other = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    spec = permutation_spec(module, x)
+    assert sizes(spec) == expected, str(spec)
+    assert_holds(module, x, spec, other)
+
+
+def layers(forward):
+    parts = dict(a=linear(3, 6), b=linear(6, 6), c=linear(6, 5))
+    return Layers(forward, **parts).double().eval()
+
+
+def halves_joined(x, a, b, c):
+    out = torch.empty(len(x), 12, dtype=x.dtype)
+    out[:, :6], out[:, 6:] = a(x), b(a(x))
+    return c(out[:, :6] * out[:, 6:])
+
+
+def changed_by_a_view(x, a, b, c):
+    y = a(x)
+    y[:, :2] *= b(y)[:, :2].detach()
+    y[:, 2:].add_(1).relu_()
+    return c(y)
+
+
+def rows_added(x, a, b, c):
+    y = torch.zeros_like(a(x))
+    for i in range(2):  # as experts are, for each the rows that are given to it
+        rows = torch.where((x[:, 0] > 0) == bool(i))[0]
+        y.index_add_(0, rows, (i + 1) * a(x)[rows])
+    y.scatter_add_(0, torch.arange(len(x))[:, None].expand_as(y).flip(0), b(y))
+    return c(y + y.gather(0, torch.zeros(1, 6, dtype=torch.int64)))
+
+
+def columns_added(x, a, b, c):
+    return c(b(torch.zeros_like(a(x)).index_add_(1, torch.tensor([1, 0, 2, 3, 5, 4]), a(x))))
+
+
+def masked(x, a, b, c):
+    y = b(a(x))
+    y[x[:, 0] > 0] = 0
+    y[torch.arange(len(x)) % 2 == 0] += 1
+    return c(y.masked_fill_(torch.ones(6, dtype=torch.bool), 2).copy_(a(x)) + y)
+
+
+@pytest.mark.parametrize(
+    "forward, expected",
+    [
+        (lambda x, a, b, c: c(a(x).add_(b.bias).mul_(2)), ["6"]),
+        (halves_joined, ["6"]),
+        (changed_by_a_view, ["2", "4", "4"]),
+        (rows_added, ["6"]),
+        (columns_added, ["6"]),
+        (masked, ["6"]),
+    ],
+)
+def test_what_is_changed_in_place_is_followed(forward, expected):
+    module, (x, other) = layers(forward), torch.randn(2, 4, 3, dtype=torch.float64)
     spec = permutation_spec(module, x)
     assert sizes(spec) == expected, str(spec)
     assert_holds(module, x, spec, other)
@@ -323,11 +489,6 @@ def test_heads_are_permuted_whole_with_a_permutation_in_each():
 # --- What breaks a symmetry -----------------------------------------------------------------------
 
 
-def layers(forward):
-    parts = dict(a=linear(3, 6), b=linear(6, 6), c=linear(6, 5))
-    return Layers(forward, **parts).double().eval()
-
-
 @pytest.mark.parametrize(
     "forward, free, parameter, axis, words",
     [
@@ -337,7 +498,7 @@ def layers(forward):
             ["6"],
             "of.b.weight",
             1,
-            "roll: it has no rule",
+            "roll: their order counts",
         ),
         (lambda x, a, b, c: c(b(a(x)[:, [0, 2, 1, 3, 4, 5]])), ["6"], "of.a.bias", 0, "getitem"),
         (lambda x, a, b, c: c(b(a(x)) * a(x).argmax(-1, True)), ["6"], "of.a.weight", 0, "argmax"),
@@ -350,7 +511,7 @@ def layers(forward):
             [],
             "of.b.weight",
             1,
-            "cannot be traced",
+            "asks for __bool__() of what it computes (test_permutation.py:",
         ),
     ],
 )
@@ -363,6 +524,62 @@ def test_what_breaks_a_symmetry_is_fixed_and_said(forward, free, parameter, axis
         assert words in spec.fixed[parameter][axis]
         assert words in str(spec)
     assert_holds(module, x, spec, torch.randn(4, 3, dtype=torch.float64))
+
+
+def view_before(x, a, b, c):
+    out = torch.zeros(4, 6, dtype=x.dtype)
+    view = out[:, :3]
+    out.copy_(a(x))
+    return c(out) + view.sum()
+
+
+def decided_by_a_view(x, a, b, c):
+    seen = x.new_zeros(4, 6)
+    seen[:, :3].copy_(a(x)[:, :3])
+    return c(b(a(x)) if seen.any() else a(x))
+
+
+def decided_by_what_is_set(x, a, b, c):
+    seen = torch.zeros(4, dtype=torch.bool)
+    seen[0] = (a(x) > 0).any()
+    return c(b(a(x)) if seen.any() else a(x))
+
+
+@pytest.mark.parametrize(
+    "forward, words",
+    [
+        (view_before, "writes into a tensor of which it has another view"),
+        (decided_by_a_view, "asks for __bool__() of what it computes"),
+        (decided_by_what_is_set, "asks for __bool__() of what it computes"),
+        (lambda x, a, b, c: c(b(a(x)).t_().mean(1)), "calls t_, which changes a shape in place"),
+    ],
+)
+def test_what_cannot_be_followed_is_said_with_its_line(forward, words):
+    module, x = layers(forward), torch.randn(4, 3, dtype=torch.float64)
+    why = permutation_spec(module, x).fixed["of.a.weight"][0]
+    assert why.startswith("the network cannot be followed") and words in why
+    assert "(test_permutation.py:" in why
+
+
+def test_integers_are_asked_as_on_the_example_and_outputs_may_be_objects():
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, tokens, mask):
+            x = self.a(tokens)[:, : int(mask.sum(1).max())]
+            return Output(self.c(self.b(x) if mask.all() else x))
+
+    module, tokens = Words(), torch.randint(9, (2, 7))
+    inputs = {"tokens": tokens, "mask": torch.ones_like(tokens), "labels": None}
+    spec = permutation_spec(module, inputs)
+    assert sizes(spec) == ["6", "6"]
+    assert spec.fixed["c.weight"] == {0: "it is the network's output"}
 
 
 def test_inputs_outputs_and_buffers_stay():

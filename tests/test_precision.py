@@ -39,8 +39,11 @@ class Recorded(TorchDispatchMode):
 def test_the_body_is_in_bf16_and_the_head_in_fp32(norm, monkeypatch):
     monkeypatch.setattr(stacked_layers, "WIDENS", False)  # which some CPUs do underneath
     network = stack(resnet(norm=norm), precision="bf16")
-    with Recorded() as seen, torch.no_grad():
-        logits = network(networks(lambda seed: resnet(seed, norm)), images().float())
+    params, x = networks(lambda seed: resnet(seed, norm)), images().float()
+    with torch.no_grad():
+        network(params, x)  # finds out which layers are the head
+        with Recorded() as seen:
+            logits = network(params, x)
     assert logits.dtype == torch.float32
     *body, head = seen.calls
     assert head == ("baddbmm", {torch.float32})
@@ -70,6 +73,8 @@ def test_bf16_errs_no_more_than_autocast_and_gradients_keep_the_dtype_of_the_wei
 
 def test_parameters_that_a_body_alone_reads():
     network = stack(resnet(), precision="bf16")
+    assert network.parameters_in_half() == set()  # it is not known before it has run
+    network(networks(resnet), images().float())
     names = {name for name, _ in resnet().named_parameters()}
     assert network.parameters_in_half() == names - {"linear.weight", "linear.bias"}
     assert stack(resnet()).parameters_in_half() == set()
@@ -94,15 +99,39 @@ class Standardised(nn.Module):
 def test_functions_of_parameters_and_tied_heads_stay_in_fp32():
     params, x = networks(lambda seed: Standardised()), images().float()
     network = stack(Standardised(), precision="bf16")
-    assert network.parameters_in_half() == {"conv.bias", "hidden.bias"}
     got, expected = network(params, x), stack(Standardised())(params, x)
+    assert network.parameters_in_half() == {"conv.bias", "hidden.bias"}
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
 
 
-def test_bf16_needs_the_traced_graph():
+def test_the_mean_in_front_of_the_head_is_taken_in_fp32():
+    """Of features in bf16; the layers behind it get all of its digits."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).relu().mean((2, 3)))
+
+    params, x = networks(lambda seed: Pooled()), images().float()
+    with torch.no_grad():
+        got = stack(Pooled(), precision="bf16")(params, x)
+        for i, logits in enumerate(got):
+            weight, bias = params["conv.weight"][i].bfloat16(), params["conv.bias"][i].bfloat16()
+            features = nn.functional.conv2d(x.bfloat16(), weight, bias).relu().float()
+            head = params["head.weight"][i], params["head.bias"][i]
+            expected = nn.functional.linear(features.mean((2, 3)), *head)
+            rounded = nn.functional.linear(features.mean((2, 3)).bfloat16().float(), *head)
+            errors = [(other - expected).abs().max() for other in (logits, rounded)]
+            assert errors[0] < 0.3 * errors[1]
+
+
+def test_bf16_needs_the_stacked_engine():
     for engine in ("loop", "vmap"):
-        with pytest.raises(ValueError, match="head in fp32, for which it needs the traced graph"):
+        with pytest.raises(ValueError, match="head in fp32, which engine 'stacked' alone can tell"):
             stack(resnet(), engine=engine, precision="bf16")
     with pytest.raises(ValueError, match="precision must be fp32, tf32, bf16, got 'fp8'"):
         stack(resnet(), precision="fp8")

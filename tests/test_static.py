@@ -107,6 +107,16 @@ def test_bf16_steps_are_those_of_optimize():
         assert (tensor - expected.interior[name]).norm() <= 0.02 * moved + 1e-7, name
 
 
+def test_a_step_in_bf16_keeps_copies_of_what_the_body_alone_reads():
+    module, path = tiny_resnet().float(), Path.linear(*(tiny_resnet(i).float() for i in (1, 2)), 5)
+    static = StaticStep(path, module, Given([images().float()]), precision="bf16")
+    head = {"linear.weight", "linear.bias"}
+    for name, tensor in static.network_path.interior.items():
+        assert tensor.dtype == (torch.float32 if name in head else torch.bfloat16)
+    static.step()
+    assert (static.energies[0] > 0).all()
+
+
 class Tied(nn.Module):
     """A tied weight, a frozen one, an integer buffer, two inputs."""
 
@@ -233,19 +243,23 @@ def test_metrics_of_the_steps_before_an_error_are_given(path, module):
     assert [line["step"] for line in log] == [0, 1]
 
 
-class Untraceable(nn.Linear):
-    def __init__(self):
+class Reading(nn.Linear):
+    def __init__(self, of):
         super().__init__(64, 10)
+        self.of = of
 
     def forward(self, x):
-        return super().forward(x.flatten(1)) if x.sum() > 0 else self.bias + 0 * x.sum((1, 2, 3))
+        y = super().forward(x.flatten(1))
+        return y if self.of(x, y).item() > 0 else -y
 
 
-def test_what_a_cuda_graph_cannot_do_is_refused_before_a_run(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of", [lambda x, y: x.sum(), lambda x, y: y.sum()])
+def test_what_a_cuda_graph_cannot_do_is_refused_before_a_run(capsys, tmp_path, monkeypatch, of):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgeo.user.new_module", lambda name: Untraceable())
+    monkeypatch.setattr("fastgeo.user.new_module", lambda name: Reading(of))
     words = refused(capsys, "run", "--cuda-graph", "--engine", "auto", "--model", "own:make")
-    assert "Untraceable cannot be stacked" in words and words.endswith("leave out --cuda-graph")
+    assert "Reading reads numbers back from the device, item: read by (test_static.py:" in words
+    assert words.endswith("leave out --cuda-graph")
 
 
 def test_what_a_cuda_graph_cannot_do_is_named(capsys):

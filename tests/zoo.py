@@ -21,13 +21,11 @@ class Member:
         name: what it is called in a test's name.
         build: returns the module, freshly initialised.
         inputs: batch size -> inputs, a tensor or keyword arguments.
-        native: whether all of its operations have a stacked form.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor | dict[str, Tensor]]
-    native: bool = True
 
     def make(self, seed: int = 0) -> nn.Module:
         """In float64, norms and biases away from their initial 1 and 0, in eval mode."""
@@ -549,7 +547,7 @@ ZOO = [
     Member("padded-encoder", PaddedEncoder, words_and_lengths),
     Member("factors", Factors, rows),
     Member("shared-layers", Shared, rows),
-    Member("recurrent", Recurrent, partial(words, 11, 4), native=False),
+    Member("recurrent", Recurrent, partial(words, 11, 4)),
 ]
 BATCH_NORM = [
     Member(
