@@ -51,8 +51,6 @@ REFUSED = set(
     requires_grad_ detach_ squeeze_ unsqueeze_ t_ transpose_ swapaxes_ swapdims_ resize_ resize_as_
     set_ as_strided as_strided_ share_memory_ rename_""".split()
 )
-
-
 CHANGES_A_COPY = "its forward changes in place a view that is a copy here"
 
 
@@ -77,14 +75,14 @@ class Known:
     """What passes over inputs of one kind have found out, for later ones.
 
     Attributes:
-        ways: (number of a call, function) -> how it runs without its stacked form, and why.
+        ways: (place of a call, function) -> how it runs without its stacked form, and why.
         looped: modules that run in a loop over the networks, and why.
         record: the calls of the first pass; None before it.
         casts: which of them run in which precision; None where all run in one.
     """
 
     def __init__(self):
-        self.ways: dict[tuple[int, Callable], tuple[Callable, str]] = {}
+        self.ways: dict[tuple, tuple[Callable, str]] = {}
         self.looped: dict[nn.Module, str] = {}
         self.record: list[Entry] | None = None
         self.casts: Casts | None = None
