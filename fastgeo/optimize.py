@@ -181,9 +181,10 @@ def optimize(
             given, targets = batch
             inputs = on_device(given, path.device)
             counted = rows_that_count(inputs, targets, mask)
-            one = {name: tensor[None] for name, tensor in path.start.items()}
-            most = max(sizes.values()) - 2
-            choice.prepare(one, inputs, points=len(path) - 2, most=most)
+            if choice.chosen is None:
+                one = {name: tensor[None] for name, tensor in path.start.items()}
+                most = max(sizes.values()) - 2
+                choice.prepare(one, inputs, points=len(path) - 2, most=most)
             energies, gradient = choice.run(
                 lambda engine, path=path, given=given, x=inputs, counted=counted: (
                     energy_and_gradient(path, engine, x, trained, ends(given, x, engine), counted)

@@ -124,9 +124,10 @@ def train_ends(
             drawn = [next(own) for own in batches]
             inputs = on_device(_stacked([inputs for inputs, _ in drawn]), data.device)
             labels = torch.stack([labels for _, labels in drawn]).to(data.device)  # [K, B, ...]
-            one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
-            first_input = each_tensor(lambda tensor: tensor[:1], inputs)
-            choice.prepare(one, first_input, per_point=True, points=len(seeds))
+            if choice.chosen is None:
+                one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
+                first_input = each_tensor(lambda tensor: tensor[:1], inputs)
+                choice.prepare(one, first_input, per_point=True, points=len(seeds))
 
             loss = choice.run(  # [K]
                 lambda engine, batch=(inputs, labels), check=step == first_step: _losses(
