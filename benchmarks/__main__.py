@@ -18,8 +18,8 @@ import tyro
 from benchmarks.cases import Case, cases, error
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import keep_pages
-from fastgeo.measure import headline, quantiles, table, time_alternating
-from fastgeo.precision import matmul_precision
+from fastgeo.profiling.measure import headline, quantiles, table, time_alternating
+from fastgeo.stacking.precision import matmul_precision
 
 
 @dataclass(frozen=True)

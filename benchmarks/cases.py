@@ -21,8 +21,9 @@ from fastgeo_kernels import (
 from torch import Tensor, nn
 
 from benchmarks import path_jsd
-from fastgeo import Path, baselines, evaluate, match, models, optimize
-from fastgeo.data import load
+from fastgeo import Path, evaluate, match, models, optimize
+from fastgeo.data.images import load
+from fastgeo.profiling import baselines
 
 Tensors = tuple[Tensor, ...]
 

@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
-from fastgeo.measure import QUANTILES, headline, table
+from fastgeo.profiling.measure import QUANTILES, headline, table
 
 IDENTITY = ("group", "setting", "implementation", "impl", "N, B, C", "dtype")
 

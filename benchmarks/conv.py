@@ -19,7 +19,7 @@ from fastgeo_kernels.stacked_conv import forward, input_gradient, weight_gradien
 from torch import Tensor
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo.measure import headline, quantiles, table, time_alternating
+from fastgeo.profiling.measure import headline, quantiles, table, time_alternating
 
 LAYOUTS = {"(B, H, W, N, C)": ("grouped", "triton"), "(N, B, H, W, C)": ("dense", "triton")}
 WAYS = ("grouped", "dense", "triton")

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from benchmarks.ends import Ends, Options
 from benchmarks.harness import RESULTS, environment, write_result
 from fastgeo import Path, evaluate, keep_pages, optimize
-from fastgeo.files import write_figure
-from fastgeo.measure import headline, table
+from fastgeo.profiling.measure import headline, table
+from fastgeo.store.files import write_figure
 
 FALLING = dict(lr_schedule="linear")
 MOMENTUM = dict(momentum=0.9, **FALLING)

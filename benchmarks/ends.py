@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastgeo import Path, match
-from fastgeo.config import PRESETS
-from fastgeo.data import Shuffled
-from fastgeo.run import Run
+from fastgeo.app.config import PRESETS
+from fastgeo.app.folder import Run
+from fastgeo.data.images import Shuffled
 from fastgeo.train import train_ends
 
 

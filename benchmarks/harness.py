@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastgeo.measure import machine
+from fastgeo.profiling.measure import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from benchmarks.harness import environment, write_result
 from fastgeo import Path, data, evaluate, keep_pages, match, match_many, models
-from fastgeo.config import PRESETS
-from fastgeo.matching import Objective, descend, start_from
-from fastgeo.measure import headline, table
-from fastgeo.symmetry import Symmetries
+from fastgeo.app.config import PRESETS
+from fastgeo.matching.pair import Objective, descend, start_from
+from fastgeo.profiling.measure import headline, table
+from fastgeo.symmetry.derive import Symmetries
 from fastgeo.train import train_ends
 
 SWEEPS, BATCH, POINTS = 30, 512, 11

@@ -17,8 +17,8 @@ import tyro
 
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models, optimize, stack
-from fastgeo.measure import headline, table
-from fastgeo.memory import step_memory
+from fastgeo.profiling.measure import headline, table
+from fastgeo.step.memory import step_memory
 
 POINTS = (5, 9, 17, 33)
 ENGINES = {

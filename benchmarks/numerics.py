@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastgeo_kernels import js_div
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo.measure import headline, table, version_of
+from fastgeo.profiling.measure import headline, table, version_of
 
 ROWS, CLASSES = 4096, 10
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from fastgeo_kernels import path_js_div_value_and_grad
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo.measure import copy_bandwidth, headline, quantiles, table, time_alternating, version_of
+from fastgeo.profiling.measure import (
+    copy_bandwidth,
+    headline,
+    quantiles,
+    table,
+    time_alternating,
+    version_of,
+)
 
 # N, B, C
 GPU_SHAPES = [(25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (25, 64, 32768), (2, 1024, 32768)]

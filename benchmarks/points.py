@@ -13,7 +13,7 @@ from benchmarks.convergence import Bench
 from benchmarks.ends import Options
 from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
-from fastgeo.measure import headline, table
+from fastgeo.profiling.measure import headline, table
 
 POINTS = (5, 9, 17, 25)
 

@@ -8,8 +8,8 @@ import sys
 
 from benchmarks import step
 from fastgeo import keep_pages
-from fastgeo.measure import table
-from fastgeo.profiling import LOOP
+from fastgeo.profiling.compare import LOOP
+from fastgeo.profiling.measure import table
 
 LEAST = 1.2  # times the loop's speed, in the median
 ATTEMPTS = 3  # on a machine that does other things at the same time

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.harness import environment, write_result
-from fastgeo.measure import headline, table
+from fastgeo.profiling.measure import headline, table
 
 path_update = importlib.import_module("fastgeo_kernels.path_update")
 

@@ -20,7 +20,7 @@ from fastgeo_kernels import (
 
 from benchmarks.step_gpu import Setting
 from fastgeo import models
-from fastgeo.measure import copy_bandwidth, quantiles, time_alternating
+from fastgeo.profiling.measure import copy_bandwidth, quantiles, time_alternating
 
 
 class Kernel(NamedTuple):

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models, optimize
-from fastgeo.files import write_figure
-from fastgeo.measure import headline, now, peak_bytes, quantiles, table
+from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
+from fastgeo.store.files import write_figure
 
 
 @dataclass(frozen=True)

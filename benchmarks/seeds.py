@@ -12,10 +12,10 @@ import tyro
 
 from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
-from fastgeo.config import PRESETS
-from fastgeo.files import read_json
-from fastgeo.measure import headline, table
-from fastgeo.pipeline import Run, run_all
+from fastgeo.app.config import PRESETS
+from fastgeo.app.stages import Run, run_all
+from fastgeo.profiling.measure import headline, table
+from fastgeo.store.files import read_json
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from pathlib import Path as FilePath
 import tyro
 
 from benchmarks.harness import environment, write_result
-from fastgeo import keep_pages, pipeline
-from fastgeo.config import PRESETS, Config
-from fastgeo.measure import headline, table
-from fastgeo.run import Run
+from fastgeo import keep_pages
+from fastgeo.app import stages as pipeline
+from fastgeo.app.config import PRESETS, Config
+from fastgeo.app.folder import Run
+from fastgeo.profiling.measure import headline, table
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The optimisation step against what users would set up: `python -m benchmarks.step`.
 
 The paper's loop over modules as it is, with modules and images in channels-last, with compiled
-modules, and under torch.func.vmap (`fastgeo.baselines`). The energy and gradient of each are
-checked against the loop in float64 before its time counts (`fastgeo.profiling`). On a GPU the
-default is the paper's step in every precision, replayed from CUDA graphs, against what users would
-set up there (`benchmarks.step_gpu`), and each of its kernels against its floor
+modules, and under torch.func.vmap (`fastgeo.profiling.baselines`). The energy and gradient of each
+are checked against the loop in float64 before its time counts (`fastgeo.profiling.compare`). On a
+GPU the default is the paper's step in every precision, replayed from CUDA graphs, against what
+users would set up there (`benchmarks.step_gpu`), and each of its kernels against its floor
 (`benchmarks.roofline`).
 """
 
@@ -17,8 +17,8 @@ import tyro
 from benchmarks import roofline, step_gpu
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models
-from fastgeo.measure import headline, matmul_rate, table
-from fastgeo.profiling import compare
+from fastgeo.profiling.compare import compare
+from fastgeo.profiling.measure import headline, matmul_rate, table
 
 SETTINGS = {  # depth, width, channels, pixels, N, B
     "digits preset": (8, 0.5, 1, 8, 25, 128),

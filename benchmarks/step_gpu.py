@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo import Path, models
-from fastgeo.baselines import Baseline, compiled_loop, loop, vmapped
-from fastgeo.measure import quantiles, time_alternating, wall_seconds
-from fastgeo.precision import matmul_precision
-from fastgeo.sources import Given
-from fastgeo.static import StaticStep
+from fastgeo.profiling.baselines import Baseline, compiled_loop, loop, vmapped
+from fastgeo.profiling.measure import quantiles, time_alternating, wall_seconds
+from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.sources import Given
+from fastgeo.step.static import StaticStep
 
 LR = 0.1
 # Allowed relative errors of the energy and of the gradient's norm, after one step.
@@ -66,7 +66,7 @@ class Setting:
 
 
 class Loops:
-    """A baseline (`fastgeo.baselines`), run as it is or replayed from a CUDA graph."""
+    """A baseline (`fastgeo.profiling.baselines`), run as it is or replayed from a CUDA graph."""
 
     def __init__(self, make: Callable[..., Baseline], module, path, x, *, graphed=False, **options):
         if options.get("channels_last"):

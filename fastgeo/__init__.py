@@ -1,17 +1,18 @@
 """Geodesics between trained networks: every network on the path in one pass."""
 
-from fastgeo.allocator import keep_pages
-from fastgeo.checkpoint import Checkpoints
-from fastgeo.common_frame import CommonFrame, match_many
+from fastgeo import operations  # noqa: F401 - fills the table of operations
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
-from fastgeo.matching import Matching, match
+from fastgeo.matching.many import CommonFrame, match_many
+from fastgeo.matching.pair import Matching, match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
-from fastgeo.permutation import PermutationSpec
 from fastgeo.recalibrate import recalibrate
-from fastgeo.replayed import optimize_static
-from fastgeo.stacking import stack
-from fastgeo.symmetry import permutation_spec
+from fastgeo.stacking.module import stack
+from fastgeo.step.allocator import keep_pages
+from fastgeo.step.replayed import optimize_static
+from fastgeo.store.checkpoint import Checkpoints
+from fastgeo.symmetry.derive import permutation_spec
+from fastgeo.symmetry.spec import PermutationSpec
 
 __all__ = [
     "Checkpoints",

@@ -10,12 +10,12 @@ from fastgeo_kernels import path_fisher_rao, path_js_div
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.engines import EngineChoice
-from fastgeo.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
-from fastgeo.modes import evaluation_mode
-from fastgeo.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.data.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
+from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.forward.modes import evaluation_mode
 from fastgeo.path import Path, check_path_of
 from fastgeo.recalibrate import recalibrate
+from fastgeo.step.engines import EngineChoice
 
 Pair = tuple[Inputs, Tensor]
 Data = Pair | Iterable[Pair]

@@ -1,49 +1,28 @@
 """The operations that networks are made of: the stacked form and the axis rule of each.
 
 A row names functions of torch's, wherever they are found (`torch.NAME`, `F.NAME`, the tensor
-method, ...), and says how N networks compute them in one call (`fastgeo.operators`,
-`fastgeo.indexing`, `fastgeo.layers`, `fastgeo.recurrent`), what they do to the axes of their inputs
-(`fastgeo.axis_rules`), whether they draw random numbers, and whether they are elementwise. A
-function that is in no row but written in Python is run as it is, for the functions that it calls. A
-name that torch does not have, or that is in two rows, raises here.
+method, ...), and says how N networks compute them in one call (`fastgeo.stacking.forms`), what they
+do to the axes of their inputs (`fastgeo.symmetry.rules`), whether they draw random numbers, and
+whether they are elementwise. A function that is in no row but written in Python is run as it is,
+for the functions that it calls. A name that torch does not have, or that is in two rows, raises
+here.
 """
 
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import stacked_conv, stacked_conv_transpose
 from torch import Tensor
 
-from fastgeo import axis_layers, axis_rules, axis_shapes, indexing, layers, operators, recurrent
-
-
-class Operation(NamedTuple):
-    """What is known of a function.
-
-    Attributes:
-        form: takes N and what the function takes, with `Stacked` values; None if there is none.
-        rule: takes the output and what the function takes, with axes; None if there is none.
-        random: whether every network has random numbers of its own, whatever it is given.
-        elementwise: whether it treats every number alike.
-    """
-
-    form: Callable | None = None
-    rule: Callable | None = None
-    random: bool = False
-    elementwise: bool = False
-
+from fastgeo.forward.standin import TABLE, Operation
+from fastgeo.stacking.forms import arithmetic, indexing, layers, recurrent
+from fastgeo.symmetry import rules
 
 HOLDERS = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions, torch.linalg, torch.special)
-TABLE: dict[Callable, Operation] = {}
 NAMES: set[str] = set()  # that have a row
-
-
-def operation_of(function: Callable) -> Operation | None:
-    return TABLE.get(function)
 
 
 def row(
@@ -70,14 +49,14 @@ def row(
             TABLE[function] = Operation(own, rule, random, elementwise)
 
 
-def pointwise(names: str, form: Callable = operators.elementwise) -> None:
+def pointwise(names: str, form: Callable = arithmetic.elementwise) -> None:
     """Rows of elementwise functions."""
     make = lambda function: partial(form, function)  # noqa: E731
-    row(names, made=make, rule=axis_rules.elementwise, elementwise=True)
+    row(names, made=make, rule=rules.arithmetic.elementwise, elementwise=True)
 
 
-pointwise("add", operators.add)
-pointwise("relu", operators.relu)
+pointwise("add", arithmetic.add)
+pointwise("relu", arithmetic.relu)
 pointwise(
     """abs acos addcdiv addcmul asin atan atan2 bfloat16 bitwise_and bitwise_not bitwise_or
     bitwise_xor ceil celu clamp clamp_max clamp_min clip clone copysign cos cosh detach div divide
@@ -97,126 +76,126 @@ pointwise(
     lgamma logaddexp2 log_ndtr ndtr nextafter polar rad2deg signbit xlog1py __eq__ __lshift__
     __rshift__"""
 )
-row("contiguous", operators.contiguous, axis_rules.kept)
-row("to type_as cpu cuda type", made=operators.to, rule=axis_rules.kept)
-row("data", operators.data, axis_shapes.same)
-row("new_zeros new_ones new_full new_empty", made=operators.alike, rule=axis_rules.alike)
-row("new_tensor", made=operators.alike)
-row("empty_like full_like ones_like zeros_like", made=operators.alike, rule=axis_rules.alike)
-row("one_hot", operators.one_hot, axis_shapes.finer)
-row("copy_ zero_", rule=axis_rules.elementwise)
+row("contiguous", arithmetic.contiguous, rules.arithmetic.kept)
+row("to type_as cpu cuda type", made=arithmetic.to, rule=rules.arithmetic.kept)
+row("data", arithmetic.data, rules.shapes.same)
+row("new_zeros new_ones new_full new_empty", made=arithmetic.alike, rule=rules.arithmetic.alike)
+row("new_tensor", made=arithmetic.alike)
+row("empty_like full_like ones_like zeros_like", made=arithmetic.alike, rule=rules.arithmetic.alike)
+row("one_hot", arithmetic.one_hot, rules.shapes.finer)
+row("copy_ zero_", rule=rules.arithmetic.elementwise)
 
-row("matmul bmm mm mv dot", operators.matmul, axis_rules.matmul)
-row("einsum", operators.einsum, axis_rules.einsum)
-row("addmm addmv baddbmm", made=operators.plus_product, rule=axis_rules.added_matmul)
-row("addbmm", made=operators.plus_product)
-row("outer ger", operators.outer, axis_rules.outer)
-row("inner", rule=axis_layers.linear)
+row("matmul bmm mm mv dot", arithmetic.matmul, rules.arithmetic.matmul)
+row("einsum", arithmetic.einsum, rules.arithmetic.einsum)
+row("addmm addmv baddbmm", made=arithmetic.plus_product, rule=rules.arithmetic.added_matmul)
+row("addbmm", made=arithmetic.plus_product)
+row("outer ger", arithmetic.outer, rules.arithmetic.outer)
+row("inner", rule=rules.layers.linear)
 
-row("sum mean any all", made=operators.reduction, rule=axis_rules.reduction)
-row("prod", made=partial(operators.reduction, several=False), rule=axis_rules.reduction)
-row("amax amin logsumexp", made=operators.reduction, rule=axis_rules.reduction)
-row("nansum nanmean", made=operators.reduction, rule=axis_rules.reduction)
-row("count_nonzero", made=operators.reduction)
-row("argmax argmin", made=partial(operators.reduction, several=False), rule=axis_rules.place)
-row("norm", made=operators.norm, rule=axis_rules.norm)
-row("vector_norm", made=partial(operators.reduction, at=1), rule=axis_rules.norm)
-row("matrix_norm", made=partial(operators.along, at=1, default=(-2, -1)))
-row("var std var_mean std_mean", made=operators.reduction, rule=axis_rules.variance)
-row("max", made=operators.extreme(torch.maximum, torch.amax), rule=axis_rules.extreme)
-row("min", made=operators.extreme(torch.minimum, torch.amin), rule=axis_rules.extreme)
-row("softmax log_softmax softmin", made=operators.along, rule=axis_rules.along)
-row("cumprod cumsum logcumsumexp", made=operators.along, rule=axis_rules.in_order)
-row("argsort sort", made=partial(operators.along, default=-1), rule=axis_rules.in_order)
-row("flip", operators.flip, axis_rules.flip)
-row("cummax cummin", made=operators.along, rule=axis_rules.in_order)
-row("median nanmedian", made=operators.along)
-row("mode", made=partial(operators.along, default=-1))
-row("topk", made=partial(operators.along, at=1, default=-1), rule=axis_rules.largest)
-row("kthvalue", made=partial(operators.along, at=1, default=-1))
-row("glu", made=partial(operators.along, default=-1), rule=axis_rules.glu)
-row("gather", made=operators.along, rule=axis_shapes.gather)
-row("scatter scatter_add scatter_reduce", made=operators.along, rule=axis_shapes.scatter)
-row("roll", made=partial(operators.along, at=1), rule=axis_rules.roll)
-row("take_along_dim", made=partial(operators.along, at=1))
-row("cosine_similarity", made=partial(operators.along, at=1, default=1))
-row("diff", made=partial(operators.along, at=1, default=-1))
-row("unfold", made=operators.windows)
-row("diagonal", operators.diagonal)
-row("tril triu", made=operators.over_last)
-row("view_as_real", made=partial(operators.over_last, axes=0), rule=axis_shapes.finer)
-row("view_as_complex", made=partial(operators.over_last, axes=1), rule=axis_shapes.as_complex)
+row("sum mean any all", made=arithmetic.reduction, rule=rules.arithmetic.reduction)
+row("prod", made=partial(arithmetic.reduction, several=False), rule=rules.arithmetic.reduction)
+row("amax amin logsumexp", made=arithmetic.reduction, rule=rules.arithmetic.reduction)
+row("nansum nanmean", made=arithmetic.reduction, rule=rules.arithmetic.reduction)
+row("count_nonzero", made=arithmetic.reduction)
+row("argmax argmin", made=partial(arithmetic.reduction, several=False), rule=rules.arithmetic.place)
+row("norm", made=arithmetic.norm, rule=rules.arithmetic.norm)
+row("vector_norm", made=partial(arithmetic.reduction, at=1), rule=rules.arithmetic.norm)
+row("matrix_norm", made=partial(arithmetic.along, at=1, default=(-2, -1)))
+row("var std var_mean std_mean", made=arithmetic.reduction, rule=rules.arithmetic.variance)
+row("max", made=arithmetic.extreme(torch.maximum, torch.amax), rule=rules.arithmetic.extreme)
+row("min", made=arithmetic.extreme(torch.minimum, torch.amin), rule=rules.arithmetic.extreme)
+row("softmax log_softmax softmin", made=arithmetic.along, rule=rules.arithmetic.along)
+row("cumprod cumsum logcumsumexp", made=arithmetic.along, rule=rules.arithmetic.in_order)
+row("argsort sort", made=partial(arithmetic.along, default=-1), rule=rules.arithmetic.in_order)
+row("flip", arithmetic.flip, rules.arithmetic.flip)
+row("cummax cummin", made=arithmetic.along, rule=rules.arithmetic.in_order)
+row("median nanmedian", made=arithmetic.along)
+row("mode", made=partial(arithmetic.along, default=-1))
+row("topk", made=partial(arithmetic.along, at=1, default=-1), rule=rules.arithmetic.largest)
+row("kthvalue", made=partial(arithmetic.along, at=1, default=-1))
+row("glu", made=partial(arithmetic.along, default=-1), rule=rules.arithmetic.glu)
+row("gather", made=arithmetic.along, rule=rules.shapes.gather)
+row("scatter scatter_add scatter_reduce", made=arithmetic.along, rule=rules.shapes.scatter)
+row("roll", made=partial(arithmetic.along, at=1), rule=rules.arithmetic.roll)
+row("take_along_dim", made=partial(arithmetic.along, at=1))
+row("cosine_similarity", made=partial(arithmetic.along, at=1, default=1))
+row("diff", made=partial(arithmetic.along, at=1, default=-1))
+row("unfold", made=arithmetic.windows)
+row("diagonal", arithmetic.diagonal)
+row("tril triu", made=arithmetic.over_last)
+row("view_as_real", made=partial(arithmetic.over_last, axes=0), rule=rules.shapes.finer)
+row("view_as_complex", made=partial(arithmetic.over_last, axes=1), rule=rules.shapes.as_complex)
 
-row("view", operators.view, axis_shapes.regrouped)
-row("reshape", operators.reshape, axis_shapes.regrouped)
-row("flatten ravel", operators.flatten, axis_shapes.regrouped)
-row("unflatten", operators.unflatten, axis_shapes.regrouped)
-row("squeeze", operators.squeeze, axis_shapes.regrouped)
-row("unsqueeze", operators.unsqueeze, axis_shapes.regrouped)
-row("view_as reshape_as", operators.like(operators.reshape), axis_shapes.regrouped)
-row("permute", operators.permute, axis_shapes.permute)
-row("transpose swapaxes swapdims", operators.transpose, axis_shapes.transpose)
-row("t T", operators.turned, axis_shapes.t)
-row("mT", operators.transposed, axis_shapes.turned)
-row("movedim moveaxis", operators.movedim, axis_shapes.movedim)
-row("expand broadcast_to", operators.expand, axis_shapes.expand)
-row("expand_as", operators.like(operators.expand), axis_shapes.expand)
-row("repeat tile", operators.repeat, axis_shapes.repeat)
-row("repeat_interleave", operators.repeat_interleave, axis_shapes.repeat_interleave)
-row("cat concat concatenate", operators.cat, axis_shapes.cat)
-row("stack", operators.stack, axis_shapes.stack)
+row("view", arithmetic.view, rules.shapes.regrouped)
+row("reshape", arithmetic.reshape, rules.shapes.regrouped)
+row("flatten ravel", arithmetic.flatten, rules.shapes.regrouped)
+row("unflatten", arithmetic.unflatten, rules.shapes.regrouped)
+row("squeeze", arithmetic.squeeze, rules.shapes.regrouped)
+row("unsqueeze", arithmetic.unsqueeze, rules.shapes.regrouped)
+row("view_as reshape_as", arithmetic.like(arithmetic.reshape), rules.shapes.regrouped)
+row("permute", arithmetic.permute, rules.shapes.permute)
+row("transpose swapaxes swapdims", arithmetic.transpose, rules.shapes.transpose)
+row("t T", arithmetic.turned, rules.shapes.t)
+row("mT", arithmetic.transposed, rules.shapes.turned)
+row("movedim moveaxis", arithmetic.movedim, rules.shapes.movedim)
+row("expand broadcast_to", arithmetic.expand, rules.shapes.expand)
+row("expand_as", arithmetic.like(arithmetic.expand), rules.shapes.expand)
+row("repeat tile", arithmetic.repeat, rules.shapes.repeat)
+row("repeat_interleave", arithmetic.repeat_interleave, rules.shapes.repeat_interleave)
+row("cat concat concatenate", arithmetic.cat, rules.shapes.cat)
+row("stack", arithmetic.stack, rules.shapes.stack)
 row(
     "chunk split split_with_sizes tensor_split",
-    made=partial(operators.along, at=1, default=0),
-    rule=axis_shapes.in_parts,
+    made=partial(arithmetic.along, at=1, default=0),
+    rule=rules.shapes.in_parts,
 )
-row("hsplit", operators.hsplit)
-row("unbind", made=partial(operators.along, default=0), rule=axis_shapes.unbind)
-row("select", made=operators.along, rule=axis_shapes.select)
-row("narrow", made=operators.along, rule=axis_shapes.narrow)
-row("index_select", made=indexing.at_indices, rule=axis_shapes.index_select)
-row("index_add index_copy index_fill", made=indexing.at_indices, rule=axis_shapes.index_add)
+row("hsplit", arithmetic.hsplit)
+row("unbind", made=partial(arithmetic.along, default=0), rule=rules.shapes.unbind)
+row("select", made=arithmetic.along, rule=rules.shapes.select)
+row("narrow", made=arithmetic.along, rule=rules.shapes.narrow)
+row("index_select", made=indexing.at_indices, rule=rules.shapes.index_select)
+row("index_add index_copy index_fill", made=indexing.at_indices, rule=rules.shapes.index_add)
 row("index_put", indexing.index_put)
-row("__getitem__", indexing.get_item, axis_shapes.getitem)
+row("__getitem__", indexing.get_item, rules.shapes.getitem)
 
-row("linear", layers.linear, axis_layers.linear)
-row("embedding", layers.embedding, axis_layers.embedding)
-row("_weight_norm", rule=axis_layers.weight_norm)
-row("prelu", layers.prelu, axis_layers.prelu)
-row("layer_norm", layers.layer_norm, axis_layers.layer_norm)
-row("rms_norm", layers.rms_norm, axis_layers.layer_norm)
-row("group_norm", layers.group_norm, axis_layers.group_norm)
-row("batch_norm", layers.channel_norm(F.batch_norm), axis_layers.channel_norm)
-row("instance_norm", layers.channel_norm(F.instance_norm), axis_layers.channel_norm)
-row("pad", layers.pad, axis_layers.pad)
-row("interpolate", made=layers.channelwise, rule=axis_layers.in_space())
+row("linear", layers.linear, rules.layers.linear)
+row("embedding", layers.embedding, rules.layers.embedding)
+row("_weight_norm", rule=rules.layers.weight_norm)
+row("prelu", layers.prelu, rules.layers.prelu)
+row("layer_norm", layers.layer_norm, rules.layers.layer_norm)
+row("rms_norm", layers.rms_norm, rules.layers.layer_norm)
+row("group_norm", layers.group_norm, rules.layers.group_norm)
+row("batch_norm", layers.channel_norm(F.batch_norm), rules.layers.channel_norm)
+row("instance_norm", layers.channel_norm(F.instance_norm), rules.layers.channel_norm)
+row("pad", layers.pad, rules.layers.pad)
+row("interpolate", made=layers.channelwise, rule=rules.layers.in_space())
 row("bilinear", layers.bilinear)
-row("pixel_shuffle", made=partial(operators.over_last, axes=3), rule=axis_layers.pixel_shuffle)
-row("pixel_unshuffle", made=partial(operators.over_last, axes=3))
-row("channel_shuffle native_channel_shuffle", made=operators.samplewise)
+row("pixel_shuffle", made=partial(arithmetic.over_last, axes=3), rule=rules.layers.pixel_shuffle)
+row("pixel_unshuffle", made=partial(arithmetic.over_last, axes=3))
+row("channel_shuffle native_channel_shuffle", made=arithmetic.samplewise)
 row("im2col", made=partial(layers.channelwise, spatial=2))
 row("col2im", made=partial(layers.channelwise, spatial=1))
-row("lstm gru rnn_tanh rnn_relu", made=recurrent.layer, rule=axis_layers.recurrent, random=True)
+row("lstm gru rnn_tanh rnn_relu", made=recurrent.layer, rule=rules.layers.recurrent, random=True)
 row("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", made=recurrent.cell)
-row("scaled_dot_product_attention", layers.attention, axis_layers.attention, random=True)
+row("scaled_dot_product_attention", layers.attention, rules.layers.attention, random=True)
 for d in (1, 2, 3):
-    row(f"conv{d}d", layers.conv(stacked_conv, d), axis_layers.conv(d))
+    row(f"conv{d}d", layers.conv(stacked_conv, d), rules.layers.conv(d))
     row(
         f"conv_transpose{d}d",
         layers.conv(stacked_conv_transpose, d),
-        axis_layers.conv_transpose(d),
+        rules.layers.conv_transpose(d),
     )
     pools = f"max_pool{d}d avg_pool{d}d adaptive_avg_pool{d}d adaptive_max_pool{d}d"
-    row(pools, made=partial(layers.channelwise, spatial=d), rule=axis_layers.in_space(d))
+    row(pools, made=partial(layers.channelwise, spatial=d), rule=rules.layers.in_space(d))
     with_places = f"max_pool{d}d_with_indices adaptive_max_pool{d}d_with_indices"
     row(with_places, made=partial(layers.channelwise, spatial=d))
-    row(f"lp_pool{d}d", None, axis_layers.in_space(d))
+    row(f"lp_pool{d}d", None, rules.layers.in_space(d))
 
-row("dropout", operators.dropout, axis_rules.dropout, random=True)
+row("dropout", arithmetic.dropout, rules.arithmetic.dropout, random=True)
 row(
     """alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout""",
-    made=operators.dropout_of,
-    rule=axis_rules.dropout,
+    made=arithmetic.dropout_of,
+    rule=rules.arithmetic.dropout,
     random=True,
 )
 row(

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.checkpoint import Checkpoints, State
-from fastgeo.descent import Descent, resampled
-from fastgeo.diagnose import all_finite, first_not_finite, where
-from fastgeo.energy import EndLogits, energy_and_gradient
-from fastgeo.engines import EngineChoice
-from fastgeo.inputs import Inputs, Passes, on_device
-from fastgeo.levels import levels
-from fastgeo.memory import path_work
-from fastgeo.modes import batch_statistics, evaluation_mode
-from fastgeo.outputs import rows_that_count
+from fastgeo.data.inputs import Inputs, Passes, on_device
+from fastgeo.data.outputs import rows_that_count
+from fastgeo.forward.modes import batch_statistics, evaluation_mode
 from fastgeo.path import Path, check_path_of
-from fastgeo.phases import phase
-from fastgeo.precision import matmul_precision
+from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.descent import Descent, resampled
+from fastgeo.step.diagnose import all_finite, first_not_finite, where
+from fastgeo.step.energy import EndLogits, energy_and_gradient
+from fastgeo.step.engines import EngineChoice
+from fastgeo.step.levels import levels
+from fastgeo.step.memory import path_work
+from fastgeo.step.phases import phase
+from fastgeo.store.checkpoint import Checkpoints, State
 
 
 def optimize(
@@ -79,8 +79,8 @@ def optimize(
         precondition: multiply the gradient by the inverse path Laplacian; False, without momentum
             and at a constant rate, is the SGD of Tan et al.
         coarse_to_fine: begin with 5 points along the path, and insert midpoints on the way
-            (`fastgeo.levels`); steps must be given. For a straight line: of any other path, what
-            lies between those points is lost.
+            (`fastgeo.step.levels`); steps must be given. For a straight line: of any other path,
+            what lies between those points is lost.
         engine: "stacked", "vmap" or "loop" as in `fastgeo.stack`, or "auto": they take turns in the
             first steps until the fastest is known. All compute the same up to rounding, so a run
             repeats itself to the last bit only with an engine that is named.

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor, nn
 
-from fastgeo.files import read_tensors, write_tensors
+from fastgeo.store.files import read_tensors, write_tensors
 
 StateDict = Mapping[str, Tensor]
 

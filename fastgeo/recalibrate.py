@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastgeo.engines import Engine
-from fastgeo.inputs import Passes, on_device
-from fastgeo.modes import batch_norms, batch_statistics, tracking_instance_norm
+from fastgeo.data.inputs import Passes, on_device
+from fastgeo.forward.modes import batch_norms, batch_statistics, tracking_instance_norm
 from fastgeo.path import Path, check_path_of
-from fastgeo.stacking import stack
+from fastgeo.stacking.module import stack
+from fastgeo.step.engines import Engine
 
 STATISTICS = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 

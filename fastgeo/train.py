@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.checkpoint import Checkpoints, State
-from fastgeo.config import TrainConfig
-from fastgeo.data import Dataset
-from fastgeo.diagnose import all_finite, first_not_finite, where
-from fastgeo.engines import Engine, EngineChoice
-from fastgeo.inputs import Stream, each_tensor, on_device
-from fastgeo.loaders import Batch, LoaderData
-from fastgeo.outputs import IGNORED, label_rows, logits_of, rows_that_count
-from fastgeo.stacking import part_of
+from fastgeo.app.config import TrainConfig
+from fastgeo.data.images import Dataset
+from fastgeo.data.inputs import Stream, each_tensor, on_device
+from fastgeo.data.loaders import Batch, LoaderData
+from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.stacking.module import part_of
+from fastgeo.step.diagnose import all_finite, first_not_finite, where
+from fastgeo.step.engines import Engine, EngineChoice
+from fastgeo.store.checkpoint import Checkpoints, State
 
 States = list[dict[str, Tensor]]
 LETTERS = string.ascii_lowercase  # of the networks

@@ -9,10 +9,10 @@ import torch
 from conftest import images, tiny_resnet
 
 from fastgeo import Path, evaluate, models, optimize, optimize_static
-from fastgeo.cli import main
-from fastgeo.data import load
-from fastgeo.sources import Drawn, Given
-from fastgeo.static import StaticStep
+from fastgeo.app.cli import main
+from fastgeo.data.images import load
+from fastgeo.step.sources import Drawn, Given
+from fastgeo.step.static import StaticStep
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastgeo import models
-from fastgeo.config import PRESETS
-from fastgeo.data import load
+from fastgeo.app.config import PRESETS
+from fastgeo.data.images import load
 from fastgeo.train import train_ends
 
 CONFIG = replace(PRESETS["paper"], epochs=4, train_batch_size=16, train_lr=0.05)

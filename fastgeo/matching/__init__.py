@@ -1,0 +1,1 @@
+"""Networks permuted towards each other."""

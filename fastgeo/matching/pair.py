@@ -1,0 +1,345 @@
+"""Matching: permute the channels of one network towards another.
+
+By weights, coordinate descent on the inner product of the parameters of a and of the permuted b
+(Ainsworth et al., "Git Re-Basin", 2022), biases, norm weights and all other parameters included:
+with every other family of permutations held fixed, the best one is found by linear assignment
+(`fastgeo.matching.assignment`). No step lowers the objective. By activations, the assignment that
+correlates the features on a batch the most (`fastgeo.matching.activations`).
+"""
+
+import copy
+import functools
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from fastgeo.data.inputs import Inputs, arguments, tensors_within
+from fastgeo.forward.modes import looked_at, uncompiled
+from fastgeo.matching.activations import correlations
+from fastgeo.matching.assignment import Assignment
+from fastgeo.matching.relaxation import Relaxation
+from fastgeo.path import StateDict, check_same_form, state_dict
+from fastgeo.symmetry.derive import Symmetries, example
+from fastgeo.symmetry.spec import Permutations, PermutationSpec
+
+SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
+ROUNDINGS = 10  # times as much as rounding all parameters does may a permutation change
+METHODS = ("weights", "activations")
+RELAXED_STEPS = 100  # at most; it nearly always stops long before
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What `match` returns.
+
+    Attributes:
+        state_dict: b with its channels permuted; it computes what b computes.
+        permutations: name -> int64 [..., size], new position -> old position (`PermutationSpec`).
+        spec: the symmetries of the network; `print(spec)` says what is permuted, what stays and
+            why.
+        objective_before, objective_after: inner product of the parameters of a and b, and of a and
+            the permuted b.
+        objectives: the latter at the end of each restart; the largest was kept.
+        sweeps: passes over all permutations of the restart that was kept, the last of which
+            improved nothing (or the limit); 0 for activations.
+        relative_change: largest difference of the outputs of b and of the permuted b on the example
+            input, over the largest output, with parameters in float64.
+        seconds: wall time.
+    """
+
+    state_dict: dict[str, Tensor]
+    permutations: Permutations
+    spec: PermutationSpec
+    objective_before: float
+    objective_after: float
+    objectives: list[float]
+    sweeps: int
+    relative_change: float
+    seconds: float
+    _b: nn.Module | None = field(repr=False)
+
+    @functools.cached_property
+    def module(self) -> nn.Module | None:
+        """A copy of b with this state, if b was given as a module; else None."""
+        return loaded(self._b, self.state_dict)
+
+
+def match(
+    a: StateDict | nn.Module,
+    b: StateDict | nn.Module,
+    example_input: Inputs | None = None,
+    *,
+    module: nn.Module | None = None,
+    method: str = "weights",
+    restarts: int = 3,
+    max_sweeps: int = 30,
+    seed: int = 0,
+    progress: bool = False,
+) -> Matching:
+    """Permute the channels of b to bring its parameters, or its features, near to a's.
+
+    The permutations are those that `permutation_spec` finds. The objective is the inner product of
+    the parameters of a and the permuted b; what it gains, their squared distance loses twice.
+
+    Args:
+        a, b: two modules, or two state dicts of one module; neither changed nor copied as modules.
+        example_input: a batch, as in `permutation_spec`. On it b and the permuted b are compared,
+            and features correlated: the more and the more real the inputs, the better.
+        module: the network of both, needed if both are given as state dicts.
+        method: "weights", or "activations": the features' correlations alone.
+        restarts: starts of the coordinate descent, the best of which is kept. The first is the
+            usual one, from b as it is; the second assigns every permutation once, from the fixed
+            axes inwards, by what is assigned already; the third goes from the activations through
+            mixtures of permutations (`fastgeo.matching.relaxation`); further ones are random.
+        max_sweeps: limit on the sweeps over all permutations in each; one that improves nothing is
+            the last.
+        seed: of the order of the permutations within each sweep, and of random starts.
+        progress: show a progress bar, if it takes more than a second.
+
+    Warns:
+        UserWarning: nothing to permute, and why.
+
+    Raises:
+        TypeError: an argument that is neither a module nor a state dict, or is TorchScript.
+        ValueError: ends that do not fit each other or the module, an input that the module cannot
+            be evaluated on, none where one is needed, or a permuted b that does not compute what b
+            does.
+
+    Example:
+        >>> matching = match(a, b, images)
+        >>> matching.objective_before, matching.objective_after
+        (182.3, 228.5)
+        >>> path = Path.linear(a, matching.module, 25)
+    """
+    started = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    for name, number in (("sweeps", max_sweeps), ("restarts", restarts)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    module, (first, second) = same_network([a, b], module)
+    inputs = example(module, example_input)
+    symmetries = Symmetries(module, inputs)
+    warn_of_nothing(symmetries.spec)
+    objective = Objective(symmetries.spec, first, second)
+    starts = [("activations",)]
+    if method == "weights":
+        starts = STARTS[:restarts] + [("random",)] * (restarts - len(STARTS))
+    found = []
+    with tqdm(
+        total=len(starts) * max_sweeps, desc="match", unit="sweep", disable=not progress, delay=1
+    ) as bar:
+        for restart, ways in enumerate(starts):
+            assignment = objective.assignment()
+            for way in ways:
+                start_from(way, assignment, symmetries, first, second, inputs, seed + restart)
+            sweeps = 0
+            if method == "weights":
+                sweeps = descend(assignment, max_sweeps, seed + restart, bar)
+            bar.update((restart + 1) * max_sweeps - bar.n)
+            found.append((objective(assignment.permutations), sweeps, assignment.permutations))
+    after, sweeps, permutations = max(found, key=lambda one: one[0])
+    matched = symmetries.spec.permute(second, permutations)
+    return Matching(
+        state_dict=matched,
+        permutations=permutations,
+        spec=symmetries.spec,
+        objective_before=objective({}),
+        objective_after=after,
+        objectives=[one[0] for one in found],
+        sweeps=sweeps,
+        relative_change=check_same_function(module, second, matched, inputs),
+        seconds=time.perf_counter() - started,
+        _b=b if isinstance(b, nn.Module) else None,
+    )
+
+
+def warn_of_nothing(spec: PermutationSpec) -> None:
+    """If a network has no permutation, and why."""
+    if not spec.channels:
+        whys = [f": {why}" for axes in spec.fixed.values() for why in axes.values()]
+        text = f"{spec.module} has no channels to permute{whys[0] if whys else ''}"
+        warnings.warn(text, stacklevel=3)
+
+
+STARTS: list[tuple[str, ...]] = [(), ("inwards",), ("activations", "relaxed")]
+
+
+class Objective:
+    """The inner product of the parameters of a and the permuted b, in float64."""
+
+    def __init__(self, spec: PermutationSpec, a: StateDict, b: StateDict):
+        self.spec, names = spec, spec.counted(a)
+        self.a, self.b = ({name: state[name].double() for name in names} for state in (a, b))
+
+    def __call__(self, permutations: Permutations) -> float:
+        moved = self.spec.permute(self.b, permutations)
+        return sum((self.a[name] * moved[name]).sum().item() for name in self.a)
+
+    def assignment(self) -> Assignment:
+        return Assignment(self.spec, self.spec.pairs(self.a, self.b))
+
+
+def start_from(
+    way: str,
+    assignment: Assignment,
+    symmetries: Symmetries,
+    a: StateDict,
+    b: StateDict,
+    inputs: Inputs,
+    seed: int,
+) -> None:
+    """Permute b for a start of the descent."""
+    if way == "inwards":
+        assignment.assign_inwards()
+    elif way == "activations":
+        assignment.assign(correlations(symmetries, a, b, inputs))
+    elif way == "relaxed":
+        Relaxation(assignment).ascend(RELAXED_STEPS)
+    elif way == "random":
+        assignment.apply(symmetries.spec.random(torch.Generator().manual_seed(seed)))
+
+
+def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> int:
+    """Improve one family after the other, in a random order; returns how many sweeps it took."""
+    order = np.random.default_rng(seed)
+    waiting = set(assignment.families)  # the others cannot improve
+    for sweep in range(1, max_sweeps + 1):
+        improved = False
+        for family in order.permutation(assignment.families):
+            if family in waiting:
+                waiting.discard(family)
+                if assignment.improve(family):
+                    improved = True
+                    waiting |= assignment.neighbours(family)
+        bar.update()
+        if not improved:
+            return sweep
+    return max_sweeps
+
+
+def same_network(
+    networks: list[StateDict | nn.Module], module: nn.Module | None
+) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """The module of several networks, and copies of their states.
+
+    Raises:
+        TypeError, ValueError: as in `match`.
+    """
+    states = [state_dict(network) for network in networks]
+    for state in states[1:]:
+        check_same_form(states[0], state, batchnorm="recalibrate")
+    module = next((m for m in (module, *networks) if isinstance(m, nn.Module)), None)
+    if module is None:
+        raise ValueError("state dicts do not say what network they are of; give it as module")
+    module = uncompiled(module)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in own.items():
+        if name not in states[0]:
+            raise ValueError(f"{name} is a parameter of the module and not in the state dicts")
+        if states[0][name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} has shape {list(states[0][name].shape)} in the state dicts and "
+                f"{list(tensor.shape)} in the module"
+            )
+    own |= dict(module.named_buffers(remove_duplicate=False))
+    for name in states[0]:
+        if name not in own:
+            raise ValueError(f"{name} is in the state dicts and not in the module")
+    return module, states
+
+
+def check_same_function(
+    module: nn.Module, before: StateDict, after: StateDict, inputs: Inputs
+) -> float:
+    """Largest difference of the outputs of two states of a module, over the largest output.
+
+    Computed in float64, where a permutation changes no more than the order of sums. If the module
+    computes some of it in a coarser type, the same is asked of that: as a measure of what rounding
+    does there, parameters are changed by one rounding of that type.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    with _Coarsest() as coarsest:
+        was = _outputs(module, before, inputs)
+    change, bound = _change(was, _outputs(module, after, inputs)), SAME_FUNCTION
+    if coarsest.eps > torch.finfo(torch.float64).eps:
+        rounded = _outputs(module, before, inputs, rounding=coarsest.eps)
+        bound = max(bound, ROUNDINGS * _change(was, rounded))
+    if not change <= bound:
+        raise ValueError(
+            "the permuted network does not compute what b does: its outputs differ by "
+            f"{change:.1e} of the largest"
+        )
+    return change
+
+
+class _Coarsest(TorchFunctionMode):
+    """Notes the rounding, relative, of the coarsest type in which something is computed."""
+
+    eps = torch.finfo(torch.float64).eps
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+                self.eps = max(self.eps, torch.finfo(leaf.dtype).eps)
+        return out
+
+
+def _outputs(
+    module: nn.Module, state: StateDict, inputs: Inputs, rounding: float = 0.0
+) -> list[Tensor]:
+    """What a module returns in another state, each number of which may be rounded up or down."""
+    generator = torch.Generator().manual_seed(0)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    own |= dict(module.named_buffers(remove_duplicate=False))
+    made: dict[Tensor, Tensor] = {}  # tensors may have several names
+    for name, tensor in own.items():
+        if tensor not in made:
+            made[tensor] = value = _exact(state.get(name, tensor)).to(tensor.device)
+            if rounding and value.is_floating_point():
+                up = torch.rand(value.shape, generator=generator).to(value) < 0.5
+                value *= 1 + rounding * (2 * up - 1)
+        own[name] = made[tensor]
+    args, kwargs = pytree.tree_map_only(Tensor, _exact, arguments(module, inputs))
+    with looked_at(module):
+        out = functional_call(module, own, args, kwargs, tie_weights=False)
+    return [leaf if leaf.is_complex() else leaf.double() for leaf in tensors_within(out)]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A copy, in float64 if it is of floating point."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128, copy=True)
+    return tensor.to(torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _change(was: list[Tensor], now: list[Tensor]) -> float:
+    """The largest difference over the largest number; what is infinite or none must stay so."""
+    pairs = list(zip(was, now, strict=True))
+    same = [(x == y) | (x.isnan() & y.isnan()) for x, y in pairs]
+    apart = [
+        float((y - x).abs().masked_fill(equal, 0).max())
+        for (x, y), equal in zip(pairs, same, strict=True)
+    ]
+    return max(apart) / (max(float(x[x.isfinite()].abs().max()) for x in was) or 1)
+
+
+def loaded(network: Any, state: StateDict) -> nn.Module | None:
+    """A copy of a module with another state; None of what is no module."""
+    if not isinstance(network, nn.Module):
+        return None
+    module = copy.deepcopy(uncompiled(network))
+    module.load_state_dict(dict(state), strict=False)
+    return module

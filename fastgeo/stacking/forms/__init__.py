@@ -1,0 +1,1 @@
+"""How N networks compute one operation in one call."""

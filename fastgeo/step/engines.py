@@ -1,0 +1,319 @@
+"""Which engine evaluates the networks, and how many at a time: as asked, or as measured.
+
+No engine is the fastest everywhere: stacking saves most where operations are small; for wide
+networks on a CPU a few at a time, or a loop in channels-last, may win. All give the same numbers up
+to rounding, which is checked once on a few inputs, for as many networks as are evaluated at once,
+gradients included and also of an engine that is named; so candidates take turns at the real work
+until the fastest is known, and none of it is done twice.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgeo.data.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.forward.modes import evaluation_mode
+from fastgeo.forward.standin import Unsupported
+from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
+from fastgeo.stacking.precision import matmul_precision
+from fastgeo.stacking.values import first_line
+from fastgeo.step.agreement import check_agreement, few_of, networks_like, outputs_and_gradients
+from fastgeo.step.memory import (
+    activation_bytes,
+    bytes_of,
+    free_bytes,
+    size_of,
+    step_memory,
+)
+
+T = TypeVar("T")
+VISITS = 3  # of each candidate, the first of them to warm up
+LONG = 2.0  # seconds; one visit of that length is enough
+CLEARLY = 0.95  # of an earlier candidate's time, for a later one to be preferred
+FEW = 4  # networks in one pass, whose memory stays in reach: the allocator's, and the processor's
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to evaluate N networks.
+
+    Attributes:
+        network: the module as a function of stacked parameters.
+        chunk: networks in one pass; None for all.
+    """
+
+    network: StackedModule
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        layout = ", channels-last" if self.network.channels_last else ""
+        chunk = f", {self.chunk} at a time" if self.chunk else ""
+        return f"{self.network.engine}{layout}{chunk}"
+
+    def chunks(self, n: int) -> list[slice]:
+        """N networks in consecutive parts."""
+        size = self.chunk or n
+        return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def forward(self, params: Parameters, inputs: Inputs) -> Tensor:
+        """[N, B, ...] outputs on inputs that all networks share, chunk by chunk."""
+        n = len(next(iter(params.values())))
+        outputs = [self.network(part_of(params, part), inputs) for part in self.chunks(n)]
+        one = len(outputs) == 1 or not isinstance(outputs[0], Tensor)
+        return outputs[0] if one else torch.cat(outputs)
+
+
+class EngineChoice:
+    """The engine of work that is done again and again.
+
+    Args:
+        work: a key of `COPIES`; all other arguments are those of `optimize`.
+
+    Attributes:
+        chosen: the engine; None until it is known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        engine: str = "auto",
+        channels_last: bool | None = None,
+        chunk: int | None = None,
+        memory_budget: int | str | None = None,
+        batchnorm: str = "refuse",
+        precision: str = "fp32",
+        output: str = "logits",
+        work: str = "optimisation",
+        on_choice: Callable[[dict], None] | None = None,
+    ):
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        if chunk is not None and memory_budget is not None:
+            raise ValueError("chunk and memory_budget both bound the memory; give one of them")
+        self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
+        self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
+        self.budget = None if memory_budget is None else bytes_of(memory_budget)
+        self.precision, self.output, self.work = precision, output, work
+        self._stacked = self._network(engine, False, precision)
+        self._agrees: dict[str, str] | None = None  # engine -> why it does not, "" if it does
+        self.chosen: Engine | None = None
+        self._points = 0
+        self._visits: dict[Engine, list[float]] = {}  # seconds
+        self._failed: dict[str, str] = {}  # engine -> why
+
+    def prepare(
+        self,
+        params: Parameters,
+        inputs: Inputs,
+        *,
+        per_point: bool = False,
+        points: int,
+        most: int | None = None,
+    ) -> None:
+        """Line the candidates up, unless this was done before.
+
+        Args:
+            params: name -> [1, ...] of one network.
+            inputs: of the work to come, [B, ...], or [1, B, ...] if per_point.
+            points: N, networks in the work to come.
+            most: N of all that is to come, if that is more: engines are checked once.
+
+        Raises:
+            ValueError: a memory budget that one network exceeds, or an engine that was named and
+                does not compute what the module computes.
+        """
+        if self.chosen or self._visits:
+            return
+        self._points = points
+        images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
+        on_gpu = next(iter(params.values())).is_cuda
+        candidates = list(self._candidates(images, on_gpu, points))
+        loop = self._network("loop", False, "fp32")
+        with evaluation_mode(self.module):
+            few, scale = few_of(loop, params, inputs, per_point)
+            if self._agrees is None:
+                self._agrees = self._checked(candidates, params, few, per_point, most or points)
+        agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
+        for engine in agreeing or candidates[-1:]:
+            if self.budget is not None:
+                chunk = self._affordable(engine.network, params, inputs, per_point, points)
+                engine = Engine(engine.network, chunk)
+            elif self.engine == "auto" and self.chunk is None:
+                with evaluation_mode(self.module):
+                    engine = self._fitting(engine, params, few, scale, per_point, points)
+            self._visits[engine] = []
+        if len(self._visits) == 1:
+            self._choose()
+
+    def next_level(self) -> None:
+        """The work goes on with other numbers of networks: choose again, of what agrees."""
+        self.finish()
+        self.chosen, self._visits = None, {}
+
+    def run(self, work: Callable[[Engine], T]) -> T:
+        """Do the work with the chosen engine, or with the candidate whose turn it is."""
+        while self.chosen is None:
+            engine = min(self._visits, key=lambda e: len(self._visits[e]))
+            started = time.perf_counter()
+            try:
+                result = work(engine)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+                if len(self._visits) == 1:
+                    raise
+                del self._visits[engine]
+                self._failed[str(engine)] = first_line(error)
+                continue
+            seconds = time.perf_counter() - started
+            self._visits[engine] += [seconds] * (VISITS if seconds > LONG else 1)
+            visits = self._visits.values()
+            if len(visits) == 1 or all(len(seconds) >= VISITS for seconds in visits):
+                self._choose()
+            return result
+        return work(self.chosen)
+
+    def _candidates(self, images: bool, on_gpu: bool, points: int) -> Iterator[Engine]:
+        """In the order of preference where times are alike."""
+        own = self._stacked.engine
+        few = FEW if points > FEW else None
+        choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
+        layouts = [True, False] if choice else [False]
+        if self.engine != "auto":
+            ways = [(own, False, None)]
+        elif self.precision == "bf16":  # which that engine alone can
+            ways = [(own, layout, k) for k in (None, few) for layout in layouts]
+        else:
+            ways = [(own, False, None), (own, layouts[0], few)]
+            if on_gpu and own == "stacked":
+                ways.append(("vmap", False, None))
+            ways += [("loop", layout, few) for layout in layouts]
+        if self.channels_last is not None:
+            ways = [(name, self.channels_last, chunk) for name, _, chunk in ways]
+        if self.chunk is not None:
+            ways = [(name, layout, self.chunk) for name, layout, _ in ways]
+        for name, channels_last, chunk in dict.fromkeys(ways):
+            yield Engine(self._network(name, channels_last, self.precision), chunk)
+
+    def _network(self, engine: str, channels_last: bool, precision: str) -> StackedModule:
+        options = dict(batchnorm=self.batchnorm, precision=precision, output=self.output)
+        return StackedModule(self.module, engine=engine, channels_last=channels_last, **options)
+
+    def _checked(
+        self,
+        candidates: list[Engine],
+        params: Parameters,
+        few: Inputs,
+        per_point: bool,
+        points: int,
+    ) -> dict[str, str]:
+        """Of each engine that is no loop, whether it computes what the module computes, and its
+        gradients, for as many networks as it is to evaluate at once: "", or why it does not.
+
+        Raises:
+            ValueError: an engine was named, and does not.
+        """
+        largest: dict[str, tuple[int, StackedModule]] = {}
+        for engine in candidates:
+            kind, size = engine.network.engine, min(engine.chunk or points, points)
+            if kind != "loop" and size > largest.get(kind, (0,))[0]:
+                largest[kind] = size, engine.network
+        # TF32 moves so many numbers over the kinks of ReLUs that it would hide an error: the same
+        # operations are compared without it.
+        precision = "bf16" if self.precision == "bf16" else "fp32"
+        loop = self._network("loop", False, "fp32")
+        found, options = {}, dict(gradients=self.work != "evaluation")
+        for kind, (size, network) in largest.items():
+            own = few
+            if per_point:
+                own = each_tensor(lambda t, n=size: t.expand(n, *t.shape[1:]), few)
+            given = (networks_like(params, size), own, per_point)
+            try:
+                with matmul_precision("fp32"):
+                    expected = outputs_and_gradients(loop, *given, **options)
+                    if network.precision != precision:
+                        network = self._network(kind, network.channels_last, precision)
+                    got = outputs_and_gradients(network, *given, **options)
+                    check_agreement(got, expected, precision)
+                found[kind] = ""
+            except Exception as error:  # noqa: BLE001 - as in `run`
+                if self.engine != "auto" or isinstance(error, Unsupported):
+                    raise
+                found[kind] = self._failed[kind] = first_line(error)
+        return found
+
+    def _affordable(
+        self,
+        network: StackedModule,
+        params: Parameters,
+        inputs: Inputs,
+        per_point: bool,
+        points: int,
+    ) -> int | None:
+        """How many networks' activations fit into half of the budget; None if all fit into it."""
+        with evaluation_mode(self.module):
+            each = activation_bytes(network, params, inputs, per_point=per_point)
+        if points * each <= self.budget:
+            return None
+        if 2 * each > self.budget:
+            raise ValueError(
+                f"memory_budget {size_of(self.budget)} is too small: the activations of one "
+                f"network are {size_of(each)} on these inputs, and a step keeps those of two; give "
+                f"{size_of(2 * each)} or smaller batches"
+            )
+        return self.budget // (2 * each)
+
+    def _fitting(
+        self,
+        engine: Engine,
+        params: Parameters,
+        few: Inputs,
+        scale: float,
+        per_point: bool,
+        points: int,
+    ) -> Engine:
+        """The candidate, with fewer networks at a time if the memory is not there for it."""
+        free = free_bytes(next(iter(params.values())).device)
+        need = step_memory(
+            engine.network,
+            params,
+            few,
+            networks=points,
+            work=self.work,
+            per_point=per_point,
+            scale=scale,
+        )
+        if free is None or need.peak(points, engine.chunk, streamed=not per_point) <= free:
+            return engine
+        return Engine(engine.network, need.fitting(points, free, streamed=not per_point) or 1)
+
+    def finish(self) -> None:
+        """The work is done: choose by what is known of the candidates, if they all had no turns."""
+        if self._visits and self.chosen is None:
+            self._choose()
+
+    def _choose(self) -> None:
+        seconds = {e: min(visits[1:]) for e, visits in self._visits.items() if len(visits) > 1}
+        self.chosen = next(iter(seconds or self._visits))
+        for engine in seconds:
+            if seconds[engine] < CLEARLY * seconds[self.chosen]:
+                self.chosen = engine
+        for name, why in self._failed.items():
+            warnings.warn(f"engine {name} is left out: {why}", stacklevel=4)
+        if self.on_choice is not None:
+            self.on_choice(
+                {
+                    "engine": self.chosen.network.engine,
+                    "channels_last": self.chosen.network.channels_last,
+                    "chunk": self.chosen.chunk,
+                    "points": self._points,
+                    "seconds": {str(engine): s for engine, s in seconds.items()},
+                    "failed": self._failed,
+                }
+            )

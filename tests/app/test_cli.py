@@ -1,0 +1,425 @@
+"""The command line: whole runs in a small setting, stage by stage, and everything it refuses."""
+
+import glob
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path as FilePath
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from commands import FILES, SMALL, WEIGHTS, refused
+from torch.func import functional_call
+
+from fastgeo import Path, evaluate, models
+from fastgeo.app import plot, report
+from fastgeo.app.cli import main
+from fastgeo.app.config import PRESETS
+from fastgeo.app.folder import Run
+from fastgeo.data.images import load
+from fastgeo.store.files import read_json, read_tensors, write_json
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of one small run."""
+    folder = tmp_path_factory.mktemp("run") / "small"
+    main(["run", "--out", str(folder), *SMALL])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_leaves_every_file_and_nothing_else(run):
+    assert {file.name for file in run.iterdir()} == FILES
+    for name in ("path_loss.png", "path_length.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_agrees_with_the_weights_on_disk(run):
+    report = json.loads((run / "report.json").read_text())
+    assert report["schema"] == 1 and report["config"]["points"] == 5
+    assert set(report["seconds"]) == {"train", "match", "optimize", "evaluate", "total"}
+    digits = load("digits", train_subset=200)
+    x, y = digits.normalize(digits.train.images), digits.train.labels
+    path, module = Path.load(run / "path.safetensors"), models.resnet(8, 0.25, in_channels=1)
+    geodesic = report["paths"]["geodesic"]
+    for t, loss, accuracy in zip(
+        np.linspace(0, 1, 5), geodesic["train"]["loss"], geodesic["train"]["accuracy"], strict=True
+    ):
+        module.load_state_dict(path.at(t))
+        logits = module(x)
+        assert torch.nn.functional.cross_entropy(logits, y).item() == pytest.approx(loss, rel=1e-4)
+        assert (logits.argmax(1) == y).float().mean().item() == pytest.approx(accuracy)
+    again = evaluate(path, module, {"train": (x, y)})
+    for key in ("energy", "sqrt_jsd", "fisher_rao", "fisher_rao_lower_bound", "euclidean"):
+        assert geodesic[key] == pytest.approx(getattr(again, key), rel=1e-4)
+    assert geodesic["augmented_train"] is None
+
+
+def test_the_three_paths_are_between_the_same_networks(run):
+    report = json.loads((run / "report.json").read_text())["paths"]
+    for split in ("train", "test"):
+        ends = [[report[name][split]["loss"][i] for i in (0, -1)] for name in report]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+        assert ends[1] == pytest.approx(ends[2], rel=1e-4)
+    assert report["matched"]["euclidean"] < report["linear"]["euclidean"]
+    assert report["geodesic"]["energy"] < report["matched"]["energy"]
+    for path in report.values():
+        assert path["fisher_rao"] >= path["fisher_rao_lower_bound"]
+
+
+def test_metrics_have_a_line_a_step(run):
+    for name, steps in (("metrics.jsonl", 4), ("training.jsonl", 20)):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(steps))
+    assert set(lines[0]) == {"step", "loss", "lr"} and len(lines[0]["loss"]) == 2
+
+
+def test_the_report_is_readable(run):
+    text = (run / "report.md").read_text()
+    for words in ("path_loss.png", "matched line", "Fisher-Rao, rad", "barrier above", "| total |"):
+        assert words in text
+
+
+def test_stages_one_by_one_are_the_run(run):
+    main(["train", "--out", "staged", *SMALL[:6], *SMALL[12:]])
+    main(["match", "staged"])
+    main(["optimize", "staged", *SMALL[6:12]])
+    main(["evaluate", "staged"])
+    main(["plot", "staged"])
+    assert set(os.listdir("staged")) == FILES
+    for name in WEIGHTS:
+        with open(f"staged/{name}", "rb") as staged:
+            assert staged.read() == (run / name).read_bytes()
+    with open("staged/report.json") as staged:
+        assert json.load(staged)["paths"] == json.loads((run / "report.json").read_text())["paths"]
+
+
+def test_two_runs_with_one_seed_are_identical(run):
+    main(["run", "--out", "again", *SMALL])
+    for name in (*WEIGHTS, "metrics.jsonl", "training.jsonl"):
+        with open(f"again/{name}", "rb") as again:
+            assert again.read() == (run / name).read_bytes(), name
+
+
+def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(capsys):
+    main(["run", "--out", "r", *SMALL])
+    assert "r/path.safetensors exists; --overwrite" in refused(capsys, "optimize", "r")
+    main(["optimize", "--overwrite", "--no-precondition", "r"])  # flags first, too
+    config = json.loads(open("r/config.json").read())
+    assert config["config"]["points"] == 5 and config["config"]["batch_size"] == 50
+    assert config["config"]["steps"] == 4 and config["config"]["precondition"] is False
+    assert set(config["stages"]) == {"train", "match", "optimize"}
+    assert not os.path.exists("r/report.json") and not os.path.exists("r/path_loss.png")
+    assert "has no report.json yet; make it with: fastgeo evaluate r" in refused(
+        capsys, "plot", "r"
+    )
+
+
+@pytest.mark.parametrize(
+    "stage, file, option",
+    [
+        ("run", "ends.safetensors", "--seed-a=7"),
+        ("run", "ends.safetensors", "--weight-decay=0.1"),
+        ("run", "ends.safetensors", "--norm=channel"),
+        ("match", "permutation.safetensors", "--match-sweeps=1"),
+        ("match", "permutation.safetensors", "--match-seed=6"),
+        ("match", "permutation.safetensors", "--match-restarts=3"),
+        ("match", "permutation.safetensors", "--match-method=activations"),
+        ("optimize", "path.safetensors", "--spacing=release"),
+        ("optimize", "path.safetensors", "--path-seed=3"),
+        ("optimize", "path.safetensors", "--lr=0.3"),
+        ("optimize", "path.safetensors", "--momentum=0"),
+        ("optimize", "path.safetensors", "--lr-schedule=constant"),
+        ("optimize", "path.safetensors", "--precision=bf16"),
+        ("optimize", "path.safetensors", "--no-precondition"),
+    ],
+)
+def test_the_settings_reach_the_stages(run, stage, file, option):
+    """Each of these settings changes what its stage leaves, and nothing before it."""
+    base = {name: (run / name).read_bytes() for name in WEIGHTS}
+    if stage == "run":
+        main(["run", "--out", "changed", *SMALL, option])
+    else:
+        shutil.copytree(run, "changed")
+        main([stage, "changed", "--overwrite", option])
+    for name in WEIGHTS[: WEIGHTS.index(file) + 1]:
+        with open(f"changed/{name}", "rb") as now:
+            assert (now.read() == base[name]) == (name != file)
+
+
+def test_an_mlp_a_mixed_norm_and_augmentation_run_too():
+    main(["run", "--out", "mlp", *SMALL, "--model", "mlp"])
+    options = ["--norm", "channel", "--augment", "flip-crop"]
+    main(["run", "--out", "channel", *SMALL, *options])
+    report = json.loads(open("channel/report.json").read())
+    assert len(report["paths"]["matched"]["augmented_train"]["loss"]) == 5
+    train = report["paths"]["geodesic"]["train"]["loss"]
+    assert train != report["paths"]["geodesic"]["augmented_train"]["loss"]
+    assert "augmented train" in open("channel/report.md").read()
+
+
+def test_npz_data_runs():
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 90), ("test", 30)):
+        arrays[f"y_{split}"] = np.arange(count) % 3
+        noise = rng.integers(0, 50, (count, 8, 8, 3))
+        arrays[f"x_{split}"] = (noise + 60 * arrays[f"y_{split}"][:, None, None, None]).astype("u1")
+    np.savez("data.npz", **arrays)
+    options = ["--epochs", "20", "--points", "5", "--steps", "4", "--seed-a", "4", "--seed-b", "5"]
+    small = ["--width", "0.25", "--batch-size", "50", "--train-batch-size", "20"]
+    main(["run", "--data", "npz:data.npz", "--out", "r", *small, *options])
+    report = json.loads(open("r/report.json").read())["paths"]["geodesic"]
+    assert report["test"]["accuracy"][0] == report["test"]["accuracy"][-1] == 1
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")  # the run knows its data from anywhere
+    main(["evaluate", "../r", "--overwrite"])
+
+
+def test_the_match_stage_refuses_a_permutation_that_changes_the_function(capsys, monkeypatch):
+    from fastgeo import PermutationSpec
+
+    def wrong(spec, state, permutations):
+        new = real(spec, state, permutations)
+        if permutations:
+            new["norm1.weight"][:2] += torch.tensor([0.1, -0.1])
+        return new
+
+    real = PermutationSpec.permute
+    monkeypatch.setattr(PermutationSpec, "permute", wrong)
+    assert "does not compute what b does" in refused(capsys, "run", "--out", "r", *SMALL)
+    assert not os.path.exists("r/permutation.safetensors")
+
+
+def test_figures_and_summary_show_the_numbers_of_the_report(run):
+    content = json.loads((run / "report.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    drawn = plot.loss_figure(content).axes[0].get_lines()
+    expected = [content["paths"][n][s]["loss"] for n in content["paths"] for s in ("train", "test")]
+    assert [list(line.get_ydata()) for line in drawn] == expected
+    assert list(drawn[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
+    assert not plot.loss_figure(content).axes[0].collections  # the paper's values are not its own
+    papers = dict(model="resnet20", width=4, points=25, data="npz:/data/cifar10.npz")
+    marks = plot.loss_figure(content | {"config": content["config"] | papers}).axes[0].collections
+    places = {mark.get_label(): dict(mark.get_offsets().tolist()) for mark in marks}
+    assert len(places) == 4 and places["paper: geodesic, test"][0] == 0.277
+    assert places["paper: line after matching, augmented train"][0.5] == 0.793
+    left, right = plot.length_figure(metrics, content).axes
+    assert list(left.get_lines()[0].get_ydata()) == [line["sqrt_jsd"] for line in metrics]
+    assert list(right.get_lines()[0].get_ydata()) == [line["euclidean"] for line in metrics]
+    assert "nats" in left.get_ylabel() and left.get_legend() is not None
+
+    row = next(
+        line for line in report.summary(content).splitlines() if line.startswith("geodesic")
+    ).split()
+    path = content["paths"]["geodesic"]
+    numbers = [max(path["train"]["loss"]), max(path["test"]["loss"]), path["train"]["barrier"]]
+    numbers += [path["test"]["barrier"], 100 * min(path["test"]["accuracy"])]
+    assert [float(word) for word in row[1:6]] == pytest.approx(numbers, abs=0.051)
+    numbers = [path["sqrt_jsd"], path["fisher_rao"], path["euclidean"]]
+    assert [float(word) for word in row[7:]] == pytest.approx(numbers, abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (
+            ["--preset", "nope"],
+            "preset must be one of digits, cifar10, paper-small, paper, got 'nope'",
+        ),
+        (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
+        (["--model", "vgg"], "model must be resnet8, .* or mlp, .*, got 'vgg'"),
+        (["--model", "resnet9"], r"depth must be 6 k \+ 2"),
+        (["--data", "npz:none.npz"], "none.npz: there is no such file"),
+        (["--points", "2"], "points must be at least 3"),
+        (["--lr", "0"], "lr must be positive, got 0"),
+        (["--momentum", "1"], "momentum must be within 0..0.999, got 1"),
+        (["--train-lr", "-1"], "train-lr must be positive, got -1"),
+        (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
+        (["--train-batch-size", "-3"], "train-batch-size must be at least 1, got -3"),
+        (["--batch-size", "1438"], "batch-size 1438 is larger than the data set: 1437"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--train-subset", "9999"], "train-subset must be within 1..1437"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used: fastgeo runs on cpu and cuda"),
+        (["--width", "inf"], "width must be within 0..1000, got inf"),
+        (["--lr", "nan"], "lr must be positive, got nan"),
+        (["--lr-start-divisor", "0"], "lr-start-divisor must be positive"),
+        (["--warmup-fraction", "2"], "warmup-fraction must be within 0..1, got 2"),
+        (["--weight-decay", "-1"], "weight-decay must be within 0..1"),
+        (["--match-seed", "-1"], "match-seed must be within 0.."),
+        (["--epochs", "1", "--train-batch-size", "1000"], "leave fewer than two steps"),
+    ],
+)
+def test_bad_settings_get_one_sentence_and_leave_nothing(capsys, argv, words):
+    assert re.search(words, refused(capsys, "run", *argv))
+    assert os.listdir(".") == []
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(run, capsys):
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    assert "already holds a run" in refused(capsys, "run", "--out", run, *SMALL)
+    # bad settings are noticed before anything is replaced
+    one_step = ["--train-subset", "200", "--epochs", "1", "--train-batch-size", "150"]
+    for bad in (["--model", "vgg"], ["--weight-decay", "-1"], one_step):
+        refused(capsys, "run", "--out", run, "--overwrite", *bad)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    os.mkdir("other")
+    open("other/thesis.tex", "w").close()
+    assert "is not empty and holds no run" in refused(capsys, "run", "--out", "other")
+    assert "is not empty" in refused(capsys, "run", "--out", "other", "--overwrite")
+    assert "is a file" in refused(capsys, "run", "--out", "other/thesis.tex")
+    assert os.listdir("other") == ["thesis.tex"]
+    with open("other/config.json", "w") as foreign:
+        foreign.write('{"architectures": ["BertModel"]}')
+    assert "holds no run" in refused(capsys, "run", "--out", "other", "--overwrite")
+    assert set(os.listdir("other")) == {"thesis.tex", "config.json"}
+
+
+def test_stages_without_the_one_before_say_which_to_run(capsys):
+    assert "holds no run (no config.json)" in refused(capsys, "match", "nowhere")
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    assert "r has no permutation.safetensors yet; make it with: fastgeo match r" in refused(
+        capsys, "optimize", "r"
+    )
+    assert "r has no permutation.safetensors yet" in refused(capsys, "plot", "r")
+    os.remove("r/ends.safetensors")
+    assert "make it with: fastgeo train --out r --overwrite" in refused(capsys, "match", "r")
+
+
+def test_damaged_run_files_are_named(capsys):
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    with open("r/ends.safetensors", "r+b") as stream:
+        stream.truncate(1000)
+    assert "cannot read r/ends.safetensors" in refused(capsys, "match", "r")
+    with open("r/config.json", "w") as stream:
+        stream.write('{"schema": 1, "config": {"colour": "red"}}')
+    assert "cannot read r/config.json" in refused(capsys, "match", "r")
+    with open("r/config.json", "w") as stream:
+        stream.write('{"schema": 2}')
+    assert (
+        "cannot read r/config.json: it has schema 2, which this fastgeo does not know: it reads "
+        "schema 1; a newer fastgeo may"
+    ) in refused(capsys, "match", "r")
+    with open("r/config.json", "w") as stream:
+        stream.write("[]")
+    assert "cannot read r/config.json" in refused(capsys, "match", "r")
+
+
+def test_a_diverging_optimisation_keeps_the_last_good_path(capsys):
+    sentence = refused(capsys, "run", "--out", "r", *SMALL, "--lr", "1e25")
+    assert (
+        "stopped at step 1: the divergence of edge 0 is nan, since at point 1 what layer norm1 "
+        "gives is not finite; lower lr (now 1e+25); the last good state is in "
+        "r/checkpoint/optimize-000000000; with other settings: fastgeo optimize r --overwrite"
+    ) in sentence
+    path = Path.load("r/checkpoint/optimize-000000000/path.safetensors")
+    assert len(path) == 5 and all(t.isfinite().all() for t in path.interior.values())
+    assert not os.path.exists("r/path.safetensors")
+    sentence = refused(capsys, "run", "--out", "s", *SMALL, "--train-lr", "1e30")
+    assert (
+        "stopped at step 1 of 20: the loss of network a is nan, since what layer norm1 gives is "
+        "not finite; lower train-lr (now 1e+30); the last good state is in "
+        "s/checkpoint/train-000000000"
+    ) in sentence
+    assert sentence == refused(capsys, "run", "--out", "s", "--resume")  # the same to the last bit
+    ends = read_tensors(FilePath("s/checkpoint/train-000000000/ends.safetensors"), "ends")
+    assert all(t.isfinite().all() for end in ends.values() for t in end.values())
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_where():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgeo.app.cli", "run", "--out", "r", "--steps", "1000000"]
+        + ["--width", "0.25", "--epochs", "1", "--train-subset", "200"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (os.path.exists("r/metrics.jsonl") and os.path.getsize("r/metrics.jsonl") > 500):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: finishing the step; once more to stop at once" in errors
+    assert "fastgeo: interrupted; go on with: fastgeo run --out r --resume" in errors
+    (saved,) = glob.glob("r/checkpoint/*/path.safetensors")
+    assert len(Path.load(saved)) == 5  # of 25, at the beginning
+    assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
+
+
+def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):
+    for argv, words in (
+        (["--help"], ["run", "train", "match", "optimize", "evaluate", "plot"]),
+        (["run", "--help"], ["--preset", "--points", "(default: resnet8)"]),
+        (["run", "--preset", "paper", "--help"], ["resnet20", "3920", "cifar10", "(default: 4"]),
+        (["match", "--help"], ["--match-sweeps"]),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(argv)
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), argv
+
+
+def test_the_paper_preset_is_the_papers_experiment():
+    c = PRESETS["paper"]
+    assert (c.data, c.model, c.width, c.norm) == ("cifar10", "resnet20", 4, "group")
+    assert (c.points, c.steps, c.batch_size) == (25, 3920, 256)
+    assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
+    assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
+    plain = dict(lr=0.1, momentum=0.0, lr_schedule="constant", precondition=False)
+    plain |= dict(steps=3920, coarse_to_fine=False, precision="fp32")
+    assert c.descent == plain
+    others = dict(momentum=0.9, lr_schedule="linear", precondition=True, coarse_to_fine=True)
+    assert PRESETS["digits"].descent == plain | others | dict(steps=100)
+
+
+def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
+    content = read_json(run / "config.json")
+    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
+        del content["config"][name]
+    write_json(tmp_path / "config.json", content)
+    c = Run.open(tmp_path).config
+    assert (c.coarse_to_fine, c.momentum, c.lr_schedule) == (False, 0.0, "constant")
+    content = read_json(run / "report.json")
+    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
+        del content["config"][name]
+    assert "SGD at rate 0.1.\n" in report.markdown(content)
+
+
+def test_config_json_says_where_every_setting_is_from(run):
+    content = json.loads((run / "config.json").read_text())
+    assert content["about"].keys() == content["config"].keys()
+    assert content["about"]["train_lr"] == "peak of the one-cycle rate (paper)"
+    assert (
+        "| `points` | `5` | N, networks on the path with both ends (paper) |"
+        in (run / "report.md").read_text()
+    )
+
+
+def test_matched_end_computes_what_b_computes(run):
+    opened = Run.open(run)
+    _, b = opened.ends()
+    path, module = Path.load(run / "path.safetensors"), opened.new_module()
+    x = torch.randn(9, 1, 8, 8)
+    assert not torch.equal(path.end["conv1.weight"], b["conv1.weight"])
+    plain = safetensors.torch.load_file(run / "matched.safetensors")
+    module.load_state_dict(plain)
+    torch.testing.assert_close(plain, path.end, rtol=0, atol=0)
+    torch.testing.assert_close(
+        functional_call(module, path.end, (x,)), functional_call(module, b, (x,))
+    )
