@@ -21,7 +21,7 @@ from fastgeo_kernels import (
 from torch import Tensor, nn
 
 from benchmarks import path_jsd
-from fastgeo import Path, evaluate, match, models, optimize
+from fastgeo import Descent, Forward, Path, evaluate, match, models, optimize
 from fastgeo.data.images import load
 from fastgeo.profiling import baselines
 
@@ -156,8 +156,15 @@ def steps(
         return moved(baseline.points())
 
     def by_fastgeo() -> Tensors:
-        options = dict(steps=count, precondition=False, engine="stacked")
-        return moved(list(optimize(path, module, repeat(x), **options).points()))
+        after = optimize(
+            *(path, module, repeat(x)),
+            steps=count,
+            descent=Descent(
+                momentum=0.0, lr_schedule="constant", precondition=False, coarse_to_fine=False
+            ),
+            forward=Forward(engine="stacked"),
+        )
+        return moved(list(after.points()))
 
     setting = f"ResNet{depth} width {width:g}, {pixels}x{pixels}, N = {points}, B = {batch}"
     for name, run in (("loop over modules", by_loop), ("fastgeo, stacked", by_fastgeo)):

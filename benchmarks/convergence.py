@@ -6,6 +6,7 @@ so that each is seen at its best. The engine is the same for all.
 """
 
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,21 +16,24 @@ from matplotlib.figure import Figure
 
 from benchmarks.ends import Ends, Options
 from benchmarks.harness import RESULTS, environment, write_result
-from fastgeo import Path, evaluate, keep_pages, optimize
+from fastgeo import Descent, Forward, Path, evaluate, keep_pages, optimize
 from fastgeo.profiling.measure import headline, table
 from fastgeo.store.files import write_figure
 
+PLAIN = Descent(momentum=0.0, lr_schedule="constant", precondition=False, coarse_to_fine=False)
+PRECONDITIONED = replace(PLAIN, precondition=True)
 FALLING = dict(lr_schedule="linear")
 MOMENTUM = dict(momentum=0.9, **FALLING)
 METHODS = {
-    "plain SGD": dict(precondition=False),
-    "plain SGD, falling rate, momentum": dict(precondition=False, **MOMENTUM),
-    "preconditioned": dict(),
-    "preconditioned, falling rate": FALLING,
-    "preconditioned, falling rate, momentum": MOMENTUM,
-    "coarse to fine": dict(coarse_to_fine=True),
-    "coarse to fine, falling rate, momentum": dict(coarse_to_fine=True, **MOMENTUM),
+    "plain SGD": PLAIN,
+    "plain SGD, falling rate, momentum": replace(PLAIN, **MOMENTUM),
+    "preconditioned": PRECONDITIONED,
+    "preconditioned, falling rate": replace(PRECONDITIONED, **FALLING),
+    "preconditioned, falling rate, momentum": replace(PRECONDITIONED, **MOMENTUM),
+    "coarse to fine": replace(PRECONDITIONED, coarse_to_fine=True),
+    "coarse to fine, falling rate, momentum": Descent(),
 }
+STACKED = Forward(engine="stacked")
 RATES = (0.1, 0.2, 0.4, 0.8)
 MOMENTUM_RATES = (0.025, 0.05, 0.1, 0.2)  # in the long run, momentum makes ten times as much
 FOUND = (
@@ -53,7 +57,7 @@ class Bench(Ends):
         test = islice(self.dataset.in_order("test", size), max(1, TEST_IMAGES // size))
         self.splits = {"train": self.dataset.in_order("train", size), "test": list(test)}
 
-    def row(self, points: int, **how: Any) -> dict[str, Any]:
+    def row(self, points: int, descent: Descent) -> dict[str, Any]:
         """What one optimisation reaches, with the course of energies and seconds."""
         course: list[dict[str, float]] = []
 
@@ -62,10 +66,16 @@ class Bench(Ends):
 
         line, row = self.line(points), {}
         batches = self.batches(self.config.path_seed)
-        options = dict(steps=self.config.steps, engine="stacked", on_step=on_step, progress=True)
         started = time.perf_counter()
         try:
-            path = optimize(line, self.module, batches, **options, **how)
+            path = optimize(
+                *(line, self.module, batches),
+                steps=self.config.steps,
+                descent=descent,
+                forward=STACKED,
+                on_step=on_step,
+                progress=True,
+            )
             row["seconds"] = time.perf_counter() - started
             row |= self._found(path)
         except ValueError as error:
@@ -79,9 +89,9 @@ class Bench(Ends):
         return self._found(self.line(points))
 
     def _found(self, path: Path) -> dict[str, float]:
-        found = evaluate(path, self.module, self.splits, engine="stacked")
+        found = evaluate(path, self.module, self.splits, forward=STACKED)
         fine, train = path.resample(2 * len(path) - 1), {"train": self.splits["train"]}
-        between = evaluate(fine, self.module, train, engine="stacked").splits["train"].loss[1::2]
+        between = evaluate(fine, self.module, train, forward=STACKED).splits["train"].loss[1::2]
         values = (
             *(found.energy, found.sqrt_jsd, found.fisher_rao),
             *(max(found.splits["train"].loss), max(between)),
@@ -93,9 +103,9 @@ class Bench(Ends):
 def methods(bench: Bench) -> list[dict[str, Any]]:
     """A row for each method and rate."""
     rows = []
-    for name, how in METHODS.items():
-        for lr in MOMENTUM_RATES if "momentum" in how else RATES:
-            row = bench.row(bench.config.points, lr=lr, **how)
+    for name, descent in METHODS.items():
+        for lr in MOMENTUM_RATES if descent.momentum else RATES:
+            row = bench.row(bench.config.points, replace(descent, lr=lr))
             rows.append({"step": name, "rate": lr, **row})
     return rows
 

@@ -6,7 +6,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from fastgeo import Path, match
+from fastgeo import Forward, Path, match
 from fastgeo.app.config import PRESETS
 from fastgeo.app.folder import Run
 from fastgeo.data.images import Shuffled
@@ -66,7 +66,9 @@ class Ends:
 
 def _trained(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     c, data = run.config, run.dataset
-    a, b = train_ends(run.new_module, data, c.seeds, c, engine="stacked", progress=True)
+    a, b = train_ends(
+        run.new_module, data, c.seeds, c.training, progress=True, forward=Forward(engine="stacked")
+    )
     inputs, _ = next(iter(data.in_order("train", c.eval_batch_size)))
     module = run.new_module().to(run.device)
     return a, match(a, b, inputs, module=module, restarts=c.match_restarts).state_dict

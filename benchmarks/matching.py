@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.harness import environment, write_result
-from fastgeo import Path, data, evaluate, keep_pages, match, match_many, models
+from fastgeo import Forward, Path, data, evaluate, keep_pages, match, match_many, models
 from fastgeo.app.config import PRESETS
 from fastgeo.matching.pair import Objective, descend, start_from
 from fastgeo.profiling.measure import headline, table
@@ -63,7 +63,9 @@ def ends(options: Options) -> tuple[data.Dataset, nn.Module, list[dict[str, torc
     states = []
     for first in range(0, 2 * options.pairs, 8):  # few at a time, to bound the memory
         seeds = range(first, min(first + 8, 2 * options.pairs))
-        states += train_ends(make, dataset, seeds, config, engine="stacked", progress=True)
+        states += train_ends(
+            make, dataset, seeds, config.training, progress=True, forward=Forward(engine="stacked")
+        )
     if options.keep is not None:
         torch.save(states, options.keep)
     return dataset, make(), states
@@ -120,7 +122,9 @@ def compare(options: Options) -> dict[str, object]:
             seconds = time.perf_counter() - started
             square = sum((a[key] - matched[key]).double().square().sum().item() for key in a)
             inner = sum((a[key].double() * matched[key].double()).sum().item() for key in a)
-            line = evaluate(Path.linear(a, matched, POINTS), module, splits, engine="stacked")
+            line = evaluate(
+                Path.linear(a, matched, POINTS), module, splits, forward=Forward(engine="stacked")
+            )
             barriers = {name: split.barrier for name, split in line.splits.items()}
             own = {"objective": inner, "square distance": square, **barriers}
             found.setdefault(name, []).append(own | {"sweeps": sweeps, "seconds": seconds})

@@ -16,18 +16,21 @@ import torch
 import tyro
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo import Path, keep_pages, models, optimize, stack
+from fastgeo import Descent, Forward, Path, keep_pages, models, optimize, stack
 from fastgeo.profiling.measure import headline, table
 from fastgeo.step.memory import step_memory
 
 POINTS = (5, 9, 17, 33)
+PLAIN = Descent(momentum=0.0, coarse_to_fine=False)
 ENGINES = {
-    "stacked": dict(engine="stacked"),
-    "stacked, chunk = 4": dict(engine="stacked", chunk=4),
-    "stacked, chunk = 1": dict(engine="stacked", chunk=1),
-    "stacked, memory_budget = 1GiB": dict(engine="stacked", memory_budget="1GiB"),
-    "loop": dict(engine="loop"),
-    "loop, chunk = 4": dict(engine="loop", chunk=4),
+    "stacked": Forward(engine="stacked", channels_last=False),
+    "stacked, chunk = 4": Forward(engine="stacked", chunk=4, channels_last=False),
+    "stacked, chunk = 1": Forward(engine="stacked", chunk=1, channels_last=False),
+    "stacked, memory_budget = 1GiB": Forward(
+        engine="stacked", memory_budget="1GiB", channels_last=False
+    ),
+    "loop": Forward(engine="loop", channels_last=False),
+    "loop, chunk = 4": Forward(engine="loop", chunk=4, channels_last=False),
 }
 
 
@@ -54,7 +57,7 @@ def peak_of_a_step(name: str, points: int, batch: int) -> float:
     with torch.no_grad():
         module(x[:1])
     before = _peak()
-    optimize(path, module, [x], steps=2, channels_last=False, **ENGINES[name])
+    optimize(path, module, [x], steps=2, descent=PLAIN, forward=ENGINES[name], cuda_graph=False)
     return (_peak() - before) / 2**20
 
 
@@ -63,17 +66,17 @@ def peak_and_estimate(setting: str) -> tuple[float, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_pages()
     torch.manual_seed(0)
-    make, size, points, batch, options = SETTINGS[setting]
+    make, size, points, batch, forward = SETTINGS[setting]
     module, a, b = (make().to(device) for _ in range(3))
     path, x = Path.linear(a, b, points), torch.randn(batch, *size, device=device)
     with torch.no_grad():
         module(x[:1])
-    network = stack(module.eval(), engine=options["engine"])
+    network = stack(module.eval(), engine=forward.engine)
     params = {name: tensor[None] for name, tensor in module.state_dict().items()}
     need = step_memory(network, params, x[:8], networks=points - 2, scale=batch / 8)
     before = _peak()
-    optimize(path, module, [x], steps=3, channels_last=False, **options)
-    peak = need.peak(points - 2, options.get("chunk"))
+    optimize(path, module, [x], steps=3, descent=PLAIN, forward=forward, cuda_graph=False)
+    peak = need.peak(points - 2, forward.chunk)
     return (_peak() - before) / 2**20, peak / 2**20
 
 
@@ -83,30 +86,36 @@ def resnet(depth: int, width: float, channels: int) -> Callable[[], torch.nn.Mod
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 SETTINGS = {
-    "digits preset, stacked": (resnet(8, 0.5, 1), DIGITS, 25, 128, dict(engine="stacked")),
+    "digits preset, stacked": (
+        resnet(8, 0.5, 1),
+        DIGITS,
+        25,
+        128,
+        Forward(engine="stacked", channels_last=False),
+    ),
     "digits preset at B = 1,024, stacked": (
         *(resnet(8, 0.5, 1), DIGITS, 25, 1024),
-        dict(engine="stacked"),
+        Forward(engine="stacked", channels_last=False),
     ),
     "cifar10 preset at N = 9, B = 32, stacked": (
         *(resnet(20, 1, 3), CIFAR, 9, 32),
-        dict(engine="stacked"),
+        Forward(engine="stacked", channels_last=False),
     ),
     "cifar10 preset at B = 64, chunk = 4, stacked": (
         *(resnet(20, 1, 3), CIFAR, 25, 64),
-        dict(engine="stacked", chunk=4),
+        Forward(engine="stacked", chunk=4, channels_last=False),
     ),
     "cifar10 preset at N = 9, B = 32, loop": (
         *(resnet(20, 1, 3), CIFAR, 9, 32),
-        dict(engine="loop"),
+        Forward(engine="loop", channels_last=False),
     ),
     "paper preset at B = 16, chunk = 4, stacked": (
         *(resnet(20, 4, 3), CIFAR, 25, 16),
-        dict(engine="stacked", chunk=4),
+        Forward(engine="stacked", chunk=4, channels_last=False),
     ),
     "ResNet8 width 1, N = 17, B = 128, stacked": (
         *(resnet(8, 1, 3), CIFAR, 17, 128),
-        dict(engine="stacked"),
+        Forward(engine="stacked", channels_last=False),
     ),
 }
 

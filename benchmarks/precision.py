@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import ends
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
-from fastgeo import evaluate, keep_pages, optimize
+from fastgeo import Forward, evaluate, keep_pages, optimize
 from fastgeo.profiling.measure import headline, table
 from fastgeo.store.files import write_figure
 
@@ -42,13 +42,14 @@ def curve(between: ends.Ends, precision: str, seed: int) -> dict[str, Tensor]:
     c, energies = between.config, []
     path = optimize(
         *(between.line(c.points), between.module, between.batches(seed)),
-        **{**c.descent, "precision": precision},
-        engine="stacked",
+        steps=c.steps,
+        descent=c.descent,
+        forward=Forward(engine="stacked", precision=precision),
         on_step=lambda metrics, _: energies.append(metrics["energy"]),
         progress=True,
     )
     train = {"train": between.dataset.in_order("train", c.eval_batch_size)}
-    found = evaluate(path, between.module, train, engine="stacked")
+    found = evaluate(path, between.module, train, forward=Forward(engine="stacked"))
     return {
         "energy of a step": torch.tensor(energies),
         "train loss": torch.tensor(found.splits["train"].loss),

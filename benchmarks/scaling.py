@@ -6,15 +6,15 @@ should be linear in N, and memory flat where the step streams (a chunk is set).
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
 import tyro
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
-from fastgeo import Path, keep_pages, models, optimize
+from fastgeo import Descent, Forward, Path, keep_pages, models, optimize
 from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
 from fastgeo.store.files import write_figure
 
@@ -66,12 +66,21 @@ def measure(setting: Setting, repeats: int, device: str) -> dict[str, Any]:
     module, a, b = (models.resnet(8, setting.width).to(device) for _ in range(3))
     path = Path.linear(a, b, setting.points)
     x = torch.randn(setting.batch, 3, setting.pixels, setting.pixels, device=device)
-    options = dict(engine="stacked", chunk=setting.chunk)
+    options = dict(
+        descent=Descent(momentum=0.0, coarse_to_fine=False),
+        forward=Forward(engine="stacked", chunk=setting.chunk),
+        cuda_graph=False,
+    )
     times: list[float] = []
-    on_step = lambda metrics, path: times.append(now())  # noqa: E731
-    optimize(path, module, repeat(x), steps=repeats + 2, on_step=on_step, **options)
+
+    def stamped() -> Iterator[Tensor]:
+        while True:
+            times.append(now())
+            yield x
+
+    optimize(path, module, stamped(), steps=repeats + 2, **options)
     steps = [after - before for before, after in zip(times[1:-1], times[2:], strict=True)]
-    peak = peak_bytes(lambda: optimize(path, module, repeat(x), steps=1, **options))
+    peak = peak_bytes(lambda: optimize(path, module, [x], steps=1, **options))
     return {
         "ms": {level: 1e3 * s for level, s in quantiles(steps).items()},
         "peak MiB": round(peak / 2**20),

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastgeo import Path, models
+from fastgeo import Descent, Forward, Path, models
+from fastgeo.data.inputs import Passes
 from fastgeo.profiling.baselines import Baseline, compiled_loop, loop, vmapped
 from fastgeo.profiling.measure import quantiles, time_alternating, wall_seconds
 from fastgeo.stacking.precision import matmul_precision
-from fastgeo.step.sources import Given
-from fastgeo.step.static import StaticStep
+from fastgeo.step.steps import Steps
 
 LR = 0.1
 # Allowed relative errors of the energy and of the gradient's norm, after one step.
@@ -104,34 +104,35 @@ class Loops:
 
 
 class Fastgeo:
-    """`StaticStep`, replayed or operation by operation."""
+    """Steps of `fastgeo.optimize`, replayed or one by one."""
 
-    def __init__(self, module, path, x, *, graphed=False, precondition=False, **options):
-        source = Given([x])
-        self.static = StaticStep(
-            *(path, module, source),
-            lr=LR,
-            precondition=precondition,
-            read_every=1,
-            channels_last=True,
-            **options,
+    def __init__(self, module, path, x, *, graphed=False, precondition=False, **forward):
+        descent = Descent(LR, 0.0, "constant", precondition, coarse_to_fine=False)
+        self.steps = Steps(
+            module,
+            Passes([x], repeat=True),
+            descent,
+            Forward(engine="stacked", channels_last=True, **forward),
+            capture=graphed,
+            device=path.device,
+            most=len(path) - 2,
+            measured=False,
+            on_choice=None,
         )
-        self.static.warm_up(1)  # in which every operation finds out which way it runs
-        if slow := self.static.engine.network.not_stacked():
+        self.precision = self.steps.forward.precision
+        self.steps.begin(path, {})
+        with matmul_precision(self.precision):
+            self.steps.take([0.0])  # in which every operation finds out which way it runs
+        if slow := self.steps.choice.chosen.network.not_stacked():
             raise RuntimeError(f"not stacked: {slow}")
-        if graphed:
-            self.static.capture()
+        self.energy = torch.zeros(())
 
     def step(self) -> None:
-        self.static.turn.zero_()
-        self.static.step()
-
-    @property
-    def energy(self) -> Tensor:
-        return self.static.energies[0].sum()
+        with matmul_precision(self.precision):
+            self.energy = self.steps.take([LR]).energies[0].sum()
 
     def interior(self) -> dict[str, Tensor]:
-        return self.static.path().interior
+        return self.steps.step.copied_path().interior
 
 
 @dataclass(frozen=True)
@@ -191,11 +192,9 @@ RELEASED = "loop, as released (fp32, torch's defaults)"
 def reference(module: nn.Module, path: Path, x: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Energy and interior after one plain step, in exact fp32, two networks alive at a time."""
     with matmul_precision("fp32"):
-        static = StaticStep(
-            *(path, module, Given([x])), lr=LR, precondition=False, chunk=1, read_every=1
-        )
-        static.run()
-    return static.energies[0].sum().item(), static.path().interior
+        exact = Fastgeo(module, path, x, chunk=1)
+        exact.step()
+    return exact.energy.item(), exact.interior()
 
 
 def check(engine, start: dict, expected: tuple[float, dict]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from fastgeo import operations  # noqa: F401 - fills the table of operations
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
+from fastgeo.forward.options import Forward
 from fastgeo.matching.many import CommonFrame, match_many
 from fastgeo.matching.pair import Matching, match
 from fastgeo.optimize import optimize
@@ -9,26 +10,30 @@ from fastgeo.path import Path
 from fastgeo.recalibrate import recalibrate
 from fastgeo.stacking.module import stack
 from fastgeo.step.allocator import keep_pages
-from fastgeo.step.replayed import optimize_static
+from fastgeo.step.descent import Descent
 from fastgeo.store.checkpoint import Checkpoints
 from fastgeo.symmetry.derive import permutation_spec
 from fastgeo.symmetry.spec import PermutationSpec
+from fastgeo.train import Training, train_ends
 
 __all__ = [
     "Checkpoints",
     "CommonFrame",
+    "Descent",
     "Evaluation",
+    "Forward",
     "Matching",
     "Path",
     "PermutationSpec",
     "SplitEvaluation",
+    "Training",
     "evaluate",
     "keep_pages",
     "match",
     "match_many",
     "optimize",
-    "optimize_static",
     "permutation_spec",
     "recalibrate",
     "stack",
+    "train_ends",
 ]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastgeo.data.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.modes import evaluation_mode
+from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_path_of
 from fastgeo.recalibrate import recalibrate
 from fastgeo.step.engines import EngineChoice
@@ -72,13 +73,7 @@ def evaluate(
     splits: Mapping[str, Data],
     *,
     batch_size: int = 256,
-    engine: str = "auto",
-    channels_last: bool | None = None,
-    chunk: int | None = None,
-    batchnorm: str = "refuse",
-    precision: str = "fp32",
-    output: str = "logits",
-    mask: str | None = None,
+    forward: Forward = Forward(),
     on_choice: Callable[[dict], None] | None = None,
     progress: bool = False,
     description: str = "evaluate",
@@ -94,12 +89,11 @@ def evaluate(
             for logits [n, ..., C], or -100 where a row does not count. The lengths are taken on the
             first split.
         batch_size: inputs in one pass, for splits given as tensors.
-        engine, channels_last, precision, output, on_choice: as in `fastgeo.optimize`.
-        mask: name of one of the inputs, [n, ...] as the labels: rows where it is 0 do not count, as
-            those labelled -100. Losses, accuracies and lengths are means over the rows that count.
-        chunk: networks in one pass; None for all of them.
-        batchnorm: "refuse", or "recalibrate": the running statistics of every network are computed
-            anew on the first split (`fastgeo.recalibrate`), on the path that is evaluated only.
+        forward: engine, chunk, precision and the like (`fastgeo.Forward`). Losses, accuracies and
+            lengths are means over the rows that count. With batchnorm="recalibrate" the running
+            statistics of every network are computed anew on the first split
+            (`fastgeo.recalibrate`), on the path that is evaluated only.
+        on_choice: as in `fastgeo.optimize`.
         progress: show a progress bar.
         description: its label.
 
@@ -118,13 +112,11 @@ def evaluate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
-    options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    options |= dict(precision=precision, output=output, work="evaluation", on_choice=on_choice)
-    choice = EngineChoice(module, **options)
-    if batchnorm == "recalibrate":
+    choice = EngineChoice(module, forward, work="evaluation", on_choice=on_choice)
+    if forward.batchnorm == "recalibrate":
         name, data = next(iter(splits.items()))
         inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
-        path = recalibrate(path, module, inputs, chunk=chunk, output=output)
+        path = recalibrate(path, module, inputs, forward=forward)
     stacked = path.stacked()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
     results, lengths = {}, None
@@ -142,7 +134,7 @@ def evaluate(
                 choice.prepare(one, inputs, points=len(path))
                 outputs = choice.run(lambda engine, x=inputs: engine.forward(stacked, x))
             logits = logits_of(outputs)
-            counted, labels = rows_that_count(inputs, None, mask), labels.to(path.device)
+            counted, labels = rows_that_count(inputs, None, forward.mask), labels.to(path.device)
             rows = label_rows(f"split {name!r}", labels, outputs, counted)
             totals.add(logits, rows, lengths=lengths is None)
         if totals.count == 0:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from fastgeo.data.inputs import Passes, on_device
 from fastgeo.forward.modes import batch_norms, batch_statistics, tracking_instance_norm
+from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_path_of
 from fastgeo.stacking.module import stack
 from fastgeo.step.engines import Engine
@@ -21,8 +22,7 @@ def recalibrate(
     module: nn.Module,
     batches: Iterable,
     *,
-    chunk: int | None = None,
-    output: str = "logits",
+    forward: Forward = Forward(),
     progress: bool = False,
 ) -> Path:
     """The same path with the running statistics of every network, ends included, from data.
@@ -37,15 +37,14 @@ def recalibrate(
         path: made with `Path.linear(..., batchnorm="recalibrate")`.
         module: the network of all points; its BatchNorm layers must track statistics.
         batches: one pass over inputs, as in `fastgeo.optimize`; training data, usually.
-        chunk: networks in one pass; None for all of them.
-        output: name of an output of the module, as in `fastgeo.optimize`.
+        forward: of which chunk and output matter here.
         progress: show a progress bar.
 
     Raises:
         TypeError, ValueError: as in `fastgeo.optimize`; a module without such layers, or no batch.
 
     Example:
-        >>> path = optimize(path, module, batches, batchnorm="recalibrate")
+        >>> path = optimize(path, module, batches, forward=Forward(batchnorm="recalibrate"))
         >>> path = recalibrate(path, module, batches)
     """
     check_path_of(path, module)
@@ -62,7 +61,8 @@ def recalibrate(
     for name in names:
         start = STATISTICS[name.rpartition(".")[2]]
         stacked[name] = torch.full_like(stacked[name], start, memory_format=torch.contiguous_format)
-    engine = Engine(stack(module, batchnorm="recalibrate", output=output), chunk)
+    network = stack(module, batchnorm="recalibrate", output=forward.output)
+    engine = Engine(network, forward.chunk)
     seen = 0
     for given, _ in tqdm(
         Passes(batches, repeat=False),

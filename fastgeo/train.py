@@ -3,6 +3,7 @@
 import contextlib
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +11,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.app.config import TrainConfig
 from fastgeo.data.images import Dataset
 from fastgeo.data.inputs import Stream, each_tensor, on_device
 from fastgeo.data.loaders import Batch, LoaderData
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.forward.options import Forward
 from fastgeo.stacking.module import part_of
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
 from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.store.checkpoint import Checkpoints, State
+
+
+@dataclass(frozen=True)
+class Training:
+    """How networks are trained: SGD with Nesterov momentum under a one-cycle rate.
+
+    Attributes:
+        epochs: passes over the training images (paper: 100).
+        train_batch_size: images of each network in a training step (paper: 128).
+        train_lr: peak of the one-cycle rate (paper).
+        weight_decay: L2 penalty (paper).
+        warmup_fraction: share of the steps with rising rate, two steps at least (paper: pct_start).
+        lr_start_divisor: peak rate over first rate (paper: div_factor).
+        lr_end_divisor: first rate over last rate (paper: final_div_factor).
+        momentum_low: Nesterov momentum at the peak rate (paper).
+        momentum_high: Nesterov momentum at the first and last rate (paper).
+    """
+
+    epochs: int = 20
+    train_batch_size: int = 64
+    train_lr: float = 0.1
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.1
+    lr_start_divisor: float = 1e9
+    lr_end_divisor: float = 1e6
+    momentum_low: float = 0.85
+    momentum_high: float = 0.95
+
 
 States = list[dict[str, Tensor]]
 LETTERS = string.ascii_lowercase  # of the networks
@@ -28,14 +57,9 @@ def train_ends(
     make_module: Callable[[], nn.Module],
     data: Dataset | LoaderData,
     seeds: Sequence[int],
-    config: TrainConfig,
+    training: Training = Training(),
     *,
-    engine: str = "auto",
-    channels_last: bool | None = None,
-    chunk: int | None = None,
-    batchnorm: str = "refuse",
-    output: str = "logits",
-    mask: str | None = None,
+    forward: Forward = Forward(),
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, States], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -52,12 +76,10 @@ def train_ends(
         make_module: returns a freshly initialised module; called once a seed.
         data: what to train on, on the device to train on.
         seeds: one a network.
-        config: epochs, train_batch_size, train_lr and the rest of the schedule.
-        engine, channels_last, output, on_choice: as in `fastgeo.optimize`.
-        mask: as in `fastgeo.evaluate`.
-        chunk: networks in one pass; None for all of them.
-        batchnorm: "refuse", or "recalibrate" for a module with BatchNorm, which is then trained as
-            it is, every network with running statistics of its own.
+        training: epochs, batch size and the schedule of the rate.
+        forward: engine, chunk and the like (`fastgeo.Forward`). With batchnorm="recalibrate" a
+            module with BatchNorm is trained as it is, every network with statistics of its own.
+        on_choice: as in `fastgeo.optimize`.
         on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and the K states
             that had this loss, which may be kept.
         checkpoints: as in `fastgeo.optimize`.
@@ -70,7 +92,7 @@ def train_ends(
         ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss or
             gradient that stops being finite.
     """
-    steps = training_steps(data, config)
+    steps = training_steps(data, training)
     states, batches = [], []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
@@ -79,34 +101,33 @@ def train_ends(
         state = module.state_dict()
         states.append({name: t.detach().to(data.device) for name, t in state.items()})
         generator = torch.Generator().manual_seed(seed)
-        batches.append(data.shuffled(config.train_batch_size, generator))
+        batches.append(data.shuffled(training.train_batch_size, generator))
     saved = None if checkpoints is None else checkpoints.load("train")
     if saved is not None:
         own = saved.tensors["ends"].values()
         states = [{name: t.to(data.device) for name, t in state.items()} for state in own]
-    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    stacked = {n: torch.stack([state[n] for state in states]).contiguous() for n in states[0]}
     first: dict[nn.Parameter, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         stacked[name] = stacked[first.setdefault(parameter, name)]  # tied ones stay tied
     trained = [name for parameter, name in first.items() if parameter.requires_grad]
     weights = [stacked[name].requires_grad_() for name in trained]
-    options = dict(engine=engine, channels_last=channels_last, chunk=chunk, batchnorm=batchnorm)
-    choice = EngineChoice(module, **options, output=output, work="training", on_choice=on_choice)
+    choice = EngineChoice(module, forward, work="training", on_choice=on_choice)
 
     optimizer = torch.optim.SGD(
-        weights, config.train_lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+        weights, training.train_lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=config.train_lr,
+        max_lr=training.train_lr,
         total_steps=steps,
-        pct_start=max(config.warmup_fraction, 2 / steps),  # OneCycleLR divides by 0 below that
-        base_momentum=config.momentum_low,
-        max_momentum=config.momentum_high,
-        div_factor=config.lr_start_divisor,
-        final_div_factor=config.lr_end_divisor,
+        pct_start=max(training.warmup_fraction, 2 / steps),  # OneCycleLR divides by 0 below that
+        base_momentum=training.momentum_low,
+        max_momentum=training.momentum_high,
+        div_factor=training.lr_start_divisor,
+        final_div_factor=training.lr_end_divisor,
     )
-    batch, first_step = config.train_batch_size * len(seeds), 0
+    batch, first_step = training.train_batch_size * len(seeds), 0
     with (
         seeded(seeds[0], data.device),
         tqdm(total=steps * batch, desc="train", unit="img", disable=not progress) as bar,
@@ -131,7 +152,7 @@ def train_ends(
 
             loss = choice.run(  # [K]
                 lambda engine, batch=(inputs, labels), check=step == first_step: _losses(
-                    engine, stacked, batch, mask, check=check
+                    engine, stacked, batch, forward.mask, check=check
                 )
             )
             if not loss.isfinite().all():
@@ -143,7 +164,7 @@ def train_ends(
                 raise ValueError(
                     f"training stopped at step {step} of {steps}: the loss of network {LETTERS[k]} "
                     f"is {loss[k].item()}, since {where(module, state, own)}; "
-                    f"lower train-lr (now {config.train_lr})"
+                    f"lower train-lr (now {training.train_lr})"
                 )
             gradients = {
                 name: stacked[name].grad for name in trained if stacked[name].grad is not None
@@ -152,12 +173,11 @@ def train_ends(
                 name, k = first_not_finite(gradients)
                 raise ValueError(
                     f"training stopped at step {step} of {steps}: the gradient of {name} of "
-                    f"network {LETTERS[k]} is not finite; lower train-lr (now {config.train_lr})"
+                    f"network {LETTERS[k]} is not finite; lower train-lr (now {training.train_lr})"
                 )
             metrics = {"step": step, "loss": loss.tolist(), "lr": schedule.get_last_lr()[0]}
             if checkpoints is not None:
                 checkpoints.record(metrics)
-                checkpoints.hold()
             if on_step is not None:
                 on_step(metrics, _unstack(stacked))
             optimizer.step()
@@ -170,7 +190,7 @@ def train_ends(
         name, k = first_not_finite(stacked)
         raise ValueError(
             f"{name} of network {LETTERS[k]} is not finite after training; lower train-lr (now "
-            f"{config.train_lr})"
+            f"{training.train_lr})"
         )
     return _unstack(stacked)
 
@@ -185,13 +205,12 @@ def _state(
 ) -> State:
     own = optimizer.state_dict()
     momentum = {
-        name: own["state"][i]["momentum_buffer"]
+        name: own["state"][i]["momentum_buffer"].clone()
         for i, name in enumerate(trained)
         if own["state"].get(i, {}).get("momentum_buffer") is not None
     }
     orders = {f"order {i}": order.state_dict() for i, order in enumerate(batches)}
-    networks = zip(*(tensor.detach().unbind(0) for tensor in stacked.values()), strict=True)
-    ends = [dict(zip(stacked, network, strict=True)) for network in networks]
+    ends = _unstack(stacked)
     return State(
         step,
         {"ends": dict(zip(LETTERS, ends, strict=False)), "state": {"momentum": momentum, **orders}},
@@ -252,12 +271,12 @@ def _stacked(inputs: list[Any]) -> Any:
     return inputs[0]
 
 
-def training_steps(data: Dataset | LoaderData, config: TrainConfig) -> int:
+def training_steps(data: Dataset | LoaderData, training: Training) -> int:
     """How many steps a training takes; ValueError if fewer than two."""
-    steps = config.epochs * data.batches_per_epoch(config.train_batch_size)
+    steps = training.epochs * data.batches_per_epoch(training.train_batch_size)
     if steps < 2:
         raise ValueError(
-            f"epochs ({config.epochs}) and train-batch-size ({config.train_batch_size}) leave "
+            f"epochs ({training.epochs}) and train-batch-size ({training.train_batch_size}) leave "
             f"fewer than two steps on {data.training_size}"
         )
     return steps

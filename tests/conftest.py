@@ -1,6 +1,7 @@
 """Small networks, data and paths that many tests share."""
 
 import copy
+import dataclasses
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # or every worker starts as many threads as there are cores
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from fastgeo import Path, models, stack
+from fastgeo import Descent, Forward, Path, models, stack
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,28 @@ def path():
 def tiny_resnet(seed: int = 0, norm: str = "group") -> models.ResNet:
     torch.manual_seed(seed)
     return models.resnet(8, 0.25, in_channels=1, num_classes=5, norm=norm).double()
+
+
+def plain(**changes) -> Descent:
+    """Descent as in the paper but for the preconditioner: no momentum, one rate, all points."""
+    return Descent(**dict(momentum=0.0, lr_schedule="constant", coarse_to_fine=False) | changes)
+
+
+def settings(**flat) -> dict:
+    """Arguments of `optimize`: those of a plain descent and of a forward pass put together."""
+    names = {field.name for field in dataclasses.fields(Descent)}
+    own = {name: value for name, value in flat.items() if name in names}
+    return {"descent": plain(**own)} | evaluating(
+        **{name: value for name, value in flat.items() if name not in names}
+    )
+
+
+def evaluating(**flat) -> dict:
+    """Arguments of `evaluate`: those of a forward pass put together."""
+    names = {field.name for field in dataclasses.fields(Forward)}
+    own = {name: value for name, value in flat.items() if name in names}
+    others = {name: value for name, value in flat.items() if name not in names}
+    return {"forward": Forward(**own)} | others
 
 
 def images(count: int = 12, channels: int = 1, size: int = 8, seed: int = 3) -> torch.Tensor:

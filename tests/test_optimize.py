@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, tiny_resnet
+from conftest import images, plain, settings, tiny_resnet
 from fastgeo_kernels import inverse_path_laplacian
 from torch import nn
 from torch.func import functional_call, jvp
 
-from fastgeo import Path, evaluate, models, optimize
+from fastgeo import Forward, Path, evaluate, models, optimize
 
 
 def loop_energy(module, points, x):
@@ -46,7 +46,7 @@ def test_steps_equal_the_plain_loop(precondition, norm):
             for i, leaf in enumerate(leaves):
                 points[i + 1][name] = (leaf[name] - 0.1 * grad[i]).detach()
 
-    got = optimize(path, module, [x], steps=3, lr=0.1, precondition=precondition)
+    got = optimize(path, module, [x], steps=3, descent=plain(lr=0.1, precondition=precondition))
     for stacked, loop in zip(got.points(), points, strict=True):
         torch.testing.assert_close(stacked, loop, rtol=1e-6, atol=1e-9)
 
@@ -83,14 +83,14 @@ def test_momentum_and_falling_rates_equal_torchs_optimizer(
         optimizer.step()
 
     how = dict(lr=0.2, momentum=momentum, lr_schedule=lr_schedule, precondition=precondition)
-    got = optimize(path, module, [x], steps=4, **how)
+    got = optimize(path, module, [x], steps=4, **settings(**how))
     for stacked, loop in zip(got.points(), points, strict=True):
         torch.testing.assert_close(stacked, {k: v.detach() for k, v in loop.items()})
 
 
 def test_a_step_that_nobody_watches_measures_no_lengths(path, module, monkeypatch):
     monkeypatch.setattr(Path, "euclidean", lambda self: pytest.fail("it was measured"))
-    optimize(path, module, [images()], steps=2, engine="stacked")
+    optimize(path, module, [images()], steps=2, descent=plain(), forward=Forward(engine="stacked"))
 
 
 def test_inverse_path_laplacian_inverts():
@@ -109,9 +109,8 @@ def test_the_energy_falls_and_the_ends_stay(path, module, precondition):
         module,
         [x],
         steps=20,
-        lr=0.02,
-        precondition=precondition,
         on_step=lambda metrics, path: log.append((metrics, path)),
+        descent=plain(lr=0.02, precondition=precondition),
     )
     energies = [metrics["energy"] for metrics, _ in log]
     assert all(high > low for high, low in zip(energies[:-1], energies[1:], strict=True))
@@ -127,7 +126,7 @@ def test_the_energy_falls_and_the_ends_stay(path, module, precondition):
 
 def test_the_path_given_is_not_changed(path, module):
     before = {name: tensor.clone() for name, tensor in path.interior.items()}
-    optimize(path, module, [images()], steps=2)
+    optimize(path, module, [images()], steps=2, descent=plain())
     torch.testing.assert_close(path.interior, before, rtol=0, atol=0)
 
 
@@ -140,7 +139,7 @@ def test_the_geodesic_of_a_softmax_is_the_great_circle():
     start = Path.linear(a, b, 17)
     start.interior["weight"] += torch.randn(15, 3, 1).double() / 10
     x = torch.ones(1, 1).double()
-    path = optimize(start, module, [x], steps=300, lr=2.0)
+    path = optimize(start, module, [x], steps=300, descent=plain(lr=2.0))
 
     ends = [state["weight"].flatten().softmax(0).sqrt() for state in (a, b)]
     angle = (ends[0] @ ends[1]).acos()
@@ -160,15 +159,17 @@ def test_the_geodesic_of_a_softmax_is_the_great_circle():
 def test_targets_are_ignored(path, module, kind):
     x, y = images(), torch.zeros(12)
     batch = {"tensor": x, "tuple": (x, y), "list": [x, y]}[kind]
-    expected = optimize(path, module, [x], steps=1)
-    got = optimize(path, module, [batch], steps=1)
+    expected = optimize(path, module, [x], steps=1, descent=plain())
+    got = optimize(path, module, [batch], steps=1, descent=plain())
     torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
 
 
 def test_batches_are_gone_through_once_or_until_the_steps_are_done(path, module):
     def steps_taken(batches, **options):
         log = []
-        optimize(path, module, batches, on_step=lambda m, p: log.append(m["step"]), **options)
+        optimize(
+            path, module, batches, on_step=lambda m, p: log.append(m["step"]), **settings(**options)
+        )
         return len(log)
 
     loader = torch.utils.data.DataLoader(images(), batch_size=4)
@@ -196,7 +197,7 @@ def test_tied_and_frozen_parameters(momentum):
 
     a, b, x = Tied().double(), Tied().double(), torch.randn(8, 4).double()
     path = Path.linear(a, b, 5)
-    got = optimize(path, a, [x], steps=1, precondition=False, momentum=momentum)
+    got = optimize(path, a, [x], steps=1, descent=plain(precondition=False, momentum=momentum))
     assert torch.equal(got.interior["first.weight"], got.interior["second.weight"])
     assert torch.equal(got.interior["frozen.weight"], path.interior["frozen.weight"])
 
@@ -216,24 +217,32 @@ def test_unused_parameters_stay_and_nothing_to_train_is_refused(path):
     other = nn.Sequential(nn.Linear(4, 3))
     other.unused = nn.Linear(2, 2)
     line = Path.linear(module, other, 4)
-    got = optimize(line, module, [torch.randn(5, 4)], steps=2)
+    got = optimize(line, module, [torch.randn(5, 4)], steps=2, descent=plain())
     assert torch.equal(got.interior["unused.weight"], line.interior["unused.weight"])
     assert not torch.equal(got.interior["0.weight"], line.interior["0.weight"])
     with pytest.raises(ValueError, match="no parameter with requires_grad"):
-        optimize(line, module.requires_grad_(False), [torch.randn(5, 4)])
+        optimize(line, module.requires_grad_(False), [torch.randn(5, 4)], descent=plain())
 
 
 def test_optimisation_works_where_gradients_are_off(path, module):
-    expected = optimize(path, module, [images()], steps=1)
+    expected = optimize(path, module, [images()], steps=1, descent=plain())
     with torch.no_grad():
-        got = optimize(path, module, [images()], steps=1)
+        got = optimize(path, module, [images()], steps=1, descent=plain())
     torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
 
 
 def test_half_precision_paths_take_the_step_of_fp32(path, module):
     x = images().float()
-    expected = optimize(_cast(path, torch.float32), module.float(), [x], steps=1, lr=1.0)
-    got = optimize(_cast(path, torch.bfloat16), module.bfloat16(), [x.bfloat16()], steps=1, lr=1.0)
+    expected = optimize(
+        _cast(path, torch.float32), module.float(), [x], steps=1, descent=plain(lr=1.0)
+    )
+    got = optimize(
+        _cast(path, torch.bfloat16),
+        module.bfloat16(),
+        [x.bfloat16()],
+        steps=1,
+        descent=plain(lr=1.0),
+    )
     for name, tensor in got.interior.items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor.float(), expected.interior[name], rtol=0.02, atol=0.02)
@@ -251,7 +260,10 @@ def test_dropout_is_off_on_a_path_and_the_module_keeps_its_mode():
     path = Path.linear(network().double(), network().double(), 5)
     results = [evaluate(path, module.train(mode), {"x": (x, y)}) for mode in (True, True, False)]
     assert results[0] == results[1] == results[2]
-    steps = [optimize(path, module.train(mode), [x], steps=2).interior for mode in (True, False)]
+    steps = [
+        optimize(path, module.train(mode), [x], steps=2, descent=plain()).interior
+        for mode in (True, False)
+    ]
     torch.testing.assert_close(*steps, rtol=0, atol=0)
     module.train()
     module[2].eval()
@@ -263,13 +275,18 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
     log = []
     with pytest.raises(ValueError, match=r"step 1: .* edge 0 is nan, since .*; lower lr"):
         optimize(
-            path, module, [images()], steps=5, lr=1e300, on_step=lambda m, p: log.append((m, p))
+            path,
+            module,
+            [images()],
+            steps=5,
+            on_step=lambda m, p: log.append((m, p)),
+            descent=plain(lr=1e300),
         )
     assert len(log) == 1 and all(t.isfinite().all() for t in log[0][1].interior.values())
     with pytest.raises(ValueError, match="step 0: .* the inputs are not finite; look at the"):
-        optimize(path, module, [images() * math.nan], steps=1)
+        optimize(path, module, [images() * math.nan], steps=1, descent=plain())
     with pytest.raises(ValueError, match="not finite at point 1 after step 0; lower lr"):
-        optimize(path, module, [images()], steps=1, lr=float("inf"))
+        optimize(path, module, [images()], steps=1, descent=plain(lr=float("inf")))
 
 
 @pytest.mark.parametrize(
@@ -282,31 +299,32 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
         (dict(momentum=1.0), "momentum must be within 0..1, and less than 1, got 1.0"),
         (dict(momentum=-0.1), "momentum must be within 0..1, and less than 1, got -0.1"),
         (dict(lr_schedule="step"), "must be one of constant, linear, cosine: 'step'"),
-        (dict(lr_schedule="linear"), "lr_schedule 'linear' needs the number of steps"),
     ],
 )
 def test_bad_settings_are_refused(path, module, options, words):
     with pytest.raises(ValueError, match=words):
-        optimize(path, module, [images()], **options)
+        optimize(path, module, [images()], **settings(**options))
 
 
 def test_arguments_of_another_type_are_named(path, module):
     for batches in (images(), [{"image": 3}], [{}], [None]):
         with pytest.raises(TypeError, match="inputs"):
-            optimize(path, module, batches, steps=1)
+            optimize(path, module, batches, steps=1, descent=plain())
     with pytest.raises(TypeError, match="unexpected keyword argument 'image'"):
-        optimize(path, module, [{"image": images()}], steps=1)
+        optimize(path, module, [{"image": images()}], steps=1, descent=plain())
     with pytest.raises(TypeError, match="path must be a fastgeo.Path, got dict"):
-        optimize(path.at(0), module, [images()])
+        optimize(path.at(0), module, [images()], descent=plain())
     with pytest.raises(TypeError, match="module must be an nn.Module, got function"):
         evaluate(path, lambda x: x, {"x": (images(), torch.zeros(12))})
 
 
 def test_a_path_of_another_module_is_refused_by_name(path):
     with pytest.raises(ValueError, match="conv1.weight has shape .* in the path and .* the module"):
-        optimize(path, models.resnet(8, 0.5, in_channels=1, num_classes=5), [images()])
+        optimize(
+            path, models.resnet(8, 0.5, in_channels=1, num_classes=5), [images()], descent=plain()
+        )
     with pytest.raises(ValueError, match="layers.0.weight is in the module and not in the path"):
-        optimize(path, models.mlp(64), [images()])
+        optimize(path, models.mlp(64), [images()], descent=plain())
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -314,7 +332,7 @@ def test_a_path_of_another_module_is_refused_by_name(path):
 
 def test_evaluation_equals_the_loop(path, module):
     x, y = images(40), torch.arange(40) % 5
-    path = optimize(path, module, [x], steps=2)
+    path = optimize(path, module, [x], steps=2, descent=plain())
     result = evaluate(path, module, {"train": (x, y), "test": [(x[:7], y[:7])]}, batch_size=16)
 
     loss, accuracy, p = [], [], []
@@ -354,7 +372,7 @@ def test_no_path_is_shorter_than_its_chord(module):
         path = Path.linear(tiny_resnet(2 * seed), tiny_resnet(2 * seed + 1), 3 + seed)
         for steps in (0, 5):
             if steps:
-                path = optimize(path, module, [x], steps=steps)
+                path = optimize(path, module, [x], steps=steps, descent=plain())
             result = evaluate(path, module, {"x": (x, y)})
             assert result.fisher_rao >= result.fisher_rao_lower_bound > 0
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images
+from conftest import images, plain, settings
 from torch import nn
 from torch.func import functional_call
 
-from fastgeo import Path, evaluate, optimize, recalibrate
+from fastgeo import Forward, Path, evaluate, optimize, recalibrate
 
 
 def network(seed=0):
@@ -50,7 +50,7 @@ def recalibrated_by_torch(point, batches):
 def test_every_network_has_the_statistics_that_torch_computes(path, chunk):
     batches = [images(12, seed=1), images(12, seed=2), images(7, seed=3)]
     before = copy.deepcopy(path._parts())
-    got = recalibrate(path, network(), batches, chunk=chunk)
+    got = recalibrate(path, network(), batches, forward=Forward(chunk=chunk))
     for point, old in zip(got.points(), path.points(), strict=True):
         torch.testing.assert_close(point, recalibrated_by_torch(old, batches))
     torch.testing.assert_close(path._parts(), before, rtol=0, atol=0)
@@ -75,7 +75,7 @@ def test_steps_equal_the_loop_on_batch_statistics(path, engine):
         energy = energy + (kl[0] + kl[1]) / 2
 
     options = dict(lr=0.1, precondition=False, batchnorm="recalibrate", engine=engine)
-    got = optimize(path, module, [x], steps=1, **options)
+    got = optimize(path, module, [x], steps=1, **settings(**options))
     for name in leaves[0]:
         gradient = torch.autograd.grad(energy, [leaf[name] for leaf in leaves], retain_graph=True)
         expected = path.interior[name] - 0.1 * torch.stack(gradient)
@@ -91,7 +91,9 @@ def test_evaluation_recalibrates_on_the_first_split(path):
     train, test = images(24, seed=1), images(10, seed=2)
     labels = torch.arange(24) % 5
     splits = {"train": (train, labels), "test": (test, labels[:10])}
-    result = evaluate(path, network(), splits, batch_size=8, batchnorm="recalibrate")
+    result = evaluate(
+        path, network(), splits, batch_size=8, forward=Forward(batchnorm="recalibrate")
+    )
     for i, point in enumerate(path.points()):
         module = network()
         module.load_state_dict(recalibrated_by_torch(point, list(train.split(8))))
@@ -103,7 +105,7 @@ def test_batch_norm_is_refused_with_the_way_out(path):
     with pytest.raises(ValueError, match="running_mean belongs to .* batchnorm='recalibrate'"):
         Path.linear(network(1), network(2), 5)
     for use in (
-        lambda: optimize(path, network(), [images()]),
+        lambda: optimize(path, network(), [images()], descent=plain()),
         lambda: evaluate(path, network(), {"x": (images(), torch.zeros(12).long())}),
     ):
         with pytest.raises(ValueError, match="layer 1 is BatchNorm, .* batchnorm='recalibrate'"):

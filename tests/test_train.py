@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgeo import models
+from fastgeo import Forward, models
 from fastgeo.app.config import PRESETS
 from fastgeo.data.images import load
 from fastgeo.train import train_ends
@@ -63,7 +63,8 @@ def test_each_stacked_network_is_the_one_trained_alone(dataset):
 
 def test_the_same_seeds_give_the_same_networks_bit_for_bit(dataset):
     first, second = (
-        train_ends(make_module, dataset, (0, 1), CONFIG, engine="stacked") for _ in range(2)
+        train_ends(make_module, dataset, (0, 1), CONFIG, forward=Forward(engine="stacked"))
+        for _ in range(2)
     )
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

@@ -8,10 +8,12 @@ import ast
 import functools
 import inspect
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from fastgeo.step.memory import bytes_of
+from fastgeo.forward.options import Forward, bytes_of
+from fastgeo.step.descent import Descent
+from fastgeo.train import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +140,17 @@ class OptimizeConfig(EngineConfig):
     """order and augmentation of the images in the optimisation"""
     memory_budget: str | None = None
     """choose the chunk so that the activations kept take at most so much, as in 8GiB"""
-    cuda_graph: bool = False
+    cuda_graph: bool | None = None
     """the whole step is captured in a CUDA graph and replayed, without a GPU done one operation
     after the other; it is stacked, and on a GPU in channels-last, and no chunk is chosen. The host
-    looks at it, and may save a state or stop, every 50 steps or five seconds"""
+    looks at it, and may save a state or stop, every 50 steps or five seconds. By default on a GPU
+    where nothing forbids it"""
 
     @property
-    def descent(self) -> dict[str, Any]:
-        """The arguments of `fastgeo.optimize` that say how a path is optimised."""
-        return {name: getattr(self, name) for name in DESCENT}
+    def descent(self) -> Descent:
+        return Descent(
+            self.lr, self.momentum, self.lr_schedule, self.precondition, self.coarse_to_fine
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,27 @@ class Config(EvaluateConfig, OptimizeConfig, MatchConfig, TrainConfig):  # shown
             )
 
     @property
+    def forward(self) -> Forward:
+        """How networks are evaluated in training and evaluation."""
+        return Forward(
+            engine=self.engine,
+            channels_last=self.channels_last,
+            chunk=self.chunk,
+            batchnorm=self.batchnorm,
+            output=self.output,
+            mask=self.mask,
+        )
+
+    @property
+    def step_forward(self) -> Forward:
+        """How networks are evaluated in the optimisation."""
+        return replace(self.forward, memory_budget=self.memory_budget, precision=self.precision)
+
+    @property
+    def training(self) -> Training:
+        return Training(**select(self, Training))
+
+    @property
     def seeds(self) -> list[int]:
         """Of the networks a, b, c, ..."""
         return [self.seed_a, *range(self.seed_b, self.seed_b + self.count - 1)]
@@ -209,9 +234,8 @@ BEFORE = {
     "coarse_to_fine": False,
     "momentum": 0.0,
     "lr_schedule": "constant",
-    "cuda_graph": False,
+    "cuda_graph": None,
 }
-DESCENT = ("steps", "lr", "momentum", "lr_schedule", "precondition", "coarse_to_fine", "precision")
 POSITIVE = ("train_lr", "lr", "lr_start_divisor", "lr_end_divisor", "width")
 RANGES = {
     "width": (0, 1000),

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -308,17 +309,16 @@ class Run:
         content["about"] = about()
         write_json(self.file("config.json"), content)
 
-    def engine_options(self, stage: str) -> dict[str, object]:
-        """How a stage evaluates networks: as before, if it chose an engine on this device."""
-        c, known = self.config, self.engines.get(stage, {})
-        names = ["engine", "channels_last", "chunk"]
-        options = {name: getattr(c, name) for name in names}
+    def forward(self, stage: str) -> dict[str, Any]:
+        """How a stage evaluates networks, as arguments: as before, if it chose on this device."""
+        known, forward = self.engines.get(stage, {}), self.config.forward
         if stage == "optimize":
-            options["memory_budget"] = c.memory_budget
-        if stage == "optimize" and known.get("points") != c.points - 2:
-            known = {}  # of a coarser path
+            forward = self.config.step_forward
+            if known.get("points") != self.config.points - 2:
+                known = {}  # of a coarser path
         if known.get("device") == str(self.device):
-            options = {name: known[name] for name in names}
+            chosen = {name: known[name] for name in ("engine", "channels_last", "chunk")}
+            forward = replace(forward, **chosen, memory_budget=None)
 
         def on_choice(choice: dict) -> None:
             self.engines[stage] = {**choice, "device": str(self.device)}
@@ -327,9 +327,7 @@ class Run:
                 times = "; ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
                 tqdm.write(f"{stage}: engine {choice['engine']}, of {times}")
 
-        if not known:
-            options["on_choice"] = on_choice
-        return options | {name: getattr(c, name) for name in ("batchnorm", "output", "mask")}
+        return {"forward": forward} if known else {"forward": forward, "on_choice": on_choice}
 
     def file(self, name: str) -> FilePath:
         return self.folder / name

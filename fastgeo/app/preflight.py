@@ -13,8 +13,9 @@ from fastgeo.data.inputs import arguments, on_device
 from fastgeo.data.loaders import LoaderData
 from fastgeo.data.outputs import label_rows, logits_in, logits_of, rows_that_count
 from fastgeo.forward.modes import refuse_batch_norm
+from fastgeo.forward.options import size_of
 from fastgeo.stacking.module import StackedModule
-from fastgeo.step.memory import ROOM, free_bytes, path_work, size_of, step_memory
+from fastgeo.step.memory import ROOM, free_bytes, path_work, step_memory
 from fastgeo.store.files import sha256_of
 from fastgeo.train import training_steps
 
@@ -30,7 +31,7 @@ def check(run: Run) -> None:
     if run.config.batchnorm == "refuse":
         refuse_batch_norm(module)
     if run.config.a is None:
-        training_steps(run.dataset, run.config)
+        training_steps(run.dataset, run.config.training)
     else:
         run.given_ends()
     _forward(run, module)
@@ -68,17 +69,6 @@ def _graph(run: Run, module: nn.Module) -> None:
     for line in network.reads():
         raise ValueError(
             f"{name} reads numbers back from the device, {line}; leave out --cuda-graph"
-        )
-    dtypes = {str(p.dtype) for p in module.parameters() if p.requires_grad}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"the trained parameters of {name} are {', '.join(sorted(dtypes))}; leave out "
-            "--cuda-graph, which takes one dtype"
-        )
-    if rows_that_count(*next(iter(run.dataset.in_order("train", 2))), None) is not None:
-        raise ValueError(
-            f"some labels of {run.config.data} are -100, at which a step of --cuda-graph does not "
-            "look; leave it out, or give other labels and --mask for the rows that count"
         )
 
 

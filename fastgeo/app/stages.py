@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -17,10 +18,9 @@ from fastgeo.matching.pair import match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling.breakdown import breakdown
-from fastgeo.profiling.compare import chosen_engine, compare
+from fastgeo.profiling.compare import chosen_forward, compare
 from fastgeo.profiling.measure import headline, machine, table
 from fastgeo.recalibrate import recalibrate
-from fastgeo.step.replayed import optimize_static
 from fastgeo.store.checkpoint import Checkpoints, State, Stopped
 from fastgeo.store.files import (
     read_json,
@@ -46,10 +46,10 @@ def train(run: Run) -> None:
                     run.new_module,
                     run.dataset,
                     c.seeds,
-                    c,
+                    c.training,
                     checkpoints=checkpoints,
                     progress=True,
-                    **run.engine_options("train"),
+                    **run.forward("train"),
                 )
         groups = dict(zip(LETTERS, ends, strict=False))
         write_tensors(run.file("ends.safetensors"), "ends", groups)
@@ -91,25 +91,27 @@ def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None)
     """Optimise the interior of the line from a to the matched b.
 
     Args:
-        on_step: as of `fastgeo.optimize`; steps of a CUDA graph do not call it.
+        on_step: as of `fastgeo.optimize`.
     """
     c = run.config
     with _stage(run, "optimize") as found:
         a, b = run.ends()
         batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
         given = _line(run, a, run.matched(b)), run.new_module(), batches
-        options = c.descent | run.engine_options("optimize")
         with _steps(run, "optimize", "metrics.jsonl", found) as checkpoints:
-            options |= dict(checkpoints=checkpoints, progress=True)
-            if c.cuda_graph:
-                del options["engine"], options["batchnorm"]
-                path = optimize_static(*given, **options)
-            else:
-                path = optimize(*given, on_step=on_step, **options)
+            path = optimize(
+                *given,
+                steps=c.steps,
+                descent=c.descent,
+                cuda_graph=c.cuda_graph,
+                on_step=on_step,
+                checkpoints=checkpoints,
+                progress=True,
+                **run.forward("optimize"),
+            )
         if c.batchnorm == "recalibrate":
             batches = run.dataset.in_order("train", c.batch_size)
-            options = dict(chunk=c.chunk, output=c.output, progress=True)
-            path = recalibrate(path, run.new_module(), batches, **options)
+            path = recalibrate(path, run.new_module(), batches, forward=c.forward, progress=True)
         path.save(run.file("path.safetensors"))
 
 
@@ -136,7 +138,7 @@ def evaluate_paths(run: Run) -> None:
         for name, path in paths.items():
             if name in results:
                 continue
-            options = run.engine_options("evaluate")
+            options = run.forward("evaluate")
             result = evaluate(
                 path, module, splits, progress=True, description=f"evaluate {name}", **options
             )
@@ -210,13 +212,12 @@ def profile(
     path, module = _line(run, a, b), run.new_module().eval()
     batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
     inputs, _ = next(batches)
-    names = ("engine", "channels_last", "chunk", "memory_budget")
-    engine = chosen_engine(module, path, inputs, **{name: getattr(c, name) for name in names})
-    rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, engine=engine)
+    forward = chosen_forward(module, path, inputs, replace(c.step_forward, precision="fp32"))
+    rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
     setting = f"{c.model}, {c.data}, N = {c.points}, B = {c.batch_size}"
     print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
-    options = dict(lr=c.lr, momentum=c.momentum, precondition=c.precondition, trace=trace)
-    print(breakdown(module, path, batches, engine=engine, **options))
+    descent = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
+    print(breakdown(module, path, batches, descent=descent, forward=forward, trace=trace))
     if rows_file is not None:
         rows = [{"setting": setting, **row} for row in rows]
         write_json(rows_file, {"environment": machine(), "rows": rows})

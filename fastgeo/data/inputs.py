@@ -103,8 +103,15 @@ class Passes(Stream):
         self.batches, self.repeat = batches, repeat
         self._pass: Iterator | None = None
         self._start, self._drawn = torch.get_rng_state(), 0
+        self._waiting: list[tuple[Inputs, Any]] = []
+
+    def put_back(self, drawn: tuple[Inputs, Any]) -> None:
+        """Let this be what comes next."""
+        self._waiting.append(drawn)
 
     def __next__(self) -> tuple[Inputs, Any]:
+        if self._waiting:
+            return self._waiting.pop()
         batch = next(self._pass or self._begin(), _END)
         if batch is _END and self.repeat and self._drawn:
             batch = next(self._begin(), _END)

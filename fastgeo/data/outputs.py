@@ -41,13 +41,20 @@ def logits_of(outputs: Tensor) -> Tensor:
     return outputs.flatten(1, -2)
 
 
-def rows_that_count(inputs: Inputs, targets: Any, mask: str | None) -> Tensor | None:
+def rows_that_count(
+    inputs: Inputs, targets: Any, mask: str | None, *, look: bool = True
+) -> Tensor | None:
     """[B, ...], where the input of that name is not 0 and targets, if they are classes, are not
-    -100; None where all rows count. ValueError if there is no such input, or of another shape."""
+    -100. ValueError if there is no such input, or of another shape.
+
+    Args:
+        look: give None where all rows count, which a host has to wait for; else where nothing says
+            that one does not.
+    """
     counted = None
     if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.is_complex()):
         counted = targets.long() != IGNORED  # of uint8, 156 equals -100
-        counted = None if counted.all() else counted
+        counted = None if look and counted.all() else counted
     if mask is None:
         return counted
     entry = _named(inputs, mask)

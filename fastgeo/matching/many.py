@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastgeo.data.inputs import Inputs
 from fastgeo.evaluate import Data, evaluate
+from fastgeo.forward.options import Forward
 from fastgeo.matching.assignment import Assignment
 from fastgeo.matching.pair import check_same_function, loaded, same_network, warn_of_nothing
 from fastgeo.path import Path, StateDict
@@ -215,6 +216,6 @@ def _barriers(
     pairs = [(i, j) for i in range(len(states)) for j in range(i)]
     for i, j in tqdm(pairs, desc="barriers", unit="line", disable=not progress, delay=1):
         line = Path.linear(states[i], states[j], BARRIER_POINTS, batchnorm=batchnorm)
-        result = evaluate(line, module, {"data": data}, batchnorm=batchnorm)
+        result = evaluate(line, module, {"data": data}, forward=Forward(batchnorm=batchnorm))
         barriers[i, j] = barriers[j, i] = result.splits["data"].barrier
     return barriers

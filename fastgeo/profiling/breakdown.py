@@ -10,10 +10,12 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from fastgeo.data.inputs import Passes, on_device
+from fastgeo.forward.options import Forward
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling.compare import fastest_matmul, step_flops
 from fastgeo.profiling.measure import now, recorded, table
+from fastgeo.step.descent import Descent
 from fastgeo.step.phases import PHASES
 
 MATRIX = ("conv", "mm", "gemm", "cutlass", "xmma", "linear")  # in the names of operations
@@ -52,10 +54,10 @@ def breakdown(
     path: Path,
     batches: Iterable,
     *,
-    engine: dict[str, Any],
+    descent: Descent,
+    forward: Forward,
     steps: int = 5,
     trace: FilePath | None = None,
-    **options: Any,
 ) -> Breakdown:
     """Where the time of a step goes.
 
@@ -63,19 +65,19 @@ def breakdown(
         module: the network of all points, in eval mode.
         path: where the first step starts.
         batches: as in `fastgeo.optimize`, at least steps + 2 of them.
-        engine: options of `optimize` that name the engine.
+        descent: how to descend, from all points at a constant rate.
+        forward: how networks are evaluated, with an engine that is named.
         steps: how many are recorded, after two that are not.
         trace: write a trace for chrome://tracing or ui.perfetto.dev here.
-        options: others of `optimize`.
     """
     inputs = Passes(batches, repeat=True)
-    options = dict(engine, **options)
+    how: dict[str, Any] = dict(descent=descent, forward=forward, cuda_graph=False)
     floor = step_flops(module, path, on_device(next(inputs)[0], path.device))
     floor = 1e3 * floor / fastest_matmul(path.device)
-    path = optimize(path, module, islice(inputs, 1), **options)
+    path = optimize(path, module, islice(inputs, 1), **how)
     with recorded() as recorder:
         started = now()
-        optimize(path, module, inputs, steps=steps, **options)
+        optimize(path, module, inputs, steps=steps, **how)
         ms = 1e3 * (now() - started) / steps
     if trace is not None:
         recorder.export_chrome_trace(str(trace))

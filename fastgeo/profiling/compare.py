@@ -2,8 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo.data.inputs import Inputs, each_tensor, first_few, tensors_of
+from fastgeo.forward.options import Forward
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling import baselines
@@ -23,10 +24,12 @@ from fastgeo.profiling.measure import (
 )
 from fastgeo.stacking.module import channels_last_is_unsafe
 from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.descent import Descent
 
 CHECKED = 32  # inputs on which every implementation is checked
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1}  # of the largest entry of the gradient
 LR = 0.1
+PLAIN = Descent(LR, 0.0, "constant", precondition=False, coarse_to_fine=False)
 LOOP = "loop over modules"
 
 
@@ -54,7 +57,7 @@ def compare(
     steps: int = 3,
     compiled: bool = True,
     improved: bool = True,
-    engine: dict[str, Any] | None = None,
+    forward: Forward | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each implementation of the optimisation step, on one batch.
 
@@ -70,7 +73,7 @@ def compare(
         steps: steps in one measurement.
         compiled: also the loop over compiled modules.
         improved: also the loop in channels-last, under vmap, and on GPUs in bf16.
-        engine: options of `optimize`; by default what engine="auto" chooses.
+        forward: how fastgeo evaluates networks; by default what engine="auto" chooses.
 
     Returns:
         "implementation"; "ms a step" and "times the loop" as {"p20", "p50", "p80"};
@@ -78,9 +81,9 @@ def compare(
         "of matmul", its share of a large matrix product's rate in the same run (fp32 on CPUs, bf16
         on GPUs); "peak MiB" beyond the weights; "error" of the gradient.
     """
-    engine = chosen_engine(module, path, inputs) if engine is None else engine
+    forward = chosen_forward(module, path, inputs) if forward is None else forward
     implementations = _implementations(
-        module, path, inputs, compiled=compiled, improved=improved, engine=engine
+        module, path, inputs, compiled=compiled, improved=improved, forward=forward
     )
     with matmul_precision("fp32"):  # a GPU's default for convolutions is TF32
         errors = {name: _error(i, module, path, inputs) for name, i in implementations.items()}
@@ -119,12 +122,21 @@ def _in_turns(calls: dict[str, Callable[[], float]], repeats: int) -> dict[str, 
     return found
 
 
-def chosen_engine(module: nn.Module, path: Path, inputs: Inputs, **options: Any) -> dict[str, Any]:
-    """What `optimize` chooses for a step under these options, as options that name it."""
+def chosen_forward(
+    module: nn.Module, path: Path, inputs: Inputs, forward: Forward = Forward()
+) -> Forward:
+    """What `optimize` chooses for a step, so that it names its engine."""
     choices: list[dict] = []
-    batches = repeat(inputs)
-    optimize(path, module, batches, steps=20, lr=LR, on_choice=choices.append, **options)
-    return {name: choices[0][name] for name in ("engine", "channels_last", "chunk")}
+    optimize(
+        *(path, module, repeat(inputs)),
+        steps=20,
+        descent=PLAIN,
+        forward=forward,
+        cuda_graph=False,
+        on_choice=choices.append,
+    )
+    chosen = {name: choices[0][name] for name in ("engine", "channels_last", "chunk")}
+    return replace(forward, **chosen, memory_budget=None)
 
 
 def step_flops(module: nn.Module, path: Path, inputs: Inputs) -> float:
@@ -139,11 +151,11 @@ def fastest_matmul(device: torch.device) -> float:
     return matmul_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def described(engine: dict[str, Any]) -> str:
-    """Options of `optimize` in words."""
-    layout = ", channels-last" if engine.get("channels_last") else ""
-    chunk = f", {engine['chunk']} at a time" if engine.get("chunk") else ""
-    return f"{engine['engine']}{layout}{chunk}"
+def described(forward: Forward) -> str:
+    """The engine in words."""
+    layout = ", channels-last" if forward.channels_last else ""
+    chunk = f", {forward.chunk} at a time" if forward.chunk else ""
+    return f"{forward.engine}{layout}{chunk}"
 
 
 def _implementations(
@@ -153,7 +165,7 @@ def _implementations(
     *,
     compiled: bool,
     improved: bool,
-    engine: dict[str, Any],
+    forward: Forward,
 ) -> dict[str, Implementation]:
     make = {LOOP: baselines.loop}
     if improved and (path.device.type == "cuda" or not channels_last_is_unsafe(module)):
@@ -178,10 +190,10 @@ def _implementations(
         )
         for name, baseline in (make | bfloat16).items()
     }
-    stacked = dict(engine="stacked")
-    if improved and engine != dict(stacked, channels_last=False, chunk=None):
+    stacked = Forward(engine="stacked")
+    if improved and described(forward) != described(stacked):
         found["fastgeo, stacked"] = _fastgeo(module, path, inputs, stacked)
-    found[f"fastgeo, {described(engine)}"] = _fastgeo(module, path, inputs, engine)
+    found[f"fastgeo, {described(forward)}"] = _fastgeo(module, path, inputs, forward)
     return found
 
 
@@ -206,23 +218,25 @@ def _seconds(make: Callable, module: nn.Module, path: Path, inputs: Inputs) -> C
     return seconds
 
 
-def _fastgeo(
-    module: nn.Module, path: Path, inputs: Inputs, engine: dict[str, Any]
-) -> Implementation:
-    options = dict(lr=LR, precondition=False, **engine)
+def _fastgeo(module: nn.Module, path: Path, inputs: Inputs, forward: Forward) -> Implementation:
+    how: dict[str, Any] = dict(descent=PLAIN, forward=forward, cuda_graph=False)
 
     def step(path: Path, inputs: Inputs) -> tuple[float, list[dict[str, Tensor]]]:
         energy = []
-        after = optimize(
-            path, module, [inputs], steps=1, on_step=lambda m, _: energy.append(m), **options
-        )
-        return energy[0]["energy"], list(after.points())
+        on_step = lambda metrics, _: energy.append(metrics["energy"])  # noqa: E731
+        after = optimize(path, module, [inputs], steps=1, on_step=on_step, **how)
+        return energy[0], list(after.points())
 
     def seconds(steps: int) -> float:
         times: list[float] = []
-        on_step = lambda metrics, path: times.append(now())  # noqa: E731
-        optimize(path, module, repeat(inputs), steps=steps + 2, on_step=on_step, **options)
-        # Between the first and the last call there are steps + 1 steps, one of them to warm up.
+
+        def stamped() -> Iterator[Inputs]:
+            while True:
+                times.append(now())
+                yield inputs
+
+        optimize(path, module, stamped(), steps=steps + 2, **how)
+        # From one batch to the next there is a step; the first of them is to warm up.
         return (times[-1] - times[1]) / steps
 
     return Implementation(step, seconds)

@@ -18,18 +18,13 @@ from torch import Tensor, nn
 
 from fastgeo.data.inputs import Inputs, each_tensor, tensors_of
 from fastgeo.forward.modes import evaluation_mode
+from fastgeo.forward.options import Forward, bytes_of, size_of
 from fastgeo.forward.standin import Unsupported
 from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.stacking.precision import matmul_precision
 from fastgeo.stacking.values import first_line
 from fastgeo.step.agreement import check_agreement, few_of, networks_like, outputs_and_gradients
-from fastgeo.step.memory import (
-    activation_bytes,
-    bytes_of,
-    free_bytes,
-    size_of,
-    step_memory,
-)
+from fastgeo.step.memory import activation_bytes, free_bytes, step_memory
 
 T = TypeVar("T")
 VISITS = 3  # of each candidate, the first of them to warm up
@@ -72,7 +67,10 @@ class EngineChoice:
     """The engine of work that is done again and again.
 
     Args:
-        work: a key of `COPIES`; all other arguments are those of `optimize`.
+        module: the network of all.
+        forward: how to evaluate them.
+        work: a key of `COPIES`.
+        on_choice: as of `fastgeo.optimize`.
 
     Attributes:
         chosen: the engine; None until it is known.
@@ -81,26 +79,15 @@ class EngineChoice:
     def __init__(
         self,
         module: nn.Module,
+        forward: Forward,
         *,
-        engine: str = "auto",
-        channels_last: bool | None = None,
-        chunk: int | None = None,
-        memory_budget: int | str | None = None,
-        batchnorm: str = "refuse",
-        precision: str = "fp32",
-        output: str = "logits",
         work: str = "optimisation",
         on_choice: Callable[[dict], None] | None = None,
     ):
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
-        if chunk is not None and memory_budget is not None:
-            raise ValueError("chunk and memory_budget both bound the memory; give one of them")
-        self.module, self.batchnorm, self.on_choice = module, batchnorm, on_choice
-        self.engine, self.channels_last, self.chunk = engine, channels_last, chunk
-        self.budget = None if memory_budget is None else bytes_of(memory_budget)
-        self.precision, self.output, self.work = precision, output, work
-        self._stacked = self._network(engine, False, precision)
+        self.module, self.forward, self.work, self.on_choice = module, forward, work, on_choice
+        budget = forward.memory_budget
+        self._budget = None if budget is None else bytes_of(budget)
+        self._stacked = self._network(forward.engine, False, forward.precision)
         self._agrees: dict[str, str] | None = None  # engine -> why it does not, "" if it does
         self.chosen: Engine | None = None
         self._points = 0
@@ -141,10 +128,10 @@ class EngineChoice:
                 self._agrees = self._checked(candidates, params, few, per_point, most or points)
         agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
         for engine in agreeing or candidates[-1:]:
-            if self.budget is not None:
+            if self._budget is not None:
                 chunk = self._affordable(engine.network, params, inputs, per_point, points)
                 engine = Engine(engine.network, chunk)
-            elif self.engine == "auto" and self.chunk is None:
+            elif self.forward.engine == "auto" and self.forward.chunk is None:
                 with evaluation_mode(self.module):
                     engine = self._fitting(engine, params, few, scale, per_point, points)
             self._visits[engine] = []
@@ -185,25 +172,32 @@ class EngineChoice:
         few = FEW if points > FEW else None
         choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
         layouts = [True, False] if choice else [False]
-        if self.engine != "auto":
+        how = self.forward
+        if how.engine != "auto":
             ways = [(own, False, None)]
-        elif self.precision == "bf16":  # which that engine alone can
+        elif how.precision == "bf16":  # which that engine alone can
             ways = [(own, layout, k) for k in (None, few) for layout in layouts]
         else:
             ways = [(own, False, None), (own, layouts[0], few)]
             if on_gpu and own == "stacked":
                 ways.append(("vmap", False, None))
             ways += [("loop", layout, few) for layout in layouts]
-        if self.channels_last is not None:
-            ways = [(name, self.channels_last, chunk) for name, _, chunk in ways]
-        if self.chunk is not None:
-            ways = [(name, layout, self.chunk) for name, layout, _ in ways]
+        if how.channels_last is not None:
+            ways = [(name, how.channels_last, chunk) for name, _, chunk in ways]
+        if how.chunk is not None:
+            ways = [(name, layout, how.chunk) for name, layout, _ in ways]
         for name, channels_last, chunk in dict.fromkeys(ways):
-            yield Engine(self._network(name, channels_last, self.precision), chunk)
+            yield Engine(self._network(name, channels_last, how.precision), chunk)
 
     def _network(self, engine: str, channels_last: bool, precision: str) -> StackedModule:
-        options = dict(batchnorm=self.batchnorm, precision=precision, output=self.output)
-        return StackedModule(self.module, engine=engine, channels_last=channels_last, **options)
+        return StackedModule(
+            self.module,
+            engine=engine,
+            channels_last=channels_last,
+            batchnorm=self.forward.batchnorm,
+            precision=precision,
+            output=self.forward.output,
+        )
 
     def _checked(
         self,
@@ -226,7 +220,7 @@ class EngineChoice:
                 largest[kind] = size, engine.network
         # TF32 moves so many numbers over the kinks of ReLUs that it would hide an error: the same
         # operations are compared without it.
-        precision = "bf16" if self.precision == "bf16" else "fp32"
+        precision = "bf16" if self.forward.precision == "bf16" else "fp32"
         loop = self._network("loop", False, "fp32")
         found, options = {}, dict(gradients=self.work != "evaluation")
         for kind, (size, network) in largest.items():
@@ -243,7 +237,7 @@ class EngineChoice:
                     check_agreement(got, expected, precision)
                 found[kind] = ""
             except Exception as error:  # noqa: BLE001 - as in `run`
-                if self.engine != "auto" or isinstance(error, Unsupported):
+                if self.forward.engine != "auto" or isinstance(error, Unsupported):
                     raise
                 found[kind] = self._failed[kind] = first_line(error)
         return found
@@ -259,15 +253,15 @@ class EngineChoice:
         """How many networks' activations fit into half of the budget; None if all fit into it."""
         with evaluation_mode(self.module):
             each = activation_bytes(network, params, inputs, per_point=per_point)
-        if points * each <= self.budget:
+        if points * each <= self._budget:
             return None
-        if 2 * each > self.budget:
+        if 2 * each > self._budget:
             raise ValueError(
-                f"memory_budget {size_of(self.budget)} is too small: the activations of one "
+                f"memory_budget {size_of(self._budget)} is too small: the activations of one "
                 f"network are {size_of(each)} on these inputs, and a step keeps those of two; give "
                 f"{size_of(2 * each)} or smaller batches"
             )
-        return self.budget // (2 * each)
+        return self._budget // (2 * each)
 
     def _fitting(
         self,

@@ -20,7 +20,6 @@ ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda wa
 # Of all networks' weights, alive at once. On a path they are those of this step, the one before and
 # the next, the gradient and the preconditioned one; with momentum, three velocities as well.
 COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
 
 
@@ -168,27 +167,3 @@ def _text(file: FilePath) -> str:
         return file.read_text()
     except OSError:
         return ""
-
-
-def bytes_of(memory: int | str) -> int:
-    """8589934592 of "8GiB"; of a number, the number.
-
-    Raises:
-        ValueError: anything that is not a positive size.
-    """
-    parts = re.fullmatch(r"\s*([\d.]+)\s*([kmg]i?|)b?\s*", str(memory).lower())
-    try:
-        size = int(float(parts[1]) * UNITS[parts[2]])
-    except (TypeError, ValueError):
-        size = 0
-    if size < 1:
-        raise ValueError(f"a memory budget is a size as in 8GiB, 500MB, or bytes, got {memory!r}")
-    return size
-
-
-def size_of(number: int) -> str:
-    """A number of bytes, as `bytes_of` reads it."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if number >= UNITS[unit[:2].lower()]:
-            return f"{number / UNITS[unit[:2].lower()]:.3g}{unit}"
-    return f"{number}B"

@@ -130,7 +130,6 @@ class Checkpoints:
         self._stage = ""
         self._now: _Reached | None = None
         self._before: _Reached | None = None
-        self._held: dict[str, Tensor] = {}
         self._asked: Stopped | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -163,6 +162,8 @@ class Checkpoints:
     def reached(self, state: State, *, save: bool = False) -> None:
         """The loop is before a step: save its state if it is time to, or stop if it was asked to.
 
+        Its tensors are kept for the next states, so they must not change any more.
+
         Raises:
             Stopped: the state is saved.
             OSError: it cannot be; the states before it are left as they were.
@@ -181,22 +182,6 @@ class Checkpoints:
             self._write(self._now)
         if self._asked is not None:
             raise self._asked
-
-    def hold(self) -> None:
-        """Copy the state reached, whose tensors are about to be changed in place."""
-        tensors = _flat(self._now.state.tensors)
-        if not self._held:
-            self._held = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-        self._held |= {n: torch.empty_like(t) for n, t in tensors.items() if n not in self._held}
-        with torch.no_grad():
-            for device in {tensor.device for tensor in tensors.values()}:
-                names = [name for name, tensor in tensors.items() if tensor.device == device]
-                torch._foreach_copy_([self._held[n] for n in names], [tensors[n] for n in names])
-        held = {
-            kind: {g: {n: self._held[f"{kind}/{g}/{n}"] for n in named} for g, named in own.items()}
-            for kind, own in self._now.state.tensors.items()
-        }
-        self._now.state.tensors = held
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Log what a step found."""
@@ -274,11 +259,6 @@ class Checkpoints:
             "values": state.values,
             "log": reached.mark,
             "of": self.of,
-            "strides": {
-                name: tensor.stride()
-                for name, tensor in _flat(tensors).items()
-                if not tensor.is_contiguous()
-            },
         }
         try:
             if self.log is not None:
@@ -313,11 +293,6 @@ class Checkpoints:
             for kind, checksum in content["files"].items():
                 named = folder / f"{kind}.safetensors"
                 tensors[kind] = read_tensors(named, kind, checksum=checksum)
-            for name, strides in content["strides"].items():
-                kind, group, rest = name.split("/", 2)
-                tensor = tensors[kind][group][rest]
-                strided = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
-                tensors[kind][group][rest] = strided.copy_(tensor)
             if self.log is not None:
                 self.log.cut(content["log"])
             self.seconds_before = content["seconds"]
@@ -332,15 +307,6 @@ class _Reached:
     state: State
     mark: dict[str, Any] | None
     seconds: float
-
-
-def _flat(tensors: Mapping[str, Groups]) -> dict[str, Tensor]:
-    return {
-        f"{kind}/{group}/{name}": tensor
-        for kind, groups in tensors.items()
-        for group, named in groups.items()
-        for name, tensor in named.items()
-    }
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str:

@@ -18,7 +18,7 @@ import torch
 from commands import FILES, SMALL, WEIGHTS, refused
 from torch.func import functional_call
 
-from fastgeo import Path, evaluate, models
+from fastgeo import Descent, Path, evaluate, models
 from fastgeo.app import plot, report
 from fastgeo.app.cli import main
 from fastgeo.app.config import PRESETS
@@ -381,11 +381,9 @@ def test_the_paper_preset_is_the_papers_experiment():
     assert (c.points, c.steps, c.batch_size) == (25, 3920, 256)
     assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
     assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
-    plain = dict(lr=0.1, momentum=0.0, lr_schedule="constant", precondition=False)
-    plain |= dict(steps=3920, coarse_to_fine=False, precision="fp32")
-    assert c.descent == plain
-    others = dict(momentum=0.9, lr_schedule="linear", precondition=True, coarse_to_fine=True)
-    assert PRESETS["digits"].descent == plain | others | dict(steps=100)
+    assert c.descent == Descent(0.1, 0.0, "constant", precondition=False, coarse_to_fine=False)
+    assert PRESETS["digits"].descent == Descent(0.1, 0.9, "linear", True, True)
+    assert c.step_forward.precision == "fp32"
 
 
 def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):

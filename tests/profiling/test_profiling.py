@@ -2,15 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import images, tiny_resnet
+from conftest import images, plain, tiny_resnet
 from zoo import GPT, words
 
 from benchmarks import compare as compare_files
-from fastgeo import Path, optimize
+from fastgeo import Forward, Path, optimize
 from fastgeo.app.cli import main
 from fastgeo.profiling import baselines, breakdown
 from fastgeo.profiling import compare as profiling
@@ -23,7 +24,7 @@ from fastgeo.profiling.measure import (
     time_alternating,
 )
 
-STACKED = dict(engine="stacked", channels_last=False, chunk=None)
+STACKED = Forward(engine="stacked", channels_last=False)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ STACKED = dict(engine="stacked", channels_last=False, chunk=None)
 )
 def test_every_baseline_takes_the_steps_of_plain_sgd(path, module, make):
     x, baseline = images(), make(module, path, lr=0.2)
-    expected = optimize(path, module, [x], steps=3, lr=0.2, precondition=False)
+    expected = optimize(path, module, [x], steps=3, descent=plain(lr=0.2, precondition=False))
     energies = [baseline.step(x).item() for _ in range(3)]
     for got, other in zip(baseline.points(), expected.points(), strict=True):
         torch.testing.assert_close(got, other)
@@ -59,7 +60,7 @@ def test_baselines_keep_tied_weights_tied():
     for make in (baselines.loop, baselines.vmapped):
         baseline = make(ends[0], path)
         baseline.step(tokens)
-        expected = optimize(path, ends[0], [tokens], steps=1, precondition=False)
+        expected = optimize(path, ends[0], [tokens], steps=1, descent=plain(precondition=False))
         for got, other in zip(baseline.points(), expected.points(), strict=True):
             torch.testing.assert_close(got["embed.weight"], other["embed.weight"])
 
@@ -67,7 +68,7 @@ def test_baselines_keep_tied_weights_tied():
 def test_a_row_for_each_implementation_and_none_is_wrong():
     module, *ends = (tiny_resnet(seed, norm="channel").float() for seed in range(3))
     path = Path.linear(*ends, 7)
-    options = dict(repeats=2, steps=1, compiled=False, engine=dict(STACKED, chunk=2))
+    options = dict(repeats=2, steps=1, compiled=False, forward=replace(STACKED, chunk=2))
     rows = profiling.compare(module, path, images().float(), **options)
     names = [row["implementation"] for row in rows]
     assert names == [
@@ -84,7 +85,7 @@ def test_a_row_for_each_implementation_and_none_is_wrong():
 
 
 def test_a_loop_that_channels_last_breaks_on_a_cpu_is_left_out(module, path):
-    options = dict(repeats=1, steps=1, compiled=False, engine=STACKED)
+    options = dict(repeats=1, steps=1, compiled=False, forward=STACKED)
     rows = profiling.compare(module, path, images(), **options)  # 4 channels, 1x1, stride 2
     assert "loop, channels-last" not in [row["implementation"] for row in rows]
 
@@ -94,7 +95,7 @@ def test_what_is_wrong_has_no_time(module, path, monkeypatch):
         return baselines.loop(*args, **options | {"lr": 0.104})  # 4 % beyond
 
     monkeypatch.setattr(baselines, "vmapped", off)
-    options = dict(repeats=1, steps=1, compiled=False, engine=STACKED)
+    options = dict(repeats=1, steps=1, compiled=False, forward=STACKED)
     rows = profiling.compare(module, path, images(), **options)
     wrong = {row["implementation"]: row for row in rows if row["ms a step"] == "wrong"}
     assert list(wrong) == ["torch.func.vmap"]
@@ -136,7 +137,9 @@ def test_functions_take_turns(monkeypatch):
 
 
 def test_the_phases_of_a_step_make_up_its_time(module, path):
-    found = breakdown.breakdown(module, path, [images()] * 6, engine=STACKED, steps=3)
+    found = breakdown.breakdown(
+        module, path, [images()] * 6, descent=plain(), forward=STACKED, steps=3
+    )
     assert sum(found.phases.values()) == pytest.approx(found.ms)
     for phase in ("forward", "divergence", "backward", "update"):
         assert found.phases[phase] > 0, phase

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import images, tiny_resnet
+from conftest import images, plain, tiny_resnet
 from fastgeo_kernels import stacked_layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgeo import Path, data, evaluate, optimize, stack
+from fastgeo import Forward, Path, data, evaluate, optimize, stack
 from fastgeo.stacking.precision import matmul_precision
 
 
@@ -164,7 +164,7 @@ def test_pytorchs_newer_settings_are_left_as_they_were(value):
 def test_evaluation_in_bf16_is_near_that_in_fp32():
     path, x, y = Path.linear(resnet(1), resnet(2), 5), images(40).float(), torch.arange(40) % 5
     exact, half = (
-        evaluate(path, resnet(), {"test": (x, y)}, precision=precision)
+        evaluate(path, resnet(), {"test": (x, y)}, forward=Forward(precision=precision))
         for precision in ("fp32", "bf16")
     )
     assert half.splits["test"].loss == pytest.approx(exact.splits["test"].loss, rel=0.02)
@@ -182,9 +182,9 @@ def test_a_path_in_bf16_falls_like_those_in_fp32():
         path = optimize(
             *(start, ten_classes(), batches),
             steps=16,
-            engine="stacked",
-            precision=precision,
             on_step=lambda metrics, path: energies.append(metrics["energy"]),
+            descent=plain(),
+            forward=Forward(engine="stacked", precision=precision),
         )
         assert all(t.dtype == torch.float32 for t in path.interior.values())
         x = digits.in_order("train", 512)

@@ -14,6 +14,7 @@ from conftest import (
     assert_trains_like_the_loop,
     clones,
     images,
+    plain,
     tiny_resnet,
 )
 from torch import nn
@@ -574,7 +575,7 @@ def test_gradient_checkpointing_is_refused():
         stack(networks[0])(params, images())
     line = Path.linear(*networks[:2], 4)
     with pytest.raises(TypeError, match="turn gradient checkpointing off"):
-        optimize(line, networks[0], [images()], steps=1)
+        optimize(line, networks[0], [images()], steps=1, descent=plain())
 
 
 def _where_gradients_are_enabled(layer, x):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import images, tiny_resnet
+from conftest import evaluating, images, plain, settings, tiny_resnet
 from torch import nn
 
-from fastgeo import Path, evaluate, models, optimize, optimize_static, stack
+from fastgeo import Forward, Path, evaluate, models, optimize, stack
 from fastgeo.stacking.module import StackedModule
 from fastgeo.step import engines
 from fastgeo.step.agreement import few_of, outputs_and_gradients
@@ -48,7 +48,7 @@ def one_network(module):
 def chosen(clock, seconds, module=None, inputs=None, **options):
     """Work that takes each candidate the given time, until one is chosen; the turns and record."""
     module, turns, records = module or small(), [], []
-    choice = EngineChoice(module, on_choice=records.append, **options)
+    choice = EngineChoice(module, Forward(**options), on_choice=records.append)
     inputs = images() if inputs is None else inputs
     choice.prepare(one_network(module), inputs, points=5)
 
@@ -86,12 +86,12 @@ def test_long_work_takes_one_turn_each(clock):
 
 def test_work_that_ends_early_chooses_by_what_it_knows(clock):
     module, records = small(), []
-    choice = EngineChoice(module, on_choice=records.append)
+    choice = EngineChoice(module, Forward(), on_choice=records.append)
     choice.prepare(one_network(module), images(), points=5)
     choice.finish()
     assert str(choice.chosen) == CANDIDATES[0] and records[0]["seconds"] == {}
 
-    choice = EngineChoice(module, on_choice=records.append)
+    choice = EngineChoice(module, Forward(), on_choice=records.append)
     choice.prepare(one_network(module), images(), points=5)
     for seconds in (9e-1, 1e-1, 1e-1, 1e-1, 5e-1, 2e-1):  # a second turn for two of them
         choice.run(lambda engine, seconds=seconds: setattr(clock, "now", clock.now + seconds))
@@ -107,10 +107,10 @@ def test_what_has_no_images_has_no_memory_format_to_choose(clock):
     assert turns == [*seconds] * 3
 
 
-@pytest.mark.parametrize("run", [optimize, optimize_static])
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("chunk, networks", [(None, 11), (4, 4)])
 def test_an_engine_is_checked_once_a_run_for_as_many_networks_as_it_evaluates(
-    monkeypatch, run, chunk, networks
+    monkeypatch, cuda_graph, chunk, networks
 ):
     """Not for each level of points."""
     checked = []
@@ -121,9 +121,8 @@ def test_an_engine_is_checked_once_a_run_for_as_many_networks_as_it_evaluates(
 
     monkeypatch.setattr(engines, "outputs_and_gradients", outputs)
     line = Path.linear(small(), tiny_resnet(1, "channel"), 13)
-    engine = {"engine": "stacked"} if run is optimize else {}
-    options = dict(steps=6, coarse_to_fine=True, chunk=chunk, lr=1e-3, **engine)
-    run(line, small(), [images()], **options)
+    how = settings(coarse_to_fine=True, chunk=chunk, lr=1e-3, engine="stacked")
+    optimize(line, small(), [images()], steps=6, cuda_graph=cuda_graph, **how)
     assert checked == [("loop", networks), ("stacked", networks)]
 
 
@@ -151,7 +150,10 @@ def test_inputs_whose_first_axis_is_no_batch_are_not_cut():
         x = torch.randn(12, 6).double()
         one = {name: tensor[None] for name, tensor in kind().double().named_parameters()}
         assert few_of(stack(kind().double(), engine="loop"), one, x, False) == (x, 1.0)
-        paths = [optimize(line, kind(), [x], steps=2, engine=e) for e in ("auto", "loop")]
+        paths = [
+            optimize(line, kind(), [x], steps=2, descent=plain(), forward=Forward(engine=e))
+            for e in ("auto", "loop")
+        ]
         torch.testing.assert_close(*(path.interior for path in paths))
 
 
@@ -164,15 +166,16 @@ def test_a_convolution_that_channels_last_breaks_on_a_cpu_is_not_measured_in_it(
 @pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
 def test_an_engine_and_format_that_are_named_are_not_measured(engine):
     record = []
-    options = dict(engine=engine, channels_last=True, chunk=2, on_choice=record.append)
-    EngineChoice(tiny_resnet(), **options).prepare(one_network(tiny_resnet()), images(), points=5)
+    forward = Forward(engine=engine, channels_last=True, chunk=2)
+    choice = EngineChoice(tiny_resnet(), forward, on_choice=record.append)
+    choice.prepare(one_network(tiny_resnet()), images(), points=5)
     named = {"engine": engine, "channels_last": True, "chunk": 2}
     assert record == [{**named, "points": 5, "seconds": {}, "failed": {}}]
 
 
 def test_an_engine_that_fails_in_its_turn_is_left_out():
     module, record = small(), []
-    choice = EngineChoice(module, on_choice=record.append)
+    choice = EngineChoice(module, Forward(), on_choice=record.append)
     choice.prepare(one_network(module), images(), points=5)
 
     def work(engine):
@@ -189,7 +192,7 @@ def test_an_error_of_the_work_itself_is_raised(path, module):
     def fails(engine):
         raise KeyError("mine")
 
-    choice = EngineChoice(module)
+    choice = EngineChoice(module, Forward())
     choice.prepare(one_network(module), images(), points=5)
     with pytest.raises(KeyError, match="mine"):
         choice.run(fails)
@@ -208,11 +211,13 @@ def test_an_engine_with_other_outputs_or_gradients_is_not_used(path, module, mon
     monkeypatch.setattr(StackedModule, "_run", wrong)
     record = []
     with pytest.warns(UserWarning, match="engine stacked is left out: its .* differs? from"):
-        optimize(path, module, [images()], steps=9, on_choice=record.append)
+        optimize(path, module, [images()], steps=9, on_choice=record.append, descent=plain())
     assert record[0]["engine"] == "loop"
     for engine in ("stacked", "vmap"):
         with pytest.raises(ValueError, match="its .* differs? from the module's"):
-            optimize(path, module, [images()], steps=1, engine=engine)
+            optimize(
+                path, module, [images()], steps=1, descent=plain(), forward=Forward(engine=engine)
+            )
 
 
 @pytest.mark.parametrize("engine", ["auto", "stacked"])
@@ -235,7 +240,14 @@ def test_a_frozen_backbone_is_optimised_as_in_the_module(engine):
             return super().forward(x).tanh()
 
     line = Path.linear(Frozen(), Frozen(), 5)
-    got = optimize(line, Frozen(), [torch.randn(16, 6)], steps=2, engine=engine)
+    got = optimize(
+        line,
+        Frozen(),
+        [torch.randn(16, 6)],
+        steps=2,
+        descent=plain(),
+        forward=Forward(engine=engine),
+    )
     for name, before in line.interior.items():
         assert torch.equal(got.interior[name], before) == name.startswith("inner")
 
@@ -255,7 +267,8 @@ def test_inputs_that_are_not_all_of_the_batch_are_not_cut():
     inputs = {"tokens": tokens, "mask": mask, "scale": scale}
     line = Path.linear(Masked(), Masked(), 4)
     paths = [
-        optimize(line, Masked(), [inputs], steps=2, engine=engine) for engine in ("auto", "loop")
+        optimize(line, Masked(), [inputs], steps=2, descent=plain(), forward=Forward(engine=engine))
+        for engine in ("auto", "loop")
     ]
     torch.testing.assert_close(*(path.interior for path in paths))
 
@@ -267,11 +280,11 @@ def test_every_engine_takes_the_same_steps_and_evaluates_the_same(
 ):
     x, y = images(), torch.arange(12) % 5
     options = dict(engine=engine, channels_last=channels_last)
-    got = optimize(path, module, [x], steps=2, chunk=2, **options)
-    expected = optimize(path, module, [x], steps=2)
+    got = optimize(path, module, [x], steps=2, **settings(chunk=2, **options))
+    expected = optimize(path, module, [x], steps=2, descent=plain())
     torch.testing.assert_close(got.interior, expected.interior)
     results = [
-        evaluate(expected, module, {"x": (x, y)}, **given)
+        evaluate(expected, module, {"x": (x, y)}, **evaluating(**given))
         for given in (dict(chunk=3, **options), {})
     ]
     assert results[0].splits["x"].loss == pytest.approx(results[1].splits["x"].loss)
@@ -300,7 +313,14 @@ def test_named_inputs_and_logits_at_every_position():
     labels = tokens.roll(-1, 1)
     path = Path.linear(module, other, 5)
     paths = [
-        optimize(path, module, [(inputs, labels)], steps=2, engine=engine, chunk=chunk)
+        optimize(
+            path,
+            module,
+            [(inputs, labels)],
+            steps=2,
+            descent=plain(),
+            forward=Forward(engine=engine, chunk=chunk),
+        )
         for engine, chunk in (("stacked", None), ("loop", 1))
     ]
     torch.testing.assert_close(*(path.interior for path in paths))
@@ -329,6 +349,6 @@ def test_what_returns_no_logits_is_named(path):
     ):
         line = Path.linear(Pair(outputs), Pair(outputs), 4)
         with pytest.raises(error, match=words):
-            optimize(line, Pair(outputs), [torch.randn(5, 4)])
+            optimize(line, Pair(outputs), [torch.randn(5, 4)], descent=plain())
         with pytest.raises(error, match=words):
             evaluate(line, Pair(outputs), {"x": (torch.randn(5, 4), torch.zeros(5).long())})

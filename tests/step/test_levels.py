@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import images, tiny_resnet
+from conftest import images, plain, settings, tiny_resnet
 
-from fastgeo import Checkpoints, Path, optimize
-from fastgeo.step.descent import resampled
-from fastgeo.step.levels import levels
+from fastgeo import Checkpoints, Descent, Forward, Path, optimize
+from fastgeo.step.step import resampled
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,8 @@ from fastgeo.step.levels import levels
     ],
 )
 def test_levels(points, steps, expected):
-    assert levels(points, steps) == expected
+    assert Descent().levels(points, steps) == expected
+    assert plain().levels(points, steps) == {0: points}
 
 
 @pytest.mark.parametrize("points", [3, 4, 7, 13, 25, 30])
@@ -50,14 +50,17 @@ def test_coarse_to_fine_is_optimisation_at_each_number_of_points(module):
     got = optimize(
         *(path, module, batches),
         steps=6,
-        coarse_to_fine=True,
         on_step=lambda metrics, now: seen.append((metrics["points"], len(now))),
-        **options,
+        **settings(coarse_to_fine=True, **options),
     )
     assert seen == [(5, 5)] * 4 + [(9, 9)] * 2 and len(got) == 9
     assert [choice["points"] for choice in choices] == [3, 7]
-    first = optimize(path.resample(5), module, batches[:4], engine="stacked")
-    expected = optimize(first.resample(9), module, batches[4:], engine="stacked")
+    first = optimize(
+        path.resample(5), module, batches[:4], descent=plain(), forward=Forward(engine="stacked")
+    )
+    expected = optimize(
+        first.resample(9), module, batches[4:], descent=plain(), forward=Forward(engine="stacked")
+    )
     torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
 
 
@@ -77,19 +80,25 @@ def test_it_goes_on_at_every_level_to_the_last_bit(module, tmp_path, stop):
     options = dict(
         steps=6, coarse_to_fine=True, engine="stacked", momentum=0.9, lr_schedule="linear"
     )
-    uncut = optimize(path, module, batches, **options)
+    uncut = optimize(path, module, batches, **settings(**options))
 
     def interrupt(metrics, now):
         if metrics["step"] == stop:
             raise RuntimeError
 
     with pytest.raises(RuntimeError), Checkpoints(tmp_path) as states:
-        optimize(path, module, batches, checkpoints=states, on_step=interrupt, **options)
+        optimize(
+            path, module, batches, checkpoints=states, on_step=interrupt, **settings(**options)
+        )
     with Checkpoints(tmp_path) as states:
-        got = optimize(path, module, batches, checkpoints=states, **options)
+        got = optimize(path, module, batches, checkpoints=states, **settings(**options))
     torch.testing.assert_close(got.interior, uncut.interior, rtol=0, atol=0)
 
 
 def test_it_needs_the_number_of_steps(module, path):
-    with pytest.raises(ValueError, match="coarse_to_fine needs the number of steps"):
-        optimize(path, module, [images()], coarse_to_fine=True)
+    how = dict(descent=plain(coarse_to_fine=True), forward=Forward(engine="stacked"))
+    with pytest.raises(ValueError, match="give steps, how many: batches have no length"):
+        optimize(path, module, iter([images()] * 4), **how)
+    expected = optimize(path, module, [images()] * 4, steps=4, **how)
+    got = optimize(path, module, [images()] * 4, **how)  # one pass by default
+    torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)

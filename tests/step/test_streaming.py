@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from conftest import images, tiny_resnet
+from conftest import images, plain, settings, tiny_resnet
 from torch import nn
 
-from fastgeo import Path, optimize, stack
+from fastgeo import Forward, Path, optimize, stack
+from fastgeo.forward.options import bytes_of
 from fastgeo.stacking.module import StackedModule
 from fastgeo.step import energy
 from fastgeo.step.energy import EndLogits, energy_and_gradient
 from fastgeo.step.engines import Engine
-from fastgeo.step.memory import activation_bytes, bytes_of
+from fastgeo.step.memory import activation_bytes
 
 
 def step(path, module, x, engine, chunk):
@@ -133,10 +134,9 @@ def test_a_memory_budget_chooses_the_chunk(module):
     def chunk_for(budget):
         optimize(
             *(path, module, [x]),
-            engine="stacked",
-            channels_last=False,
-            memory_budget=budget,
             on_choice=choices.append,
+            descent=plain(),
+            forward=Forward(engine="stacked", channels_last=False, memory_budget=budget),
         )
         return choices[-1]["chunk"]
 
@@ -156,4 +156,4 @@ def test_a_memory_budget_chooses_the_chunk(module):
 )
 def test_contradictory_bounds_are_refused(path, module, options, words):
     with pytest.raises(ValueError, match=words):
-        optimize(path, module, [images()], **options)
+        optimize(path, module, [images()], **settings(**options))

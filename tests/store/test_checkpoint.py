@@ -7,11 +7,11 @@ from pathlib import Path as FilePath
 
 import pytest
 import torch
-from conftest import images, tiny_resnet
+from conftest import evaluating, images, plain, settings, tiny_resnet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastgeo import Checkpoints, Path, models, optimize
+from fastgeo import Checkpoints, Forward, Path, models, optimize
 from fastgeo.app.config import PRESETS
 from fastgeo.data.images import load
 from fastgeo.data.loaders import loader_data
@@ -62,7 +62,7 @@ def shuffling(x):
 def test_a_path_goes_on_to_the_last_bit(batches, momentum, path, module, tmp_path):
     def loop(**options):
         how = dict(steps=9, momentum=momentum, lr_schedule="cosine", engine="stacked")
-        return optimize(path, module, batches(images()), **how, **options)
+        return optimize(path, module, batches(images()), **settings(**how, **options))
 
     torch.manual_seed(3)
     expected = loop()
@@ -76,7 +76,7 @@ def test_a_path_goes_on_to_the_last_bit(batches, momentum, path, module, tmp_pat
 def test_an_iterator_goes_on_when_it_is_made_anew(path, module, tmp_path):
     def loop(**options):
         stream = iter(images(seed=i) for i in range(7))
-        return optimize(path, module, stream, engine="stacked", **options)
+        return optimize(path, module, stream, **settings(engine="stacked", **options))
 
     got = until_done(tmp_path / "states", (2, 5), loop)
     torch.testing.assert_close(got.interior, loop().interior, rtol=0, atol=0)
@@ -117,9 +117,7 @@ def test_training_goes_on_to_the_last_bit(make_module, data, tmp_path):
             digits_loader() if data == "loader" else own,
             (3, 4),
             CONFIG,
-            engine="stacked",
-            batchnorm="recalibrate",
-            **options,
+            **evaluating(engine="stacked", batchnorm="recalibrate", **options),
         )
 
     logs = [tmp_path / name for name in ("uncut.jsonl", "cut.jsonl")]
@@ -143,7 +141,7 @@ def stopped_at(folder, step, path, module, **options):
             steps=20,
             on_step=cut_at(step),
             checkpoints=checkpoints,
-            **options,
+            **settings(**options),
         )
 
 
@@ -163,39 +161,63 @@ def test_the_two_newest_states_are_kept_and_nothing_else_is_touched(path, module
 
 def test_a_damaged_state_is_left_aside_for_the_one_before_it(path, module, tmp_path):
     options = dict(steps=20, engine="stacked")
-    expected = optimize(path, module, [images()], **options)
+    expected = optimize(path, module, [images()], **settings(**options))
     stopped_at(tmp_path, 5, path, module, engine="stacked")
     with open(tmp_path / "optimize-000000005" / "path.safetensors", "r+b") as stream:
         stream.seek(-3, os.SEEK_END)
         stream.write(b"\x11")
     checkpoints = Checkpoints(tmp_path)
     with pytest.warns(UserWarning, match="optimize-000000005/path.safetensors: it was damaged.*4"):
-        got = optimize(path, module, [images()], checkpoints=checkpoints, **options)
+        got = optimize(path, module, [images()], checkpoints=checkpoints, **settings(**options))
     torch.testing.assert_close(got.interior, expected.interior, rtol=0, atol=0)
     for state in tmp_path.iterdir():
         (state / "state.json").write_text("{}")
     with pytest.raises(ValueError, match="state.json: .*no other state of optimize is there: rem"):
-        optimize(path, module, [images()], steps=20, checkpoints=Checkpoints(tmp_path))
+        optimize(
+            path, module, [images()], steps=20, checkpoints=Checkpoints(tmp_path), descent=plain()
+        )
 
 
 def test_states_of_something_else_are_refused(path, module, tmp_path):
     with pytest.raises(Cut), Checkpoints(tmp_path, seconds=0, of={"batch": 12}) as checkpoints:
-        optimize(path, module, [images()], on_step=cut_at(0), checkpoints=checkpoints)
+        optimize(
+            path, module, [images()], on_step=cut_at(0), checkpoints=checkpoints, descent=plain()
+        )
     with pytest.raises(ValueError, match="belongs to another run: batch is 12 there and 8 here"):
-        optimize(path, module, [images()], checkpoints=Checkpoints(tmp_path, of={"batch": 8}))
+        optimize(
+            path,
+            module,
+            [images()],
+            checkpoints=Checkpoints(tmp_path, of={"batch": 8}),
+            descent=plain(),
+        )
     other = Path.linear(tiny_resnet(seed=1), tiny_resnet(seed=5), 7)
     with pytest.raises(ValueError, match="between other ends"):
-        optimize(other, module, [images()], checkpoints=Checkpoints(tmp_path, of={"batch": 12}))
+        optimize(
+            other,
+            module,
+            [images()],
+            checkpoints=Checkpoints(tmp_path, of={"batch": 12}),
+            descent=plain(),
+        )
     os.rename(tmp_path / "optimize-000000000", tmp_path / "optimize-000000009")
     with pytest.raises(ValueError, match="of another stage or step: it was moved here"):
-        optimize(path, module, [images()], checkpoints=Checkpoints(tmp_path, of={"batch": 12}))
+        optimize(
+            path,
+            module,
+            [images()],
+            checkpoints=Checkpoints(tmp_path, of={"batch": 12}),
+            descent=plain(),
+        )
 
 
 def test_states_from_before_an_entry_are_those_that_it_had_then(path, module, tmp_path):
     options = dict(steps=3, engine="stacked")
     with pytest.raises(Cut), Checkpoints(tmp_path, seconds=0, of={"a": 1}) as states:
         states._pause = 0
-        optimize(path, module, [images()], checkpoints=states, on_step=cut_at(2), **options)
+        optimize(
+            path, module, [images()], checkpoints=states, on_step=cut_at(2), **settings(**options)
+        )
     with Checkpoints(tmp_path, of={"a": 1, "b": 0}, before={"b": 0}) as states:
         assert states.load("optimize").step == 2
     with Checkpoints(tmp_path, of={"a": 1, "b": 2}, before={"b": 0}) as states:
@@ -206,7 +228,15 @@ def test_states_from_before_an_entry_are_those_that_it_had_then(path, module, tm
 def test_a_log_that_was_changed_is_refused(path, module, tmp_path):
     options = dict(log=tmp_path / "log.jsonl", seconds=0)
     with pytest.raises(Cut), Checkpoints(tmp_path / "states", **options) as checkpoints:
-        optimize(path, module, [images()], steps=9, on_step=cut_at(5), checkpoints=checkpoints)
+        optimize(
+            path,
+            module,
+            [images()],
+            steps=9,
+            on_step=cut_at(5),
+            checkpoints=checkpoints,
+            descent=plain(),
+        )
     content = bytearray((tmp_path / "log.jsonl").read_bytes())
     content[20] ^= 1
     (tmp_path / "log.jsonl").write_bytes(content)
@@ -225,7 +255,9 @@ def test_a_signal_stops_a_loop_behind_its_step(path, module, tmp_path, number, c
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Stopped) as stopped, Checkpoints(tmp_path) as checkpoints:
-        optimize(path, module, [images()], steps=9, on_step=ask, checkpoints=checkpoints)
+        optimize(
+            path, module, [images()], steps=9, on_step=ask, checkpoints=checkpoints, descent=plain()
+        )
     assert stopped.value.exit_code == code and isinstance(stopped.value, KeyboardInterrupt)
     assert os.listdir(tmp_path) == ["optimize-000000004"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
@@ -234,7 +266,7 @@ def test_a_signal_stops_a_loop_behind_its_step(path, module, tmp_path, number, c
 def test_minutes_that_are_over_stop_a_loop(path, module, tmp_path):
     with pytest.raises(Stopped, match="the 1e-09 minutes are over") as stopped:
         checkpoints = Checkpoints(tmp_path, max_minutes=1e-9)
-        optimize(path, module, [images()], steps=9, checkpoints=checkpoints)
+        optimize(path, module, [images()], steps=9, checkpoints=checkpoints, descent=plain())
     assert stopped.value.exit_code == 75 and len(os.listdir(tmp_path)) == 1
 
 
@@ -244,24 +276,9 @@ def test_an_error_in_the_users_code_leaves_the_state_before_its_step(path, modul
         raise RuntimeError("the network drive is gone")
 
     with pytest.raises(RuntimeError, match="drive") as error, Checkpoints(tmp_path) as checkpoints:
-        optimize(path, module, batches(), checkpoints=checkpoints)
+        optimize(path, module, batches(), checkpoints=checkpoints, descent=plain())
     assert os.listdir(tmp_path) == ["optimize-000000003"]
     assert "the last good state is in" in error.value.__notes__[0]
-
-
-def test_memory_formats_come_back(tmp_path):
-    def network():
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
-
-    path = Path.linear(network(), network(), 5)
-    weight = path.interior["0.weight"]  # [3, 4, 3, 3, 3], channels innermost
-    path.interior["0.weight"] = weight.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    checkpoints = Checkpoints(tmp_path, max_minutes=1e-9)
-    with pytest.raises(Stopped):
-        optimize(path, network(), [torch.randn(2, 3, 4, 4)], checkpoints=checkpoints)
-    found = Checkpoints(tmp_path).load("optimize").tensors["path"]["interior"]["0.weight"]
-    assert found.stride() == path.interior["0.weight"].stride() != weight.stride()
-    assert torch.equal(found, weight)
 
 
 # --- Numbers that are not finite ------------------------------------------------------------------
@@ -300,7 +317,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_parameter(tmp_path):
     )
     with pytest.raises(ValueError, match=words), Checkpoints(tmp_path) as checkpoints:
         options = dict(steps=5, engine="loop", checkpoints=checkpoints)
-        optimize(path, Fragile(), [torch.randn(5, 4)], **options)
+        optimize(path, Fragile(), [torch.randn(5, 4)], **settings(**options))
     assert os.listdir(tmp_path) == ["optimize-000000002"]  # whose energy is finite
 
     Explodes.times = 0
@@ -308,7 +325,7 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_parameter(tmp_path):
     data = loader_data(([(x, y)], [(x, y)]))
     words = "stopped at step 1 of 3: the gradient of first.weight of network a is not finite; lower"
     with pytest.raises(ValueError, match=words):
-        train_ends(Fragile, data, (0, 1), replace(CONFIG, epochs=3), engine="loop")
+        train_ends(Fragile, data, (0, 1), replace(CONFIG, epochs=3), forward=Forward(engine="loop"))
 
 
 class Halts(nn.Module):
@@ -331,7 +348,15 @@ def test_the_layer_that_overflows_first_is_named_and_the_good_state_kept(tmp_pat
         "(first|second|Halts) gives is not finite; lower lr"
     )
     with pytest.raises(ValueError, match=words), Checkpoints(tmp_path, seconds=0) as checkpoints:
-        optimize(path, Halts(), batches, steps=5, engine="loop", checkpoints=checkpoints)
+        optimize(
+            path,
+            Halts(),
+            batches,
+            steps=5,
+            checkpoints=checkpoints,
+            descent=plain(),
+            forward=Forward(engine="loop"),
+        )
     # The state of step 2 was saved before its energy was known, and is not kept.
     assert os.listdir(tmp_path) == ["optimize-000000001"]
 

@@ -1,0 +1,175 @@
+"""A step of descent on a path, on memory that never moves: energy, gradient, update."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from fastgeo_kernels import path_update
+from torch import Tensor, nn
+
+from fastgeo.data.inputs import Inputs
+from fastgeo.path import Path
+from fastgeo.step.descent import Descent
+from fastgeo.step.energy import energy_and_gradient
+from fastgeo.step.engines import Engine
+from fastgeo.step.phases import phase
+
+
+@dataclass
+class _Block:
+    """Parameters whose weights lie side by side, in one tensor [M, P] of the M interior points."""
+
+    names: list[str]
+    weight: Tensor
+    velocity: Tensor | None
+    copy: Tensor | None = None  # the weights in bf16, for layers that read them so
+
+
+class Step:
+    """The interior of a path, in memory that every step changes in place.
+
+    On a GPU all parameters of a dtype lie side by side, so that the update is one kernel; on a CPU
+    each lies by itself, as convolutions want it.
+
+    Args:
+        path: where to start; not changed.
+        module: says which parameters are trained, and which of them are one.
+        descent: how to descend.
+        velocity: first name of each parameter -> [N - 2, ...] of the momentum; none yet if empty.
+        channels_last: weights of images with their channels innermost.
+
+    Attributes:
+        path: as it is now; its tensors change with every step.
+        trained: name of every parameter to train -> the first name of it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        module: nn.Module,
+        descent: Descent,
+        velocity: Mapping[str, Tensor] | None = None,
+        *,
+        channels_last: bool = False,
+    ):
+        self.descent, self.channels_last = descent, channels_last
+        self.trained = trained_names(module)
+        self._shapes = {name: path.interior[name].shape for name in self.trained.values()}
+        self._blocks = []
+        for names in self._side_by_side(path):
+            weight = self._rows([path.interior[name] for name in names]).clone()
+            moving = torch.zeros_like(weight) if descent.momentum else None
+            if moving is not None and velocity:
+                moving.copy_(self._rows([velocity[name] for name in names]))
+            self._blocks.append(_Block(names, weight, moving))
+        self._fixed, self._start, self._end = path.interior, path.start, path.end
+        self.path = self._path_of(self._views("weight"))
+        self.evaluated = self.path  # what the engine is given
+
+    def keep_half(self, names: Iterable[str]) -> None:
+        """From now on these parameters are read from a bf16 copy, which the update makes."""
+        halves, names = {}, set(names)
+        for block in self._blocks:
+            if names.intersection(block.names):
+                block.copy = block.weight.bfloat16()
+                halves |= self._split(block, block.copy)
+        own = self._views("weight") | {n: t for n, t in halves.items() if n in names}
+        self.evaluated = self._path_of(own)
+
+    def gradient(
+        self, engine: Engine, inputs: Inputs, ends: Tensor, counted: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `energy_and_gradient`."""
+        return energy_and_gradient(self.evaluated, engine, inputs, self.trained, ends, counted)
+
+    def update(self, gradient: Mapping[str, Tensor], rate: float | Tensor) -> None:
+        """Move the interior along the energy's gradient, first name -> [N - 2, ...]."""
+        how = self.descent
+        with phase("update"):
+            for block in self._blocks:
+                path_update(
+                    block.weight,
+                    self._rows([gradient[name] for name in block.names]),
+                    rate,
+                    precondition=how.precondition,
+                    momentum=how.momentum,
+                    nesterov=how.momentum > 0,
+                    velocity=block.velocity,
+                    copy=block.copy,
+                )
+
+    def velocity(self) -> dict[str, Tensor]:
+        """A copy of the momentum's, first name -> [N - 2, ...]; empty without momentum."""
+        views = self._views("velocity") if self.descent.momentum else {}
+        return {name: _copied(view) for name, view in views.items()}
+
+    def copied_path(self) -> Path:
+        """The path as it is now, in memory of its own."""
+        own = {name: _copied(view) for name, view in self._views("weight").items()}
+        return self._path_of(own)
+
+    def memory(self) -> list[Tensor]:
+        """The tensors that a step changes."""
+        return [t for b in self._blocks for t in (b.weight, b.velocity, b.copy) if t is not None]
+
+    def _path_of(self, trained: Mapping[str, Tensor]) -> Path:
+        own = {name: trained[first] for name, first in self.trained.items()}
+        return Path(self._start, self._fixed | own, self._end)
+
+    def _side_by_side(self, path: Path) -> list[list[str]]:
+        if path.device.type == "cpu":
+            return [[name] for name in self._shapes]
+        dtypes: dict[torch.dtype, list[str]] = {}
+        for name in self._shapes:
+            dtypes.setdefault(path.interior[name].dtype, []).append(name)
+        return list(dtypes.values())
+
+    def _views(self, kind: str) -> dict[str, Tensor]:
+        """First name -> [M, ...] in its place in the blocks."""
+        parts = (self._split(block, getattr(block, kind)) for block in self._blocks)
+        return {name: view for part in parts for name, view in part.items()}
+
+    def _split(self, block: _Block, flat: Tensor) -> dict[str, Tensor]:
+        sizes = [self._shapes[name][1:].numel() for name in block.names]
+        views = {}
+        for name, part in zip(block.names, flat.split(sizes, 1), strict=True):
+            shape = self._shapes[name]
+            if self._innermost(shape):
+                points, out, channels, *kernel = shape
+                views[name] = part.view(points, out, *kernel, channels).movedim(-1, 2)
+            else:
+                views[name] = part.view(shape)
+        return views
+
+    def _rows(self, tensors: list[Tensor]) -> Tensor:
+        """[M, P] of tensors [M, ...], as they lie in a block."""
+        rows = [
+            (t.movedim(2, -1) if self._innermost(t.shape) else t).reshape(len(t), -1)
+            for t in tensors
+        ]
+        return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).contiguous()
+
+    def _innermost(self, shape: torch.Size) -> bool:
+        return self.channels_last and len(shape) == 5
+
+
+def trained_names(module: nn.Module) -> dict[str, str]:
+    """Name of every parameter to train -> the first name of it (tied parameters have several)."""
+    first: dict[nn.Parameter, str] = {}
+    names = module.named_parameters(remove_duplicate=False)
+    trained = {name: first.setdefault(p, name) for name, p in names if p.requires_grad}
+    if not trained:
+        raise ValueError("the module has no parameter with requires_grad to train")
+    return trained
+
+
+def resampled(velocity: dict[str, Tensor], points: int) -> dict[str, Tensor]:
+    """The velocity [N - 2, ...] of a path with another N: a curve, too, which is 0 at the ends."""
+    if not velocity:
+        return {}
+    zero = {name: torch.zeros_like(tensor[0]) for name, tensor in velocity.items()}
+    return Path(zero, velocity, zero).resample(points).interior
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

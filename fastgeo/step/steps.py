@@ -1,0 +1,311 @@
+"""Steps over a stream of batches: one by one, or on a GPU many that the host does not look at."""
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastgeo.data.inputs import Inputs, Passes, on_device
+from fastgeo.data.outputs import logits_of, rows_that_count
+from fastgeo.forward.options import Forward
+from fastgeo.path import Path
+from fastgeo.step.descent import Descent
+from fastgeo.step.diagnose import all_finite, first_not_finite, where
+from fastgeo.step.energy import EndLogits
+from fastgeo.step.engines import EngineChoice
+from fastgeo.step.memory import path_work
+from fastgeo.step.phases import phase
+from fastgeo.step.step import Step
+
+AT_ONCE = 50  # captured steps that the host reads together
+WARM_UP = 3  # steps before a capture, in which libraries choose and compile what they run
+
+
+class Taken(NamedTuple):
+    """What some steps found, those before one that is not finite if there is one.
+
+    Attributes:
+        energies: [K, E] nats, of each edge before each step.
+        lengths: [K], Σ‖Δθ‖ of the path before each step; None if it is not measured.
+        why: what stopped them, in words; empty if nothing did.
+        unsound: whether the path before the first of them has no finite energy.
+    """
+
+    energies: Tensor
+    lengths: Tensor | None
+    why: str = ""
+    unsound: bool = False
+
+
+class Steps:
+    """The steps of an optimisation, at one number of points after the other.
+
+    Args:
+        module: the network of all points, in the mode that it is to be evaluated in.
+        order: the batches.
+        capture: whether steps are captured; None for where nothing forbids it, on a GPU.
+        most: interior points of the finest path to come.
+        measured: whether the path's length is.
+        on_choice: as of `fastgeo.optimize`.
+
+    Attributes:
+        step: of the path as it is now; `begin` makes it.
+    """
+
+    step: Step
+
+    def __init__(
+        self,
+        module: nn.Module,
+        order: Passes,
+        descent: Descent,
+        forward: Forward,
+        *,
+        capture: bool | None,
+        device: torch.device,
+        most: int,
+        measured: bool,
+        on_choice: Callable[[dict], None] | None,
+    ):
+        self.module, self.order, self.descent, self.forward = module, order, descent, forward
+        self.most, self.measured = most, measured
+        self._on_choice, self._ends = on_choice, None
+        self._must, self._captures = bool(capture), bool(capture)
+        if capture is None:
+            stackable = forward.engine in ("auto", "stacked") and forward.batchnorm == "refuse"
+            self._captures = device.type == "cuda" and stackable
+        self.choice = self._new_choice()
+
+    @property
+    def at_once(self) -> int:
+        """How many steps are read together, at most."""
+        return AT_ONCE if self._captures else 1
+
+    def begin(self, path: Path, velocity: Mapping[str, Tensor]) -> None:
+        """Go on with this path."""
+        if self.choice.chosen is not None:
+            self.choice.next_level()
+        innermost = self._captures and bool(self.choice.forward.channels_last)
+        self.step = Step(path, self.module, self.descent, velocity, channels_last=innermost)
+        self._ends = self._ends or EndLogits(path)
+        self._way = self._captured() if self._captures else self._one_by_one
+
+    def take(self, rates: list[float]) -> Taken | None:
+        """Steps at these rates, fewer where batches end; None where there is no batch.
+
+        Raises:
+            NotCaptured: they have to be captured, and cannot.
+        """
+        try:
+            return self._way(rates)
+        except NotCaptured:
+            if self._must:
+                raise
+        self._captures = False
+        self.choice, path, velocity = self._new_choice(), self.step.path, self.step.velocity()
+        self.begin(path, velocity)
+        return self._way(rates[:1])
+
+    def _new_choice(self) -> EngineChoice:
+        forward = self.forward
+        if self._captures:
+            on_gpu = torch.cuda.is_available()
+            layout = on_gpu if forward.channels_last is None else forward.channels_last
+            forward = replace(forward, engine="stacked", channels_last=layout)
+        work = path_work(self.descent.momentum)
+        return EngineChoice(self.module, forward, work=work, on_choice=self._on_choice)
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Line up the engines, or choose the one there is."""
+        if self.choice.chosen is None:
+            path = self.step.path
+            one = {name: tensor[None] for name, tensor in path.start.items()}
+            self.choice.prepare(one, inputs, points=len(path) - 2, most=self.most)
+
+    def _one_by_one(self, rates: list[float]) -> Taken | None:
+        """A step at the first of the rates, which is looked at before the path is moved by it."""
+        with phase("data"):
+            batch = next(self.order, None)
+        if batch is None:
+            return None
+        (given, targets), path = batch, self.step.path
+        inputs = on_device(given, path.device)
+        counted = rows_that_count(inputs, targets, self.forward.mask)
+        self.prepare(inputs)
+        energies, gradient = self.choice.run(
+            lambda engine: self.step.gradient(
+                engine, inputs, self._ends(given, inputs, engine), counted
+            )
+        )
+        lengths = path.euclidean().sum()[None] if self.measured else None
+        if not energies.isfinite().all():
+            why = self._why_not_finite(energies, inputs)
+            return Taken(energies[None][:0], lengths, why, unsound=True)
+        if not all_finite(gradient.values()):
+            name, i = first_not_finite(gradient)
+            place = f"point {i + 1}, between edges {i} and {i + 1}"
+            why = f"the gradient of {name} is not finite at {place}"
+            return Taken(energies[None][:0], lengths, why)
+        self.step.update(gradient, rates[0])
+        return Taken(energies[None], lengths)
+
+    def _why_not_finite(self, energies: Tensor, inputs: Inputs) -> str:
+        """In words: the first edge that has no finite divergence, and the layer where it begins."""
+        edge = int((~energies.isfinite()).nonzero()[0])
+        for point in (edge, edge + 1):
+            reason = where(self.module, self.step.path._point(point), inputs)
+            if "every layer" not in reason:
+                break
+        return f"{_divergence(energies)}, since at point {point} {reason}"
+
+    def _captured(self) -> Callable[[list[float]], Taken | None]:
+        return _Captured(self).take
+
+
+class _Captured:
+    """Steps that a GPU replays from a CUDA graph, and that the host reads many at a time.
+
+    What makes a step different from the next lies on the device at fixed places: the batch, the
+    rate, the number of the step, the energies. A batch of another shape than the first one is done
+    operation by operation, as all are without a GPU.
+    """
+
+    def __init__(self, steps: Steps):
+        self.steps, self.step = steps, steps.step
+        path = self.step.path
+        precise = torch.promote_types(next(iter(path.interior.values())).dtype, torch.float32)
+        self._rates = torch.zeros(AT_ONCE, dtype=precise, device=path.device)
+        self._turn = torch.zeros(1, dtype=torch.long, device=path.device)
+        self._energies = self._rates.new_zeros(AT_ONCE, len(path) - 1)
+        self._lengths = torch.zeros_like(self._rates) if steps.measured else None
+        self._ends: dict[str, Tensor] = {}
+        self._form: Any = None  # of the batch that is captured
+        self._batch: list[Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def take(self, rates: list[float]) -> Taken | None:
+        self._rates[: len(rates)].copy_(torch.tensor(rates, dtype=self._rates.dtype))
+        self._turn.zero_()
+        taken = 0
+        for drawn in islice(self.steps.order, len(rates)):
+            batch = self._on_device(*drawn)
+            leaves, form = _taken_apart(batch)
+            if self._form is None:
+                try:
+                    self._begin(batch, leaves, form)
+                except NotCaptured:
+                    self.steps.order.put_back(drawn)
+                    raise
+            if form == self._form:
+                torch._foreach_copy_(self._batch, leaves)
+                self._replay()
+            else:
+                self._run(*batch)
+            taken += 1
+        if not taken:
+            return None
+        energies = self._energies[:taken].cpu()  # here the host waits
+        lengths = None if self._lengths is None else self._lengths[:taken].cpu()
+        bad = (~energies.isfinite()).any(1).nonzero()
+        if not len(bad):
+            return Taken(energies, lengths)
+        good = int(bad[0])
+        return Taken(energies[:good], lengths, _divergence(energies[good]), unsound=good == 0)
+
+    def warm_up(self) -> None:
+        """Steps that leave everything as it was."""
+        changed = [*self.step.memory(), self._turn]
+        kept = [tensor.clone() for tensor in changed]
+        for _ in range(WARM_UP):
+            self._turn.zero_()
+            self._run(*self._held())
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
+
+    def _on_device(self, given: Inputs, targets: Any) -> tuple[Inputs, Tensor | None]:
+        """Inputs on the device, and which of their rows count."""
+        device = self.step.path.device
+        inputs = on_device(given, device)
+        counted = rows_that_count(inputs, targets, self.steps.forward.mask, look=False)
+        return inputs, None if counted is None else counted.to(device)
+
+    def _begin(self, batch: tuple, leaves: list[Tensor], form: Any) -> None:
+        """Choose the engine, and capture the step of a batch like this."""
+        path = self.step.path
+        try:
+            self.steps.prepare(batch[0])
+        except ValueError as error:
+            raise NotCaptured(str(error)) from error
+        network = self.steps.choice.chosen.network
+        for line in network.reads():
+            name = type(network.module).__name__
+            raise NotCaptured(f"{name} reads numbers back from the device, {line}")
+        if self.steps.forward.precision == "bf16":
+            self.step.keep_half(network.parameters_in_half())
+        evaluated = self.step.evaluated.interior
+        self._ends = {
+            name: torch.stack([t, path.end[name]]).to(evaluated.get(name, t).dtype)
+            for name, t in path.start.items()
+        }
+        self._form, self._batch = form, [leaf.clone() for leaf in leaves]
+        if path.device.type == "cuda":
+            self._capture()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # or what only cycles hold stays beside the graph's own
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):  # nothing runs
+            self._run(*self._held())
+
+    def _replay(self) -> None:
+        if self._graph is None:
+            self._run(*self._held())
+        else:
+            self._graph.replay()
+
+    def _held(self) -> tuple[Inputs, Tensor | None]:
+        """The batch at its fixed place."""
+        structure, others, _ = self._form
+        held = iter(self._batch)
+        leaves = [next(held) if other is Tensor else other for other in others]
+        return pytree.tree_unflatten(leaves, structure)
+
+    def _run(self, inputs: Inputs, counted: Tensor | None) -> None:
+        """One step, operation by operation; nothing waits for the device."""
+        engine = self.steps.choice.chosen
+        with torch.no_grad():
+            ends = logits_of(engine.network(self._ends, inputs))
+        if self._lengths is not None:
+            length = self.step.path.euclidean().sum()[None]
+            self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
+        energies, gradient = self.step.gradient(engine, inputs, ends, counted)
+        self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
+        self._energies.index_copy_(0, self._turn, energies[None].to(self._energies))
+        self._turn += 1
+
+
+class NotCaptured(ValueError):
+    """Why a step cannot be captured."""
+
+
+def _divergence(energies: Tensor) -> str:
+    edge = int((~energies.isfinite()).nonzero()[0])
+    return f"the divergence of edge {edge} is {energies[edge].item()}"
+
+
+def _taken_apart(value: Any) -> tuple[list[Tensor], Any]:
+    """All tensors in a value, and what it is beside their numbers."""
+    leaves, structure = pytree.tree_flatten(value)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return tensors, (structure, others, [(t.shape, t.dtype) for t in tensors])
