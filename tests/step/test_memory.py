@@ -92,7 +92,6 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     assert words.startswith(start) and "give --chunk " in words
 
 
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_auto_tries_nothing_that_does_not_fit(momentum, module, monkeypatch):
     """Velocities count: three copies of all weights."""
