@@ -42,10 +42,10 @@ FOUND = (
 )
 TEST_IMAGES = 2048  # at most
 SMOOTH = 5  # steps
-COLOURS = (
-    *("tab:green", "tab:olive", "tab:orange", "tab:red"),
-    *("tab:purple", "tab:cyan", "tab:blue"),
-)
+DRAWN = ("sqrt_jsd", "seconds")  # of a step
+# Colours that differ in grey, too, and for colour-blind eyes (Okabe and Ito).
+COLOURS = {"plain SGD": "black", "preconditioned": "#e69f00", "coarse to fine": "#0072b2"}
+DASHES = {"": "-", "falling rate": "--", "falling rate, momentum": ":"}
 
 
 class Bench(Ends):
@@ -119,6 +119,22 @@ def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with so much of their courses as the figure shows."""
+    drawn = best(rows)
+    return [
+        {
+            **row,
+            "course": [
+                {name: float(f"{line[name]:.5g}") for name in DRAWN}
+                for line in row["course"]
+                if row in drawn
+            ],
+        }
+        for row in rows
+    ]
+
+
 def reached(rows: list[dict[str, Any]]) -> str:
     """Where each method ends, at its best rate."""
     parts = [
@@ -132,17 +148,17 @@ def reached(rows: list[dict[str, Any]]) -> str:
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """Σ√JSD, the mean of `SMOOTH` batches, against steps and against seconds; of few points it is
     somewhat less than of many."""
-    drawn = Figure(figsize=(10, 5), layout="constrained")
+    drawn = Figure(figsize=(8, 4.5), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
-    colours = dict(zip(METHODS, COLOURS, strict=True))
     for row in best(rows):
         lengths = torch.tensor([line["sqrt_jsd"] for line in row["course"]])
         window = min(SMOOTH, len(lengths))
         lengths = lengths.unfold(0, window, 1).mean(1)
         seconds = [line["seconds"] for line in row["course"]][window - 1 :]
-        label = f"{row['step']}, rate {row['rate']:g}"
-        axes[0].plot(range(window - 1, len(row["course"])), lengths, color=colours[row["step"]])
-        axes[1].plot(seconds, lengths, color=colours[row["step"]], label=label)
+        kind, _, schedule = row["step"].partition(", ")
+        look = dict(color=COLOURS[kind], linestyle=DASHES[schedule], linewidth=1.5)
+        axes[0].plot(range(window - 1, len(row["course"])), lengths, **look)
+        axes[1].plot(seconds, lengths, label=f"{row['step']}, rate {row['rate']:g}", **look)
     axes[0].set(xlabel="step", ylabel=f"Σ√JSD, mean of {SMOOTH} batches, √nats", yscale="log")
     axes[1].set_xlabel("seconds")
     drawn.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
@@ -162,7 +178,7 @@ def main() -> None:
     if options.save:
         name = f"convergence-{options.preset}"
         write_figure(RESULTS / f"{name}.png", figure(rows))
-        print(f"\nwrote {write_result(name, {'setting': bench.setting, 'rows': rows})}")
+        print(f"\nwrote {write_result(name, {'setting': bench.setting, 'rows': thinned(rows)})}")
 
 
 if __name__ == "__main__":
