@@ -1,13 +1,12 @@
 """Times of everything, in one table: `python -m benchmarks`, a few minutes on a CPU.
 
-Implementations of the same thing take turns in one process. One whose result is not that of the
-first is called wrong, and has no time.
+Implementations of the same thing take turns in one process, and each is compared with the first of
+them, in its result and in its time. One whose result is another is called wrong, and has no time.
 """
 
 import functools
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 import tyro
 
 from benchmarks.cases import Case, cases, error
-from benchmarks.harness import device_slug, environment, write_result
+from benchmarks.harness import device_slug, environment, printed, write_result
 from fastgeo import keep_pages
-from fastgeo.profiling.measure import headline, quantiles, table, time_alternating
+from fastgeo.profiling.measure import headline, quantiles, time_alternating
 from fastgeo.stacking.precision import matmul_precision
+
+SPEED = "times as fast as the first, slower below 1"
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,12 @@ def measure(same: list[Case], repeats: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = dict(group=case.group, setting=case.setting, implementation=name)
         if name in sound:
             times = quantiles(seconds[name])
-            row["ms"] = {level: 1e3 * s for level, s in times.items()}
+            row["ms"] = {level: 1e3 * s / case.count for level, s in times.items()}
             row["rate"] = f"{case.work / times['p50']:.3g} {unit}"
             pairs = zip(seconds[first], seconds[name], strict=True)
-            row["times the first"] = quantiles(one / other for one, other in pairs)
+            row[SPEED] = quantiles(one / other for one, other in pairs)
         else:
-            row |= dict.fromkeys(("ms", "rate", "times the first"), "wrong")
+            row |= dict.fromkeys(("ms", "rate", SPEED), "wrong")
         rows.append(row | {"difference": f"{errors[name]:.0e}"})
     return rows
 
@@ -67,15 +68,14 @@ def main() -> None:
     keep_pages()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(headline(environment()), flush=True)
-    rows = []
     key = functools.cache(lambda case: (case.group, case.setting))
-    for (group, setting), same in itertools.groupby(cases(device, full=options.full), key):
-        if options.group in (None, group):
-            print(f"{group}: {setting}", file=sys.stderr)
-            rows += measure(list(same), options.repeats)
+    rows = printed(
+        measure(list(same), options.repeats)
+        for (group, _), same in itertools.groupby(cases(device, full=options.full), key)
+        if options.group in (None, group)
+    )
     if not rows:
         raise SystemExit(f"there is no group {options.group!r}")
-    print(table(rows))
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1))
     if options.save:

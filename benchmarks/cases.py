@@ -7,7 +7,7 @@ thing, and the first of them is what the others are compared with.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ class Case:
         group: divergence, layers, step, evaluation or matching.
         setting: sizes, in words.
         implementation: what computes it.
-        run: does it once; returns tensors in which all implementations agree.
+        run: does it; returns tensors in which all implementations agree.
         work: how much of `unit` one call does.
         unit: of the rate, a second.
+        count: how often one call does what the setting names.
         tolerance: on the difference from the first implementation, over the largest entry.
     """
 
@@ -48,6 +49,7 @@ class Case:
     run: Callable[[], Tensors]
     work: float
     unit: str
+    count: int = 1
     tolerance: float = 1e-3
 
     def __str__(self) -> str:
@@ -137,7 +139,8 @@ def _forward_and_backward(forward: Callable[..., Tensor], leaves: list[Tensor]) 
 def steps(
     device: torch.device, depth: int, width: float, *, pixels: int, points: int, batch: int
 ) -> Iterator[Case]:
-    """How far five steps of plain SGD move the interior of a path (`benchmarks.step` has more)."""
+    """A step of plain SGD, in the mean of five with what is set up for them: how far they move the
+    interior of a path (`benchmarks.step` has more)."""
     count = 5
     module, path = _path(device, depth, width, points)
     x = torch.randn(batch, 3, pixels, pixels, device=device)
@@ -166,39 +169,59 @@ def steps(
         )
         return moved(list(after.points()))
 
-    setting = f"ResNet{depth} width {width:g}, {pixels}x{pixels}, N = {points}, B = {batch}"
+    size = f"ResNet{depth} width {width:g}, {pixels}x{pixels}, N = {points}, B = {batch}"
+    setting = f"one step (mean of {count}, with their set-up), {size}"
     for name, run in (("loop over modules", by_loop), ("fastgeo, stacked", by_fastgeo)):
         yield Case(
             *("step", setting, name, run, count * points * batch, "images·points"),
+            count=count,
             tolerance=1e-2,  # the movement has few of the weights' digits
         )
 
 
 def evaluation(device: torch.device, depth: int, width: float, *, points: int) -> Iterator[Case]:
-    """Loss and accuracy of every point on the digits' test images."""
+    """Loss and accuracy of every point on the digits' test images, and the lengths of the path."""
     digits = load("digits").to(device)
     module, path = _path(device, depth, width, points, channels=1)
 
     @torch.no_grad()
     def by_loop() -> Tensors:
-        losses = []
+        logits = []
         for state in path.points():
             module.load_state_dict(state)
-            total, count = 0.0, 0
-            for x, y in digits.in_order("test", 256):
-                total += F.cross_entropy(module(x), y, reduction="sum").item()
-                count += len(y)
-            losses.append(total / count)
-        return (torch.tensor(losses),)
+            logits.append(torch.cat([module(x) for x, _ in digits.in_order("test", 256)]))
+        labels = digits.test.labels
+        losses = torch.stack([F.cross_entropy(own, labels) for own in logits])
+        accuracies = torch.stack([(own.argmax(-1) == labels).float().mean() for own in logits])
+        js_div = torch.stack([path_jsd.pair(p, q) for p, q in pairwise(logits)]).clamp(min=0)
+        fisher_rao = sum(fisher_rao_distance(p, q) for p, q in pairwise(logits))
+        chord = fisher_rao_distance(logits[0], logits[-1])
+        lengths = (js_div.sum(), js_div.sqrt().sum(), fisher_rao, chord, euclidean_length(path))
+        return losses, accuracies, *lengths
 
     def by_fastgeo() -> Tensors:
         found = evaluate(path, module, {"test": digits.in_order("test", 256)})
-        return (torch.tensor(found.splits["test"].loss),)
+        split = found.splits["test"]
+        lengths = (found.energy, found.sqrt_jsd, found.fisher_rao, found.fisher_rao_lower_bound)
+        values = (split.loss, split.accuracy, *lengths, found.euclidean)
+        return tuple(torch.tensor(value) for value in values)
 
     images = len(digits.test.labels)
-    setting = f"ResNet{depth} width {width:g}, N = {points}, {images} digits"
-    for name, run in (("loop over modules", by_loop), ("fastgeo, with lengths", by_fastgeo)):
+    setting = f"losses and lengths, ResNet{depth} width {width:g}, N = {points}, {images} digits"
+    for name, run in (("loop over modules", by_loop), ("fastgeo", by_fastgeo)):
         yield Case("evaluation", setting, name, run, points * images, "images·points")
+
+
+def fisher_rao_distance(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Of two networks on the rows of a data set, radians, as it is written down."""
+    p, q = p_logits.double().softmax(-1), q_logits.double().softmax(-1)
+    return (2 * (p * q).sqrt().sum(-1).clamp(max=1).arccos()).square().mean().sqrt()
+
+
+def euclidean_length(path: Path) -> Tensor:
+    """Sum of the distances of neighbouring states."""
+    points = [torch.cat([t.flatten() for t in state.values()]) for state in path.points()]
+    return torch.stack([(b - a).norm() for a, b in pairwise(points)]).sum()
 
 
 def matching(device: torch.device, networks: list[tuple[int, float]]) -> Iterator[Case]:

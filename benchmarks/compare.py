@@ -31,7 +31,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
     """A row for each time that both results have.
 
     Raises:
-        ValueError: none.
+        ValueError: they have no row in common.
     """
     old, new = (_times(result) for result in (before, after))
     rows = []

@@ -5,12 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastgeo.profiling.measure import machine
+from fastgeo.profiling.measure import machine, table
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,6 +32,16 @@ def device_slug() -> str:
 def command() -> str:
     """What was typed, without the path of the interpreter."""
     return shlex.join(["python", *sys.orig_argv[1:]])
+
+
+def printed(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """All rows, printed as one table that grows by a part as soon as the part is measured."""
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        lines = table(part).splitlines()
+        print(*lines[2 if rows else 0 :], sep="\n", flush=True)
+        rows += part
+    return rows
 
 
 def write_result(name: str, payload: dict) -> Path:

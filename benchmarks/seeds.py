@@ -10,11 +10,11 @@ from pathlib import Path as FilePath
 
 import tyro
 
-from benchmarks.harness import environment, write_result
+from benchmarks.harness import environment, printed, write_result
 from fastgeo import keep_pages
 from fastgeo.app.config import PRESETS
 from fastgeo.app.stages import Run, run_all
-from fastgeo.profiling.measure import headline, table
+from fastgeo.profiling.measure import headline
 from fastgeo.store.files import read_json
 
 
@@ -50,13 +50,12 @@ def measure(seed_a: int, seed_b: int, folder: FilePath) -> dict[str, object]:
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.seeds")
     keep_pages()
-    print(headline(environment()))
+    print(headline(environment()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            measure(2 * pair, 2 * pair + 1, FilePath(folder) / str(pair))
+        rows = printed(
+            [measure(2 * pair, 2 * pair + 1, FilePath(folder) / str(pair))]
             for pair in range(options.pairs)
-        ]
-    print(table(rows))
+        )
     if options.save:
         print(f"\nwrote {write_result('seeds', {'rows': rows})}")
 

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from benchmarks import roofline, step_gpu
-from benchmarks.harness import device_slug, environment, write_result
+from benchmarks.harness import device_slug, environment, printed, write_result
 from fastgeo import Path, keep_pages, models
 from fastgeo.profiling.compare import compare
 from fastgeo.profiling.measure import headline, matmul_rate, table
@@ -49,7 +49,7 @@ class Options:
     """auto (paper step on a GPU, digits preset elsewhere); paper step; digits preset, paper-small
     preset, ResNet8 width 0.5, ResNet8 width 1, ResNet20 width 1, ResNet20 width 4, all of these;
     cifar10 preset and paper preset (a GPU's); or grid: (width, N, B), fastgeo against the loop
-    only"""
+    only. The first words of a name are enough: digits, or ResNet8 for both of them"""
     steps: int = 3
     """steps in one measurement, after one that is not measured"""
     repeats: int = 10
@@ -84,6 +84,21 @@ def measure(
     return [{"setting": title, **row} for row in rows]
 
 
+def chosen(setting: str) -> list[str]:
+    """The settings that are meant by a name or by the first words of one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    groups = {"all": ALL, "grid": list(GRID)} | {name: [name] for name in SETTINGS | GRID}
+    names = groups.get(setting, [n for n in SETTINGS if n.startswith(f"{setting} ")])
+    if not names:
+        raise ValueError(
+            f"setting must be all, grid, paper step or one of {', '.join(SETTINGS)}, got {setting}"
+        )
+    return names
+
+
 def _paper_step(options: Options, device: str) -> None:
     print(headline(environment()), end="\n\n", flush=True)
     setting, how = step_gpu.Setting(), dict(repeats=options.repeats)
@@ -107,16 +122,13 @@ def main() -> None:
         setting = "paper step" if device == "cuda" else "digits preset"
     if setting == "paper step":
         return _paper_step(options, device)
-    names = {"all": ALL, "grid": list(GRID)}.get(setting, [setting])
-    if unknown := set(names) - set(SETTINGS) - set(GRID):
-        raise SystemExit(
-            f"setting must be all, grid, paper step or one of {', '.join(SETTINGS)}, got "
-            f"{', '.join(unknown)}"
-        )
-    print(headline(environment()))
+    try:
+        names = chosen(setting)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    print(headline(environment()), flush=True)
     how = dict(device=device, steps=options.steps, repeats=options.repeats)
-    rows = [row for name in names for row in measure(name, compiled=options.compiled, **how)]
-    print(table(rows))
+    rows = printed(measure(name, compiled=options.compiled, **how) for name in names)
     if options.save:
         name = "step-grid" if setting == "grid" else "step"
         print(f"\nwrote {write_result(f'{name}-{device_slug()}', {'rows': rows})}")

@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import convergence, ends, points, precision, roofline, step_gpu
+from benchmarks import __main__ as everything
+from benchmarks import (
+    cases,
+    convergence,
+    ends,
+    harness,
+    points,
+    precision,
+    roofline,
+    step,
+    step_gpu,
+)
 from fastgeo import models
 from fastgeo.app.config import PRESETS
 
@@ -94,7 +105,8 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     assert [line.get_ydata()[0] for line in drawn] == pytest.approx(
         [sum(line["sqrt_jsd"] for line in row["course"]) / 3 for row in sound], rel=1e-4
     )
-    by_points = points.by_points(bench)  # the last as the preset does, which is the last way
+    # The last one as the preset does, which is the last way.
+    by_points = [row for rows in points.by_points(bench) for row in rows]
     assert [(row["N"], row["path"]) for row in by_points] == [
         *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
     ]
@@ -116,3 +128,44 @@ def test_precisions_are_set_against_orders_of_the_images(monkeypatch):
     energies, losses = precision.figure(orders, {"bf16": half}).axes
     assert [len(line.get_ydata()) for line in energies.get_lines()] == [1] * 3  # a mean of 3 steps
     assert list(losses.get_lines()[-1].get_ydata()) == half["train loss"].tolist()
+
+
+def test_a_row_is_printed_before_the_next_one_is_measured(capsys):
+    shown = []
+
+    def measured():
+        for name in ("one", "two"):
+            shown.append(capsys.readouterr().out)
+            yield [{"what": name, "ms": {"p20": 1.0, "p50": 2.0, "p80": 3.0}}]
+
+    rows = harness.printed(measured())
+    shown.append(capsys.readouterr().out)
+    assert [row["what"] for row in rows] == ["one", "two"]
+    head = "| what | ms (p20/p50/p80) |\n| --- | --- |\n"
+    assert shown == ["", f"{head}| one | 1/2/3 |\n", "| two | 1/2/3 |\n"]
+
+
+def test_a_setting_of_the_step_is_named_by_its_first_words():
+    assert step.chosen("digits") == step.chosen("digits preset") == ["digits preset"]
+    assert step.chosen("paper") == ["paper preset"]
+    assert step.chosen("ResNet8") == ["ResNet8 width 0.5", "ResNet8 width 1"]
+    assert step.chosen("all") == step.ALL and step.chosen("grid") == list(step.GRID)
+    for nothing in ("", "digit", "ResNet8 wide"):
+        with pytest.raises(ValueError, match="one of digits preset"):
+            step.chosen(nothing)
+
+
+def test_the_loop_that_evaluation_is_timed_against_finds_the_same():
+    loop, ours = cases.evaluation(torch.device("cpu"), 8, 0.25, points=3)
+    expected, found = loop.run(), ours.run()
+    assert len(expected) == len(found) == 7
+    assert cases.error(found, expected) < 1e-4
+
+
+def test_a_time_of_several_steps_is_given_for_one(monkeypatch):
+    run = lambda: (torch.ones(1),)  # noqa: E731
+    five = cases.Case("step", "one step", "loop", run, work=10.0, unit="images·points", count=5)
+    seconds = lambda functions, repeats: {name: [0.5] * repeats for name in functions}  # noqa: E731
+    monkeypatch.setattr(everything, "time_alternating", seconds)
+    (row,) = everything.measure([five], 3)
+    assert row["ms"]["p50"] == pytest.approx(100) and row["rate"] == "20 images·points/s"
