@@ -5,7 +5,7 @@ The usual way is coordinate descent from b as it is, in a random order of the pe
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from statistics import mean, stdev
@@ -16,7 +16,7 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.harness import environment, printed, write_result
+from benchmarks.harness import environment, write_result
 from fastgeo import Path, data, evaluate, keep_pages, match, match_many, models
 from fastgeo.app.config import PRESETS
 from fastgeo.matching.pair import Objective, descend, start_from
@@ -195,7 +195,7 @@ def vgg16() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), *head)
 
 
-def speed() -> Iterator[list[dict[str, str]]]:
+def speed() -> dict[str, object]:
     """A row for each network: the spec, 30 sweeps of the descent that all improve something or look
     at everything again, and the whole of `match`."""
     networks = {
@@ -203,6 +203,7 @@ def speed() -> Iterator[list[dict[str, str]]]:
         "VGG-16": vgg16,
         "ResNet20 width 16": lambda: models.resnet(20, 16),
     }
+    rows = []
     for name, make in networks.items():
         torch.manual_seed(0)
         a, b, x = make(), make(), torch.randn(2, 3, 32, 32)
@@ -217,7 +218,7 @@ def speed() -> Iterator[list[dict[str, str]]]:
         sweep_seconds = time.perf_counter() - started
         counts = (1, 3) if name == "ResNet20 width 4" else (1,)  # of the others it takes minutes
         seconds = {count: match(a, b, x, restarts=count).seconds for count in counts}
-        yield [
+        rows.append(
             {
                 "network": name,
                 "parameters": f"{sum(p.numel() for p in a.parameters()):,}",
@@ -227,18 +228,19 @@ def speed() -> Iterator[list[dict[str, str]]]:
                 "match, restarts=1, s": f"{seconds[1]:.2f}",
                 "match, s": f"{seconds[3]:.2f}" if 3 in seconds else "-",
             }
-        ]
+        )
+        print(table(rows[-1:]), flush=True)
+    return {"rows": rows}
 
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.matching")
     keep_pages()
-    print(headline(environment()), flush=True)
-    if options.setting == "speed":
-        result: dict[str, object] = {"rows": printed(speed())}
-    else:
-        result = compare(options)
-        print(table(result["rows"]), result.get("common frame", ""), sep="\n\n")
+    print(headline(environment()))
+    result = speed() if options.setting == "speed" else compare(options)
+    print(table(result["rows"]))
+    if "common frame" in result:
+        print(result["common frame"])
     if options.save:
         print(f"\nwrote {write_result(f'matching-{options.setting}', result)}")
 

@@ -15,9 +15,9 @@ from statistics import median
 import torch
 import tyro
 
-from benchmarks.harness import device_slug, environment, printed, write_result
+from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models, optimize, stack
-from fastgeo.profiling.measure import headline
+from fastgeo.profiling.measure import headline, table
 from fastgeo.step.memory import step_memory
 
 POINTS = (5, 9, 17, 33)
@@ -44,7 +44,7 @@ class Options:
     """instead, the estimate that a run makes before it starts against the measured peak, over
     three networks and sizes"""
     save: bool = False
-    """write benchmarks/results/memory-DEVICE.json, or memory-estimate-DEVICE.json"""
+    """write benchmarks/results/memory-DEVICE.json"""
 
 
 def peak_of_a_step(name: str, points: int, batch: int) -> float:
@@ -137,17 +137,6 @@ def compare(setting: str, processes: int = 3) -> dict[str, object]:
     }
 
 
-def against_points(name: str, batch: int) -> dict[str, object]:
-    """A row: the peak for each N, every one in a process of its own."""
-    row: dict[str, object] = {"MiB beyond the start, ResNet8 width 1": f"{name}, B = {batch}"}
-    for points in POINTS:
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
-        command += [str(points), str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row[f"N = {points}"] = round(float(done.stdout))
-    return row
-
-
 def _peak() -> int:
     """Bytes."""
     if torch.cuda.is_available():
@@ -165,13 +154,26 @@ def main() -> None:
         print(*peak_and_estimate(sys.argv[2]))
         return
     options = tyro.cli(Options, prog="python -m benchmarks.memory")
-    print(headline(environment()), flush=True)
+    print(headline(environment()))
     if options.estimate:
-        name, rows = "memory-estimate", printed([compare(setting)] for setting in SETTINGS)
-    else:
-        name, rows = "memory", printed([against_points(e, options.batch)] for e in ENGINES)
+        rows = [compare(setting) for setting in SETTINGS]
+        print(table(rows))
+        if options.save:
+            name = f"memory-estimate-{device_slug()}"
+            print(f"\nwrote {write_result(name, {'rows': rows})}")
+        return
+    rows = []
+    for name in ENGINES:
+        row = {"MiB beyond the start, ResNet8 width 1": f"{name}, B = {options.batch}"}
+        for points in POINTS:
+            command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
+            command += [str(points), str(options.batch)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row[f"N = {points}"] = round(float(done.stdout))
+        rows.append(row)
+    print(table(rows))
     if options.save:
-        print(f"\nwrote {write_result(f'{name}-{device_slug()}', {'rows': rows})}")
+        print(f"\nwrote {write_result(f'memory-{device_slug()}', {'rows': rows})}")
 
 
 if __name__ == "__main__":

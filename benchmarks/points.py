@@ -5,28 +5,27 @@ the steps), for several N between the same ends. Few points may miss a bump, so 
 taken in the middles between them.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import tyro
 
 from benchmarks.convergence import Bench
 from benchmarks.ends import Options
-from benchmarks.harness import environment, printed, write_result
+from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
-from fastgeo.profiling.measure import headline
+from fastgeo.profiling.measure import headline, table
 
 POINTS = (5, 9, 17, 25)
 
 
-def by_points(bench: Bench) -> Iterator[list[dict[str, Any]]]:
+def by_points(bench: Bench) -> list[dict[str, Any]]:
     """Two rows for each N, the matched line and the geodesic."""
+    rows = []
     how = {name: value for name, value in bench.config.descent.items() if name != "steps"}
     for n in POINTS:
-        before = {"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)}
-        after = {"N": n, "path": "geodesic", **bench.row(n, **how)}
-        del after["course"]
-        yield [before, after]
+        rows.append({"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)})
+        rows.append({"N": n, "path": "geodesic", **bench.row(n, **how)})
+    return [{key: value for key, value in row.items() if key != "course"} for row in rows]
 
 
 def main() -> None:
@@ -34,7 +33,8 @@ def main() -> None:
     keep_pages()
     print(headline(environment()), flush=True)
     bench = Bench(options)
-    rows = printed(by_points(bench))
+    rows = by_points(bench)
+    print(table(rows))
     if options.save:
         name = f"points-{options.preset}"
         print(f"\nwrote {write_result(name, {'setting': bench.setting, 'rows': rows})}")

@@ -1,4 +1,4 @@
-"""The README's tables of numbers, made from the result files: `python -m benchmarks.readme`.
+"""The tables of README.md and of the README here, from result files: `python -m benchmarks.readme`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is replaced.
 """
@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.__main__ import SPEED
 from benchmarks.harness import RESULTS
 from fastgeo.profiling.measure import table
 
-README = Path(__file__).parent.parent / "README.md"
+HERE = Path(__file__).parent
+DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -24,10 +26,12 @@ def read(name: str) -> dict[str, Any]:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where and how the numbers of a result were taken."""
+    """How, where and when the numbers of a result were taken."""
     e = result["environment"]
-    machine = f"{e['threads']} threads of {e['cpu']}" if e["device"] == "cpu" else e["device"]
-    return f"{machine}, {e['date']}, torch {e['torch'].split('+')[0]}: `{e['command']}`"
+    threads = f"{e['threads']} thread{'s' if e['threads'] > 1 else ''}"
+    machine = f"{threads} of {e['cpu']}" if e["device"] == "cpu" else e["device"]
+    version = e["torch"].split("+")[0]
+    return f"Measured by `{e['command']}` on {machine} on {e['date']}, with torch {version}."
 
 
 def run(preset: str) -> str:
@@ -38,13 +42,13 @@ def run(preset: str) -> str:
     if (RESULTS / preset / "report-plain-sgd.json").exists():
         plain = read(f"{preset}/report-plain-sgd")
         p = plain["config"]
-        how = f"{p['steps']} steps of plain SGD at rate {p['lr']:g}, the paper's"
-        paths[f"geodesic, {how}"] = plain["paths"]["geodesic"]
-    paths[f"geodesic, {steps} steps, the preset's"] = ours["paths"]["geodesic"]
+        how = f"{p['steps']} steps of the paper's plain SGD at rate {p['lr']:g}"
+        paths[f"geodesic by {how}"] = plain["paths"]["geodesic"]
+    paths[f"geodesic by {steps} steps of the preset"] = ours["paths"]["geodesic"]
     rows = [
         {
             name: title,
-            "highest train loss": f"{max(path['train']['loss']):.3f}",
+            "highest train loss, nats": f"{max(path['train']['loss']):.3f}",
             "test": f"{max(path['test']['loss']):.3f}",
             "lowest test accuracy": f"{100 * min(path['test']['accuracy']):.1f} %",
             "Σ√JSD": f"{path['sqrt_jsd']:.3f}",
@@ -52,13 +56,14 @@ def run(preset: str) -> str:
         }
         for title, path in paths.items()
     ]
-    seconds = ", ".join(f"{stage} {s:.0f}" for stage, s in ours["seconds"].items())
-    e = ours["environment"]
+    seconds = {stage: f"{s:.0f}" for stage, s in ours["seconds"].items()}
+    total, e = seconds.pop("total"), ours["environment"]
+    stages = ", ".join(f"{stage} {s}" for stage, s in seconds.items())
     bound = ours["paths"]["geodesic"]["fisher_rao_lower_bound"]
     return (
         f"{table(rows)}\n\nNo path between these two ends can be shorter than {bound:.3f} rad, the "
-        f"Fisher-Rao distance of their predictions.\n{e['device']}, torch "
-        f"{e['torch'].split('+')[0]}; seconds: {seconds}."
+        f"Fisher-Rao distance of their predictions.\nThe run took {total} seconds ({stages}) on "
+        f"{e['device']}, with torch {e['torch'].split('+')[0]}."
     )
 
 
@@ -119,10 +124,26 @@ def seeds() -> str:
     """Highest training losses over pairs of seeds."""
     names = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
     rows: list[dict[str, str]] = [{"seeds": title} for title in names.values()]
-    for pair in read("seeds")["rows"]:
+    result = read("seeds")
+    for pair in result["rows"]:
         for row, key in zip(rows, names, strict=True):
             row[pair["seeds"]] = f"{float(pair[f'{key}: highest train loss, nats']):.3f}"
-    return table(rows)
+    return f"{table(rows)}\n\n{source(result)}"
+
+
+def quick() -> str:
+    """Every operation beside what it stands in for."""
+    result = read("benchmarks-cpu")
+    rows = [
+        {
+            "what": f"{row['group']}: {row['setting']}",
+            "implementation": row["implementation"],
+            "ms": row["ms"]["p50"],
+            SPEED: f"{row[SPEED]['p50']:.2f}",
+        }
+        for row in result["rows"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
 
 
 def step() -> str:
@@ -140,7 +161,7 @@ def step() -> str:
                 "loop, images·points/s": f"{named['loop over modules']['images·points/s']:,}",
                 **{name: _times_the_loop(named.get(name, chosen)) for name in columns},
                 "fastgeo, auto": f"{_times_the_loop(chosen)} ({engine})",
-                "images·points/s": f"{chosen['images·points/s']:,}",
+                "auto, images·points/s": f"{chosen['images·points/s']:,}",
             }
         )
     return f"{table(rows)}\n\n{source(result)}"
@@ -154,7 +175,7 @@ def grid() -> str:
     return (
         f"Over {len(ours)} settings of width, N and B the engine that `auto` chooses is "
         f"{_times_the_loop(low)} ({low['setting']}) to {_times_the_loop(high)} "
-        f"({high['setting']}) times as fast as the loop.\n{source(result)}"
+        f"({high['setting']}) times as fast as the loop.\n\n{source(result)}"
     )
 
 
@@ -182,6 +203,17 @@ def estimate() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def soak() -> str:
+    """Memory and open files along a long run, in a sentence."""
+    result = read("soak")
+    early, *_, last = (row for row in result["rows"] if row["step"] >= 600)
+    return (
+        f"The process held {early['resident, MiB']:.0f} MiB after {early['step']} steps and "
+        f"{last['resident, MiB']:.0f} MiB after {last['step'] + 1}, and had {early['open files']} "
+        f"open files then and {last['open files']} at the end.\n\n{source(result)}"
+    )
+
+
 def matching() -> str:
     """Ways to match trained networks, over pairs."""
     return _matching("matching-digits")
@@ -205,7 +237,13 @@ def _matching(name: str) -> str:
         {f"{result['pairs']} pairs": row["way"]} | {new: row[old] for old, new in columns.items()}
         for row in result["rows"]
     ]
-    return f"{table(rows)}\n\n{source(result)}"
+    found = result["common frame"]["mean barrier of all pairs, nats"]
+    barriers = ", ".join(f"{barrier:.3f} {how}" for how, barrier in found.items())
+    barriers = barriers.replace("match_many", "by `match_many`")
+    return (
+        f"{table(rows)}\n\nThe mean barrier of all pairs of the first four networks, in nats: "
+        f"{barriers}.\n{source(result)}"
+    )
 
 
 def matching_speed() -> str:
@@ -224,8 +262,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "seeds": seeds,
     "step": step,
     "grid": grid,
+    "quick": quick,
     "memory": memory,
     "estimate": estimate,
+    "soak": soak,
     "matching": matching,
     "matching-cifar10": matching_cifar,
     "matching-speed": matching_speed,
@@ -233,16 +273,18 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(text: str) -> str:
-    """A README with its tables made anew."""
+    """A document with its tables made anew."""
     return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[4]}", text)
 
 
 def main() -> None:
-    before = README.read_text()
-    after = with_tables(before)
-    if "--check" in sys.argv[1:]:
-        sys.exit(before != after and "README.md is not what its result files say")
-    README.write_text(after)
+    for document in DOCUMENTS:
+        before = document.read_text()
+        after = with_tables(before)
+        if "--check" not in sys.argv[1:]:
+            document.write_text(after)
+        elif before != after:
+            sys.exit(f"{document} is not what its result files say")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, device_slug, environment, printed, write_result
+from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Path, keep_pages, models, optimize
-from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles
+from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
 from fastgeo.store.files import write_figure
 
 
@@ -128,18 +128,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = Setting(batch=256, width=4, pixels=32) if options.full else Setting()
     print(headline(environment()), flush=True)
-    rows = printed(
-        [
-            {
-                "network": f"ResNet8 width {setting.width:g}, {setting.pixels}x{setting.pixels}",
-                "sweep": sweep,
-                "value": value,
-                **measure(setting, options.repeats, device),
-            }
-        ]
-        for sweep, value, setting in settings(base)
-    )
-    print(f"\n{linear_in_points(rows)}")
+    rows = []
+    for sweep, value, setting in settings(base):
+        found = measure(setting, options.repeats, device)
+        size = f"ResNet8 width {setting.width:g}, {setting.pixels}x{setting.pixels}"
+        rows.append({"network": size, "sweep": sweep, "value": value, **found})
+    print(table(rows), linear_in_points(rows), sep="\n\n")
     if options.save:
         name = f"scaling-{device_slug()}"
         write_figure(RESULTS / f"{name}.png", figure(rows))

@@ -1,36 +1,88 @@
-"""What the README and the package's layout promise."""
+"""What README, guide and benchmarks' README promise, and the package's layout."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
+import fastgeo
 from benchmarks import readme
-from fastgeo import models
 
 ROOT = Path(__file__).parents[2]
+README, GUIDE = ROOT / "README.md", ROOT / ".github" / "USAGE.md"
+TABLES = ROOT / "benchmarks" / "README.md"
 
 
-def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch, capsys):
+def examples(document: Path) -> list[str]:
+    """The Python in it, with so few steps that it takes seconds."""
+    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+    return [b.replace("steps=100", "steps=4").replace("epochs=10", "epochs=1") for b in blocks]
+
+
+def test_the_python_of_readme_and_guide_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for seed, name in enumerate(("a.pt", "b.pt")):
-        torch.manual_seed(seed)
-        torch.save(models.resnet(8, 0.5, in_channels=1).state_dict(), name)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(block.replace("steps=100", "steps=2"), {})
-    barrier, length, bound = map(float, capsys.readouterr().out.split()[:3])
-    assert length >= bound > 0 and barrier < 3
-    assert (tmp_path / "path.safetensors").exists()
+    first, *others = examples(README)
+    names: dict = {}
+    exec(first, names)
+    line, geodesic = (list(map(float, row.split())) for row in capsys.readouterr().out.splitlines())
+    assert line[1] > geodesic[1] >= geodesic[2] == line[2] > 0
+    assert geodesic[0] > line[0]
+    assert len(fastgeo.Path.load("path.safetensors")) == 25
+    for block in others:
+        exec(block, {})
+    for block in examples(GUIDE):  # which goes on with the names of README's first example
+        exec(block, names)
+    apart, framed = map(float, capsys.readouterr().out.split("\n")[1].split())
+    assert framed > apart
+    before, after = names["frame"].barriers_before, names["frame"].barriers_after
+    assert (after <= before).all() and after.sum() < before.sum()
 
 
-def test_the_readmes_tables_are_those_of_the_result_files():
-    text = (ROOT / "README.md").read_text()
-    assert len(readme.BLOCK.findall(text)) >= 4
-    assert readme.with_tables(text) == text
+def test_readme_is_one_page_with_two_tables_and_all_others_are_in_benchmarks():
+    text = README.read_text()
+    assert text.count("\n") <= 150
+    assert [name for _, name, *_ in readme.BLOCK.findall(text)] == ["digits", "step"]
+    assert text.count("![") == 1
+    names = [name for _, name, *_ in readme.BLOCK.findall(TABLES.read_text())]
+    assert sorted(names) == sorted(readme.TABLES)
+
+
+def test_tables_are_those_of_the_result_files():
+    for document in readme.DOCUMENTS:
+        text = document.read_text()
+        assert readme.with_tables(text) == text
+
+
+def test_links_lead_somewhere():
+    def anchor(heading: str) -> str:
+        return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+    for document in (README, GUIDE, TABLES):
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            if not target.startswith("https://"):
+                file, _, place = target.partition("#")
+                there = document.parent / file if file else document
+                assert there.is_file(), (document, target)
+                headings = re.findall(r"^#+ (.+)$", there.read_text(), re.M) if place else []
+                assert not place or place in map(anchor, headings), (document, target)
+
+
+def test_readmes_layout_is_that_of_the_package():
+    layout = README.read_text().partition("## Layout of fastgeo/")[2].partition("\n## ")[0]
+    rooms = {
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for entry in (ROOT / "fastgeo").iterdir()
+        if not entry.name.startswith("_") and entry.name != "py.typed"
+    }
+    assert set(re.findall(r"\w+(?:\.py|/)", layout)) == rooms
+
+
+def test_ci_runs_the_readmes_commands():
+    setups = re.findall(r"^    (pip install .+?) && (.+?)\s+#", README.read_text(), re.M)
+    commands = [word.removeprefix("pip install ") for setup in setups for word in setup]
+    assert commands == ["-e .", "fastgeo run", "-e '.[dev]'", "pytest -n 2 --dist loadfile"]
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(command in script for command in commands)
 
 
 def test_fastgeo_kernels_imports_without_fastgeo():

@@ -105,8 +105,7 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
     assert [line.get_ydata()[0] for line in drawn] == pytest.approx(
         [sum(line["sqrt_jsd"] for line in row["course"]) / 3 for row in sound], rel=1e-4
     )
-    # The last one as the preset does, which is the last way.
-    by_points = [row for rows in points.by_points(bench) for row in rows]
+    by_points = points.by_points(bench)  # the last as the preset does, which is the last way
     assert [(row["N"], row["path"]) for row in by_points] == [
         *((5, "matched line"), (5, "geodesic"), (9, "matched line"), (9, "geodesic")),
     ]
