@@ -153,13 +153,16 @@ def step() -> str:
     for setting, own in _by_setting(result).items():
         *others, chosen = own  # the last is what engine="auto" chose
         named = {row["implementation"]: row for row in others}
+        named.setdefault("fastgeo, stacked", chosen)  # listed once if that is the choice
         columns = ("loop, channels-last", "loop, compiled", "torch.func.vmap", "fastgeo, stacked")
         engine = chosen["implementation"].removeprefix("fastgeo, ")
         rows.append(
             {
                 "network": setting,
                 "loop, images·points/s": f"{named['loop over modules']['images·points/s']:,}",
-                **{name: _times_the_loop(named.get(name, chosen)) for name in columns},
+                **{
+                    name: _times_the_loop(named[name]) if name in named else "-" for name in columns
+                },
                 "fastgeo, auto": f"{_times_the_loop(chosen)} ({engine})",
                 "auto, images·points/s": f"{chosen['images·points/s']:,}",
             }
