@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.harness import environment, write_result
-from fastgeo import Path, data, evaluate, keep_pages, match, match_many, models
+from fastgeo import Forward, Path, data, evaluate, keep_pages, match, match_many, models
 from fastgeo.app.config import PRESETS
 from fastgeo.matching.pair import Objective, descend, start_from
 from fastgeo.profiling.measure import headline, table

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from benchmarks.harness import device_slug, environment, write_result
-from fastgeo import Path, keep_pages, models, optimize, stack
+from fastgeo import Descent, Forward, Path, keep_pages, models, optimize, stack
 from fastgeo.profiling.measure import headline, table
 from fastgeo.step.memory import step_memory
 

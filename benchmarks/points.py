@@ -21,10 +21,9 @@ POINTS = (5, 9, 17, 25)
 def by_points(bench: Bench) -> list[dict[str, Any]]:
     """Two rows for each N, the matched line and the geodesic."""
     rows = []
-    how = {name: value for name, value in bench.config.descent.items() if name != "steps"}
     for n in POINTS:
         rows.append({"N": n, "path": "matched line", "seconds": 0.0, **bench.before(n)})
-        rows.append({"N": n, "path": "geodesic", **bench.row(n, **how)})
+        rows.append({"N": n, "path": "geodesic", **bench.row(n, bench.config.descent)})
     return [{key: value for key, value in row.items() if key != "course"} for row in rows]
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
-from fastgeo import Path, keep_pages, models, optimize
+from fastgeo import Descent, Forward, Path, keep_pages, models, optimize
 from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
 from fastgeo.store.files import write_figure
 
