@@ -102,7 +102,8 @@ def optimize(
             )
         steps = len(batches) or 1
     sizes = descent.levels(len(path), steps)
-    taken, velocity = 0, {}
+    taken = 0
+    velocity: dict[str, Tensor] = {}
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
         taken, (path, velocity) = saved.step, _restored(path, saved, sizes)
         order.load_state_dict(saved.tensors["state"]["order"])
@@ -204,8 +205,9 @@ def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, di
 
 def _metrics(first: int, found: Taken) -> list[dict]:
     """Of the steps from `first` on, a dict of numbers each."""
-    energies = found.energies
-    columns = energies.sum(1), energies.sqrt().sum(1), found.lengths[: len(energies)]
+    energies, lengths = found.energies, found.lengths
+    assert lengths is not None
+    columns = energies.sum(1), energies.sqrt().sum(1), lengths[: len(energies)]
     rows = zip(*(column.tolist() for column in columns), strict=True)
     names = ("energy", "sqrt_jsd", "euclidean")
     return [

@@ -7,7 +7,7 @@ from fastgeo_kernels import path_js_div_value_and_grad
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastgeo.data.inputs import Inputs, each_tensor, tensors_of
+from fastgeo.data.inputs import Inputs, tensors_of
 from fastgeo.data.outputs import check_rows, logits_of
 from fastgeo.path import Path
 from fastgeo.stacking.module import part_of
@@ -38,11 +38,11 @@ def energy_and_gradient(
     energies, whole = [], {}
     if len(chunks) > 1:  # first of all, so that it does not lie scattered between activations
         whole = {name: torch.empty_like(path.interior[name]) for name in set(trained.values())}
-    left, following = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
-    check_rows(counted, following.rows)
+    left, current = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
+    check_rows(counted, current.rows)
     weight = None if counted is None else counted.flatten().to(ends.device)
     for i in range(len(chunks)):
-        current, following = following, None
+        following = None
         if i + 1 < len(chunks):
             following = _Chunk(path, engine, inputs, trained, chunks[i + 1])
         right = ends[1:] if following is None else following.logits[:1].detach()
@@ -54,6 +54,8 @@ def energy_and_gradient(
         gradients = current.backward(gradient[1:-1])
         for name, tensor in whole.items():
             tensor[chunks[i]] = gradients[name]
+        if following is not None:
+            current = following
     return torch.cat(energies), whole or gradients
 
 
@@ -148,4 +150,7 @@ class _Known:
     @staticmethod
     def _others(given: Inputs) -> str:
         """Names, and values that are no tensors."""
-        return repr(each_tensor(lambda tensor: "tensor", given))
+        if isinstance(given, Tensor):
+            return ""
+        others = {k: "tensor" if isinstance(v, Tensor) else v for k, v in given.items()}
+        return repr(others)

@@ -68,7 +68,8 @@ class Step:
 
     def keep_half(self, names: Iterable[str]) -> None:
         """From now on these parameters are read from a bf16 copy, which the update makes."""
-        halves, names = {}, set(names)
+        halves: dict[str, Tensor] = {}
+        names = set(names)
         for block in self._blocks:
             if names.intersection(block.names):
                 block.copy = block.weight.bfloat16()

@@ -17,7 +17,7 @@ from fastgeo.path import Path
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
 from fastgeo.step.energy import EndLogits
-from fastgeo.step.engines import EngineChoice
+from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.step.memory import path_work
 from fastgeo.step.phases import phase
 from fastgeo.step.step import Step
@@ -74,7 +74,8 @@ class Steps:
     ):
         self.module, self.order, self.descent, self.forward = module, order, descent, forward
         self.most, self.measured = most, measured
-        self._on_choice, self._ends = on_choice, None
+        self._on_choice, self._device = on_choice, device
+        self._ends: EndLogits | None = None
         self._must, self._captures = bool(capture), bool(capture)
         if capture is None:
             stackable = forward.engine in ("auto", "stacked") and forward.batchnorm == "refuse"
@@ -88,11 +89,9 @@ class Steps:
 
     def begin(self, path: Path, velocity: Mapping[str, Tensor]) -> None:
         """Go on with this path."""
-        if self.choice.chosen is not None:
-            self.choice.next_level()
+        self.choice.next_level()
         innermost = self._captures and bool(self.choice.forward.channels_last)
         self.step = Step(path, self.module, self.descent, velocity, channels_last=innermost)
-        self._ends = self._ends or EndLogits(path)
         self._way = self._captured() if self._captures else self._one_by_one
 
     def take(self, rates: list[float]) -> Taken | None:
@@ -114,7 +113,7 @@ class Steps:
     def _new_choice(self) -> EngineChoice:
         forward = self.forward
         if self._captures:
-            on_gpu = torch.cuda.is_available()
+            on_gpu = self._device.type == "cuda"
             layout = on_gpu if forward.channels_last is None else forward.channels_last
             forward = replace(forward, engine="stacked", channels_last=layout)
         work = path_work(self.descent.momentum)
@@ -137,11 +136,12 @@ class Steps:
         inputs = on_device(given, path.device)
         counted = rows_that_count(inputs, targets, self.forward.mask)
         self.prepare(inputs)
-        energies, gradient = self.choice.run(
-            lambda engine: self.step.gradient(
-                engine, inputs, self._ends(given, inputs, engine), counted
-            )
-        )
+        ends = self._ends = self._ends or EndLogits(path)  # of every number of points
+
+        def look(engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.step.gradient(engine, inputs, ends(given, inputs, engine), counted)
+
+        energies, gradient = self.choice.run(look)
         lengths = path.euclidean().sum()[None] if self.measured else None
         if not energies.isfinite().all():
             why = self._why_not_finite(energies, inputs)
@@ -241,7 +241,7 @@ class _Captured:
             self.steps.prepare(batch[0])
         except ValueError as error:
             raise NotCaptured(str(error)) from error
-        network = self.steps.choice.chosen.network
+        network = self._engine().network
         for line in network.reads():
             name = type(network.module).__name__
             raise NotCaptured(f"{name} reads numbers back from the device, {line}")
@@ -255,6 +255,10 @@ class _Captured:
         self._form, self._batch = form, [leaf.clone() for leaf in leaves]
         if path.device.type == "cuda":
             self._capture()
+
+    def _engine(self) -> Engine:
+        assert self.steps.choice.chosen is not None  # it was named, so it is known at once
+        return self.steps.choice.chosen
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()
@@ -282,7 +286,7 @@ class _Captured:
 
     def _run(self, inputs: Inputs, counted: Tensor | None) -> None:
         """One step, operation by operation; nothing waits for the device."""
-        engine = self.steps.choice.chosen
+        engine = self._engine()
         with torch.no_grad():
             ends = logits_of(engine.network(self._ends, inputs))
         if self._lengths is not None:
