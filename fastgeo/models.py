@@ -124,6 +124,7 @@ class MLP(nn.Module):
 
     def __init__(self, features: list[int]):
         super().__init__()
+        self.in_features = features[0]
         self.layers = nn.ModuleList(
             nn.Linear(i, o) for i, o in zip(features[:-1], features[1:], strict=True)
         )
@@ -132,7 +133,7 @@ class MLP(nn.Module):
     def example_input_array(self) -> Tensor:
         """Two inputs [2, in_features] for `fastgeo.match`."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(2, self.layers[0].in_features, generator=generator)
+        return torch.randn(2, self.in_features, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)

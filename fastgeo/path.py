@@ -150,7 +150,7 @@ class Path:
 
     def euclidean(self) -> Tensor:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
-        squares = 0
+        squares = torch.zeros(len(self) - 1, device=self.device)
         for name, between in self.interior.items():
             ends = (between[:1] - self.start[name], self.end[name] - between[-1:])
             steps = torch.cat([ends[0], between.diff(dim=0), ends[1]])

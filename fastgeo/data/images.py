@@ -56,7 +56,8 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
-        return tuple(self.train.images.shape[1:])
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
 
     def normalize(self, images: Tensor) -> Tensor:
         """[B, C, H, W] as stored -> fp32 of mean 0 and deviation 1 over the training set."""
@@ -124,16 +125,17 @@ class Shuffled(Stream):
         self.generator = generator
         self._epoch, self._drawn = 0, 0
         self._batches = dataset.batches_per_epoch(batch_size)
-        self._start, self._order = generator.get_state(), None
+        self._start = generator.get_state()
+        self._order: tuple[Tensor, ...] = ()  # of this epoch, once it is drawn
 
     def draw(self) -> tuple[Tensor, ...]:
         """Which images are next [B], and the windows of augmented ones, rows [B, H] and columns
         [B, W]; on the CPU."""
         if self._drawn == self._batches:
-            self._epoch, self._drawn, self._order = self._epoch + 1, 0, None
+            self._epoch, self._drawn, self._order = self._epoch + 1, 0, ()
         if self._epoch == self.epochs:
             raise StopIteration
-        if self._order is None:
+        if not self._order:
             self._shuffle()
         index = self._order[self._drawn]
         self._drawn += 1
@@ -148,14 +150,14 @@ class Shuffled(Stream):
     def state_dict(self) -> dict[str, Tensor]:
         """The generator at the start of the epoch, which gives its order again, and now."""
         now = self.generator.get_state()
-        start = now if self._order is None else self._start
+        start = self._start if self._order else now
         place = torch.tensor([self._epoch, self._drawn])
         return {"start": start, "now": now, "place": place}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._epoch, self._drawn = state["place"].tolist()
         self.generator.set_state(state["start"])
-        self._order = None
+        self._order = ()
         if self._drawn:
             self._shuffle()
         self.generator.set_state(state["now"])
@@ -267,7 +269,7 @@ def _dataset(
     if augmented and min(train.images.shape[2:]) <= CROP_PADDING:
         raise ValueError(f"{name}: images of {CROP_PADDING} pixels or less cannot be cropped")
     # Moments in exact or double arithmetic, an image at a time to bound the memory.
-    sums = sum(_moments(images) for images in train.images.split(1000))
+    sums = torch.stack([_moments(images) for images in train.images.split(1000)]).sum(0)
     pixels = train.images.numel() // train.images.shape[1]
     mean, square = sums / pixels
     std = (square - mean.square()).clamp(min=0).sqrt()

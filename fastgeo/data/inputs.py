@@ -24,7 +24,8 @@ def arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple, dict[str, Any]]
     Labels, of which a module would compute a loss, are left out, and caches of a language model are
     off: neither is needed for logits.
     """
-    args, kwargs = (inputs,), {}
+    args: tuple = (inputs,)
+    kwargs: dict[str, Any] = {}
     if isinstance(inputs, Mapping):
         args, kwargs = (), {name: value for name, value in inputs.items() if name != "labels"}
     if "use_cache" in inspect.signature(module.forward).parameters:
@@ -43,6 +44,12 @@ def tensors_within(value: Any) -> Iterator[Tensor]:
                 seen.add(id(leaf))
                 held = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
                 waiting.append(list(held.values()))
+
+
+def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of a module, those with several names under each of them."""
+    found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return found | dict(module.named_buffers(remove_duplicate=False))
 
 
 def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -118,8 +125,8 @@ class Passes(Stream):
         if batch is _END:
             raise StopIteration
         self._drawn += 1
-        several = isinstance(batch, tuple | list)
-        inputs, targets, *_ = (*batch, None, None) if several else (batch, None)
+        several = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        inputs, targets = (*several, None, None)[:2]
         if not is_inputs(inputs):
             raise TypeError(
                 "each of batches must be inputs [B, ...], a mapping with such tensors, or a tuple "

@@ -1,6 +1,6 @@
 """A user's own data: batches as their loaders give them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,10 +163,12 @@ def loader_data(loaders: Any) -> LoaderData:
 
 
 def _length(loader: Iterable) -> int:
-    try:
-        return len(loader)
-    except TypeError:  # an iterable without a length
-        return sum(1 for _ in loader)
+    if isinstance(loader, Sized):
+        try:
+            return len(loader)
+        except TypeError:  # a DataLoader of an iterable data set has none
+            pass
+    return sum(1 for _ in loader)
 
 
 def _described(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastgeo.data.inputs import Inputs, arguments
+from fastgeo.data.inputs import Inputs, arguments, tensors_by_name
 from fastgeo.forward.modes import looked_at
 from fastgeo.forward.standin import Call, held_by
 from fastgeo.matching.assignment import leaves
@@ -42,8 +42,7 @@ def correlations(
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda t: Stacked(torch.stack([t, t])), (args, kwargs)
     )
-    own = dict(symmetries.module.named_parameters(remove_duplicate=False))
-    own |= dict(symmetries.module.named_buffers(remove_duplicate=False))
+    own = tensors_by_name(symmetries.module)
     state = {
         name: Stacked(torch.stack([of.get(name, t).to(t) for of in (a, b)]))
         for name, t in own.items()
@@ -73,7 +72,7 @@ class _Correlations(StackedPass):
 
     def _add(self, block: Block, a: Tensor, b: Tensor) -> None:
         names = {name for name in block.axes if name is not None}
-        for axis in leaves(block, names):
+        for axis, name in leaves(block, names):
             places = (*block.within[axis], axis)
             if len(names) > len(places):
                 continue  # the other axes would have to be matched already
@@ -87,5 +86,4 @@ class _Correlations(StackedPass):
                 norm = own.norm(dim=1, keepdim=True)
                 rows.append(own / norm.clamp(min=1e-12 * norm.max().clamp(min=1e-300)))
             gain = (rows[0] @ rows[1].T).view(*sizes, *sizes)
-            name = block.axes[axis]
             self.found[name] = self.found[name] + gain if name in self.found else gain

@@ -9,7 +9,7 @@ taken from where it stands, and kept if it gains.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Assignment:
             for root, members in self._members.items()
         }
         self._leaves = {
-            root: [(i, axis) for i in own for axis in leaves(self.blocks[i], self._members[root])]
+            root: [(i, *leaf) for i in own for leaf in leaves(self.blocks[i], self._members[root])]
             for root, own in self.of.items()
         }
         self._linear = {
@@ -102,10 +102,10 @@ class Assignment:
     def assign(self, gains: Mapping[str, Tensor]) -> None:
         """Give every family the best permutations for such gains, as `gains` has them, and one that
         they say nothing of the best by its weights."""
-        gains = {name: gain.cpu().numpy() for name, gain in gains.items()}
+        arrays = {name: gain.cpu().numpy() for name, gain in gains.items()}
         shown = [root for root in self.families if not self._members[root].isdisjoint(gains)]
         for root in shown:
-            self.apply(self.solve(root, gains)[0])
+            self.apply(self.solve(root, arrays)[0])
         for root in self.families:
             if root not in shown:
                 self.improve(root)
@@ -136,7 +136,7 @@ class Assignment:
         [sizes of what it is within, size] of the new position, and the same of the old one; by the
         blocks whose permutations are all known, if those are given."""
         gains: dict[str, Tensor] = {}
-        for i, axis in self._leaves[root]:
+        for i, axis, name in self._leaves[root]:
             block = self.blocks[i]
             if known is not None and not known.issuperset(block.axes):
                 continue
@@ -148,7 +148,6 @@ class Assignment:
             )
             gain = a.flatten(1) @ b.flatten(1).T if a.ndim > 1 else torch.outer(a, b)
             gain = gain.view(*sizes, *sizes)
-            name = block.axes[axis]
             gains[name] = gains[name] + gain if name in gains else gain
         return {name: gain.cpu().numpy() for name, gain in gains.items()}
 
@@ -202,11 +201,14 @@ def _write(best: tuple, found: Permutations, at: tuple[int, ...]) -> None:
             _write(child, found, (*at, i))
 
 
-def leaves(block: Block, members: set[str]) -> list[int]:
-    """The axes of a block with a family's permutations that no other of them is within."""
-    own = [axis for axis, name in enumerate(block.axes) if name in members]
-    outer = {place for axis in own for place in block.within[axis]}
-    return [axis for axis in own if axis not in outer]
+def leaves(block: Block, members: Container[str]) -> list[tuple[int, str]]:
+    """The axes of a block with a family's permutations that no other of them is within, and the
+    permutation of each."""
+    own = [
+        (axis, name) for axis, name in enumerate(block.axes) if name is not None and name in members
+    ]
+    outer = {place for axis, _ in own for place in block.within[axis]}
+    return [(axis, name) for axis, name in own if axis not in outer]
 
 
 def _index_block(name: str, within: tuple[str, ...], shape: torch.Size) -> Block:

@@ -3,7 +3,7 @@
 Coordinate ascent on the sum of the inner products of all pairs: each network in turn is matched to
 the sum of the others, family by family (`fastgeo.matching.assignment`). With every network mapped
 to one frame, the maps between networks agree with each other, as in Crisostomi et al., "C2M3:
-Cycle- Consistent Multi-Model Merging" (2024).
+Cycle-Consistent Multi-Model Merging" (2024).
 """
 
 import functools
@@ -134,9 +134,11 @@ def match_many(
         check_same_function(module, *pair, inputs) for pair in zip(states, matched, strict=True)
     ]
     seconds = time.perf_counter() - started
-    barriers = [None, None]
+    before = after = None
     if data is not None:
-        barriers = [_barriers(module, own, data, batchnorm, progress) for own in (states, matched)]
+        before, after = (
+            _barriers(module, own, data, batchnorm, progress) for own in (states, matched)
+        )
     return CommonFrame(
         state_dicts=matched,
         permutations=permutations,
@@ -144,8 +146,8 @@ def match_many(
         objectives_before=inner_products(wide),
         objectives_after=products,
         objectives=[one[0] for one in found],
-        barriers_before=barriers[0],
-        barriers_after=barriers[1],
+        barriers_before=before,
+        barriers_after=after,
         sweeps=sweeps,
         relative_change=max(changes),
         seconds=seconds,
@@ -156,7 +158,7 @@ def match_many(
 class _Frame:
     """The networks as they are permuted so far, and the sum of them."""
 
-    def __init__(self, spec: PermutationSpec, states: list[StateDict]):
+    def __init__(self, spec: PermutationSpec, states: Sequence[StateDict]):
         self.spec = spec
         self.assignments = [Assignment(spec, spec.pairs(state, state)) for state in states]
         self.sums = [sum(parts) for parts in zip(*(a.b for a in self.assignments), strict=True)]

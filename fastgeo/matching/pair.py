@@ -11,6 +11,7 @@ import copy
 import functools
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fastgeo.data.inputs import Inputs, arguments, tensors_within
+from fastgeo.data.inputs import Inputs, arguments, tensors_by_name, tensors_within
 from fastgeo.forward.modes import looked_at, uncompiled
 from fastgeo.matching.activations import correlations
 from fastgeo.matching.assignment import Assignment
@@ -131,7 +132,7 @@ def match(
     symmetries = Symmetries(module, inputs)
     warn_of_nothing(symmetries.spec)
     objective = Objective(symmetries.spec, first, second)
-    starts = [("activations",)]
+    starts: list[tuple[str, ...]] = [("activations",)]
     if method == "weights":
         starts = STARTS[:restarts] + [("random",)] * (restarts - len(STARTS))
     found = []
@@ -228,7 +229,7 @@ def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> in
 
 
 def same_network(
-    networks: list[StateDict | nn.Module], module: nn.Module | None
+    networks: Sequence[StateDict | nn.Module], module: nn.Module | None
 ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """The module of several networks, and copies of their states.
 
@@ -242,8 +243,7 @@ def same_network(
     if module is None:
         raise ValueError("state dicts do not say what network they are of; give it as module")
     module = uncompiled(module)
-    own = dict(module.named_parameters(remove_duplicate=False))
-    for name, tensor in own.items():
+    for name, tensor in module.named_parameters(remove_duplicate=False):
         if name not in states[0]:
             raise ValueError(f"{name} is a parameter of the module and not in the state dicts")
         if states[0][name].shape != tensor.shape:
@@ -251,7 +251,7 @@ def same_network(
                 f"{name} has shape {list(states[0][name].shape)} in the state dicts and "
                 f"{list(tensor.shape)} in the module"
             )
-    own |= dict(module.named_buffers(remove_duplicate=False))
+    own = tensors_by_name(module)
     for name in states[0]:
         if name not in own:
             raise ValueError(f"{name} is in the state dicts and not in the module")
@@ -302,8 +302,7 @@ def _outputs(
 ) -> list[Tensor]:
     """What a module returns in another state, each number of which may be rounded up or down."""
     generator = torch.Generator().manual_seed(0)
-    own = dict(module.named_parameters(remove_duplicate=False))
-    own |= dict(module.named_buffers(remove_duplicate=False))
+    own = tensors_by_name(module)
     made: dict[Tensor, Tensor] = {}  # tensors may have several names
     for name, tensor in own.items():
         if tensor not in made:

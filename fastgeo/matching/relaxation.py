@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgeo.matching.assignment import Assignment, leaves
-from fastgeo.symmetry.spec import Block
+from fastgeo.symmetry.spec import Block, Permutations
 
 GAIN = 1e-6  # relative gain of a step, below which it is the last
 Mixtures = dict[str, Tensor]  # permutation -> [new, old], counted through what it is within
@@ -29,10 +29,13 @@ class Relaxation:
     def __init__(self, assignment: Assignment):
         self.assignment = assignment
         self.sizes = {name: own.numel() for name, own in assignment.permutations.items()}
-        self.blocks, self.leaves, self.a, self.b = [], [], [], []
+        self.blocks: list[Block] = []
+        self.leaves: list[list[tuple[int, str]]] = []
+        self.a: list[Tensor] = []
+        self.b: list[Tensor] = []
         for block, a, b in zip(assignment.blocks, assignment.a, assignment.b, strict=True):
-            axes = leaves(block, set(self.sizes))
-            outer = [place for axis in axes for place in block.within[axis]]
+            axes = leaves(block, self.sizes)
+            outer = [place for axis, _ in axes for place in block.within[axis]]
             if len(outer) == len(set(outer)):
                 self.blocks.append(block)
                 self.leaves.append(axes)
@@ -66,16 +69,16 @@ class Relaxation:
     def _gradient(self, mixtures: Mixtures) -> dict[str, Tensor]:
         gradient = {name: torch.zeros_like(own) for name, own in mixtures.items()}
         for i, block in enumerate(self.blocks):
-            for axis in self.leaves[i]:
+            for axis, name in self.leaves[i]:
                 b = self._mixed(i, mixtures, but=axis)
                 a, b = (_rows(block, axis, t) for t in (self.a[i], b))
-                gradient[block.axes[axis]] += a @ b.T
+                gradient[name] += a @ b.T
         return gradient
 
     def _vertex(self, gradient: dict[str, Tensor]) -> Mixtures:
         """The permutations that the gradient prefers, as matrices."""
         shaped = {name: self._shaped(name, own).cpu().numpy() for name, own in gradient.items()}
-        best = {}
+        best: Permutations = {}
         for family in self.assignment.families:
             best |= self.assignment.solve(family, shaped)[0]
         matrices = {}
@@ -88,13 +91,13 @@ class Relaxation:
     def _mixed(self, i: int, mixtures: Mixtures, but: int | None = None) -> Tensor:
         """A block of b under the mixtures of all its axes but one."""
         block, b = self.blocks[i], self.b[i]
-        for axis in self.leaves[i]:
+        for axis, name in self.leaves[i]:
             if axis != but:
                 places = (*block.within[axis], axis)
                 first = tuple(range(len(places)))
                 rows = _rows(block, axis, b)
                 shape = b.movedim(places, first).shape
-                b = (mixtures[block.axes[axis]] @ rows).view(shape).movedim(first, places)
+                b = (mixtures[name] @ rows).view(shape).movedim(first, places)
         return b
 
     def _shaped(self, name: str, matrix: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ measure fastgeo against these.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +82,9 @@ def loop(
     return Baseline(step, lambda: [network.state_dict() for network in networks])
 
 
-def compiled_loop(module: nn.Module, path: Path, **options: object) -> Baseline:
+def compiled_loop(module: nn.Module, path: Path, **options: Any) -> Baseline:
     """The loop over compiled modules: one graph for all networks, each with its own parameters."""
-    compiled = torch.compile(module)
+    compiled: Any = torch.compile(module)
 
     def forward(network: nn.Module) -> Network:
         state = [*network.named_parameters(), *network.named_buffers()]
@@ -113,7 +114,8 @@ def vmapped(module: nn.Module, path: Path, *, lr: float = 0.1, bfloat16: bool = 
         energy = energy_of_pairs(logits.float().softmax(-1).unbind(0))
         energy.backward()
         for tensor in trained.values():
-            tensor.grad[[0, -1]] = 0  # the ends stay
+            if tensor.grad is not None:
+                tensor.grad[[0, -1]] = 0  # the ends stay
         optimizer.step()
         return energy.detach()
 
@@ -123,14 +125,14 @@ def vmapped(module: nn.Module, path: Path, *, lr: float = 0.1, bfloat16: bool = 
     return Baseline(step, points)
 
 
-def energy_of_pairs(p: list[Tensor]) -> Tensor:
+def energy_of_pairs(p: Sequence[Tensor]) -> Tensor:
     """The sum of the divergences of neighbours [B, ..., C], nats, as the paper's code has it."""
-    energy = 0
+    energies = []
     for left, right in zip(p[:-1], p[1:], strict=True):
         middle = ((left + right) / 2).log()
         divergences = [F.kl_div(middle, q, reduction="sum") for q in (left, right)]
-        energy = energy + sum(divergences) / (2 * left[..., 0].numel())
-    return energy
+        energies.append(torch.stack(divergences).sum() / (2 * left[..., 0].numel()))
+    return torch.stack(energies).sum()
 
 
 def _logits(module: nn.Module, network: Network, inputs: Inputs) -> Tensor:

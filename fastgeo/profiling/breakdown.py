@@ -89,11 +89,10 @@ def breakdown(
         total = sum(e.device_time_total if on_gpu else e.cpu_time_total for e in own)
         phases[name] = total / steps / 1e3
     phases["other"] = max(ms - sum(phases.values()), 0)
-    kind, own = DeviceType.CPU, "self_cpu_time_total"
-    if on_gpu:
-        kind, own = DeviceType.CUDA, "self_device_time_total"
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    alone = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     operations = [
-        (e.key, getattr(e, own) / steps / 1e3, e.count / steps)
+        (e.key, getattr(e, alone) / steps / 1e3, e.count / steps)
         for e in events
         if e.device_type == kind and not e.key.startswith("fastgeo.")
     ]

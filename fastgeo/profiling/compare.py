@@ -88,9 +88,8 @@ def compare(
     with matmul_precision("fp32"):  # a GPU's default for convolutions is TF32
         errors = {name: _error(i, module, path, inputs) for name, i in implementations.items()}
     sound = {n: i for n, i in implementations.items() if errors[n] < TOLERANCE[i.dtype]}
-    calls = {n: functools.partial(i.seconds, steps) for n, i in sound.items()}
-    seconds = _in_turns(calls, repeats)
-    peaks = {n: peak_bytes(lambda i=i: i.seconds(1)) for n, i in sound.items()}
+    seconds = _in_turns(sound, steps, repeats)
+    peaks = {n: peak_bytes(functools.partial(i.seconds, 1)) for n, i in sound.items()}
     flops, fastest = step_flops(module, path, inputs), fastest_matmul(path.device)
     rows = []
     for name in implementations:
@@ -113,12 +112,14 @@ def compare(
     return rows
 
 
-def _in_turns(calls: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each call returns, `repeats` times; the order is reversed in every second round."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+def _in_turns(
+    implementations: dict[str, Implementation], steps: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds a step of each, `repeats` times; the order is reversed in every second round."""
+    found: dict[str, list[float]] = {name: [] for name in implementations}
     for turn in range(repeats):
-        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(calls[name]())
+        for name in list(implementations)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(implementations[name].seconds(steps))
     return found
 
 
@@ -167,16 +168,16 @@ def _implementations(
     improved: bool,
     forward: Forward,
 ) -> dict[str, Implementation]:
-    make = {LOOP: baselines.loop}
+    make: dict[str, Callable[..., baselines.Baseline]] = {LOOP: baselines.loop}
     if improved and (path.device.type == "cuda" or not channels_last_is_unsafe(module)):
         make["loop, channels-last"] = functools.partial(baselines.loop, channels_last=True)
     if improved:
         make["torch.func.vmap"] = baselines.vmapped
     if compiled:
         make["loop, compiled"] = baselines.compiled_loop
-    bfloat16 = {}
+    bfloat16: dict[str, Callable[..., baselines.Baseline]] = {}
     if improved and path.device.type == "cuda":
-        options = dict(channels_last=True, bfloat16=True)
+        options: dict[str, Any] = dict(channels_last=True, bfloat16=True)
         bfloat16["loop, channels-last, bf16"] = functools.partial(baselines.loop, **options)
         bfloat16["torch.func.vmap, bf16"] = functools.partial(baselines.vmapped, bfloat16=True)
         if compiled:

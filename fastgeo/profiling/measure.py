@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path as FilePath
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -143,8 +144,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with _silent(), recorded(profile_memory=True) as recorder:
         function()
-    events = recorder.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
+    profiler: Any = recorder.profiler  # no public type has the events of memory
+    changes = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         held += change.nbytes()
@@ -153,12 +154,12 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def recorded(**options: object) -> Iterator[profile]:
+def recorded(*, profile_memory: bool = False) -> Iterator[profile]:
     """torch.profiler.profile of host and device."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    recorder = profile(activities=activities, **options)
+    recorder = profile(activities=activities, profile_memory=profile_memory)
     with _silent():
         recorder.start()
     try:
