@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from fastgeo_kernels import path_fisher_rao, path_js_div
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastgeo import figures
 from fastgeo.data.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.modes import evaluation_mode
@@ -17,6 +19,9 @@ from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_path_of
 from fastgeo.recalibrate import recalibrate
 from fastgeo.step.engines import EngineChoice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Pair = tuple[Inputs, Tensor]
 Data = Pair | Iterable[Pair]
@@ -38,6 +43,13 @@ class SplitEvaluation:
     accuracy: list[float]
     barrier: float
     barrier_above_line: float
+
+    def __repr__(self) -> str:
+        return (
+            f"SplitEvaluation({len(self.loss)} points: highest loss {max(self.loss):.3f} nats, "
+            f"barrier {self.barrier:.3f} nats, {self.barrier_above_line:.3f} above the line, "
+            f"lowest accuracy {100 * min(self.accuracy):.1f} %)"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,35 @@ class Evaluation:
         """Plain dictionaries, the splits next to the lengths."""
         content = asdict(self)
         return content.pop("splits") | content
+
+    def table(self) -> figures.Table:
+        """Highest loss, barrier, lowest accuracy of each split, and the lengths, with their units;
+        `print` shows it as text."""
+        return figures.summary(self.to_json())
+
+    def plot(
+        self,
+        others: Mapping[str, "Evaluation"] | None = None,
+        *,
+        name: str = "path",
+        title: str = "",
+    ) -> "Figure":
+        """Loss and accuracy along the path as a matplotlib figure, which a notebook shows.
+
+        Args:
+            others: further paths by their names, drawn in the same figure.
+            name: of this path, beside them.
+            title: above the figure.
+        """
+        paths = {name: self, **(others or {})}
+        return figures.compare(paths).plot(title=title)
+
+    def __repr__(self) -> str:
+        points = len(next(iter(self.splits.values())).loss)
+        return f"Evaluation of {points} points\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A path of N networks: two fixed ends and a stacked interior."""
 
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
@@ -72,9 +73,31 @@ class Path:
         """N."""
         return len(next(iter(self.interior.values()))) + 2
 
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """The state dict of point i, counted from the end if negative; it shares the path's memory.
+
+        Raises:
+            IndexError: there is no such point.
+            TypeError: no whole number.
+        """
+        try:
+            point = range(len(self))[operator.index(i)]
+        except IndexError:
+            raise IndexError(
+                f"the path has {len(self)} points, 0..{len(self) - 1} or -{len(self)}..-1, got {i}"
+            ) from None
+        return self._point(point)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The N state dicts, from start to end."""
+        return self.points()
+
     def __repr__(self) -> str:
-        size = sum(tensor.numel() for tensor in self.start.values())
-        return f"Path({len(self)} points of {size:,} numbers each)"
+        held = sum(t.nbytes for part in self._parts().values() for t in part.values())
+        return (
+            f"Path({len(self)} points of {size_of(self.start)} each; {held / 2**20:,.1f} MiB, "
+            f"{self.device})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +220,13 @@ def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
     return {
         name.removeprefix(compiled): tensor.detach().clone() for name, tensor in network.items()
     }
+
+
+def size_of(state: StateDict) -> str:
+    """How many numbers a state has, and of what type, in words."""
+    count = sum(tensor.numel() for tensor in state.values())
+    types = {str(t.dtype).removeprefix("torch."): None for t in state.values()}
+    return f"{count:,} numbers ({', '.join(types)})"
 
 
 def check_path_of(path: Path, module: nn.Module) -> None:

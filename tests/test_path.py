@@ -88,6 +88,26 @@ def test_the_file_is_plain_safetensors_with_a_version(path, tmp_path):
     assert header["interior/linear.weight"]["shape"] == [5, 5, 16]
 
 
+def test_points_are_had_by_number_and_one_after_the_other(path):
+    for i in range(7):
+        torch.testing.assert_close(path[i], path.at(i / 6), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(path[i - 7], path[i], rtol=0, atol=0)
+    torch.testing.assert_close(list(path), list(path.points()), rtol=0, atol=0)
+    assert path[torch.tensor(2)].keys() == path.start.keys()
+    for i in (7, -8):
+        with pytest.raises(IndexError, match=rf"has 7 points, 0..6 or -7..-1, got {i}"):
+            path[i]
+    with pytest.raises(TypeError):
+        path["conv1.weight"]
+
+
+def test_a_path_says_how_large_it_is():
+    path = Path.linear({"w": torch.zeros(2**20)}, {"w": torch.ones(2**20)}, 5)
+    assert repr(path) == "Path(5 points of 1,048,576 numbers (float32) each; 20.0 MiB, cpu)"
+    mixed = {"w": torch.zeros(3).bfloat16(), "n": torch.ones(2), "calls": torch.tensor(1)}
+    assert "6 numbers (bfloat16, float32, int64) each" in repr(Path.linear(mixed, mixed, 3))
+
+
 def test_unreadable_path_files_get_a_sentence(path, tmp_path):
     file = tmp_path / "path.safetensors"
     with pytest.raises(ValueError, match="path.safetensors: there is no such file"):

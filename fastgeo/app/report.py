@@ -7,11 +7,18 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastgeo import figures
 from fastgeo.app.config import BEFORE, Config, about
+from fastgeo.app.user import is_function
+from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table
 from fastgeo.symmetry.spec import PermutationSpec
 
-TITLES = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
-SPLITS = {"train": "train", "augmented_train": "augmented train", "test": "test"}
+# Settings that say nothing of a user's own network, and of a user's own loaders.
+OF_NETWORKS = {"width", "norm"}
+OF_IMAGES = {
+    *("data_root", "train_subset", "augment"),
+    *("batch_size", "train_batch_size", "eval_batch_size"),
+}
 
 
 def build(
@@ -46,7 +53,8 @@ def environment(device: torch.device) -> dict[str, str | int]:
     """What a reader needs to know of the machine and the software."""
     names = {"fastgeo": "fastgeo", "torch": "torch", "triton": "triton"}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {key: _version(name) for key, name in names.items()} | {
+    return {
+        **{key: _version(name) for key, name in names.items()},
         "python": platform.python_version(),
         "device": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "platform": f"{platform.system()} {platform.machine()}",
@@ -55,26 +63,11 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def summary(report: Mapping) -> str:
     """The table that a run ends with."""
-    head = ["", "highest loss", "", "barrier", "", "lowest acc.", "Σ√JSD", "Fisher-Rao", "Σ‖Δθ‖"]
-    units = ["", "train", "test", "train", "test", "test", "√nats", "rad", ""]
-    rows = [head, units]
-    for name, title in TITLES.items():
-        p = report["paths"][name]
-        rows.append(
-            [
-                title,
-                *(f"{max(p[split]['loss']):.3f}" for split in ("train", "test")),
-                *(f"{p[split]['barrier']:.3f}" for split in ("train", "test")),
-                f"{100 * min(p['test']['accuracy']):.1f} %",
-                f"{p['sqrt_jsd']:.3f}",
-                f"{p['fisher_rao']:.3f}",
-                f"{p['euclidean']:.2f}",
-            ]
-        )
     bound = report["paths"]["geodesic"]["fisher_rao_lower_bound"]
     return (
-        f"{_aligned(rows)}\n\nLosses and barriers in nats; the barrier is over the mean of the "
-        f"ends. No path between\nthese ends has a Fisher-Rao length below {bound:.3f} rad.\n"
+        f"{figures.table(report['paths'], splits=('train', 'test'))}\n\n"
+        "The barrier is over the mean of the ends. No path between these ends has a Fisher-Rao\n"
+        f"length below {bound:.3f} rad.\n"
     )
 
 
@@ -84,35 +77,50 @@ def markdown(report: Mapping) -> str:
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
-        f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps of batch "
-        f"{c['batch_size']}, {_descent(c)}.",
+        f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps, each on "
+        f"{_batch(c)}, {_descent(c)}.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
         if first[split]:
-            parts += [f"## Along the path, {title}", _table(_split_rows(report, split))]
+            parts += [f"## Along the path, {title}", markdown_table(_split_rows(report, split))]
     parts += [
         "## Lengths, on the training images",
-        _table(_length_rows(report)),
+        markdown_table(_length_rows(report)),
         f"Chord: no path between these ends is shorter than {first['fisher_rao_lower_bound']:.4f} "
         "rad, the Fisher-Rao distance of their predictions.",
         "![Lengths during optimisation](path_length.png)",
         "## Matching",
         _matching(report["matching"]),
         "## Engines",
-        _table(_engine_rows(report)),
+        markdown_table(_engine_rows(report)),
         "## Time",
-        _table([["stage", "seconds"], *([name, f"{s:.1f}"] for name, s in seconds.items())]),
+        markdown_table(
+            [["stage", "seconds"], *([name, f"{s:.1f}"] for name, s in seconds.items())]
+        ),
         ", ".join(f"{key} {value}" for key, value in e.items()),
         "## Settings",
-        _table(
+        markdown_table(
             [
                 ["setting", "value", "meaning"],
-                *([f"`{key}`", f"`{c[key]}`", text] for key, text in about().items() if key in c),
+                *([f"`{key}`", f"`{c[key]}`", about()[key]] for key in _settings(c)),
             ]
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _settings(config: Mapping) -> list[str]:
+    """Those that the run depended on."""
+    idle = OF_NETWORKS if is_function(config["model"]) else set()
+    idle = idle | (OF_IMAGES if is_function(config["data"]) else set())
+    return [name for name in about() if name in config and name not in idle]
+
+
+def _batch(config: Mapping) -> str:
+    if is_function(config["data"]):
+        return "a batch as the loader gives it"
+    return f"a batch of {config['batch_size']}"
 
 
 def _descent(config: Mapping) -> str:
@@ -137,12 +145,16 @@ def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def network(config: Mapping) -> str:
+    """What the network is: a user's own has no width."""
+    model = config["model"]
+    return model if is_function(model) else f"{model}, width {config['width']:g}"
+
+
 def _networks(config: Mapping) -> str:
     c = config
-    if c["a"] is not None:
-        return f"{c['model']}, {c['a']} and {c['b']}"
-    width = "" if ":" in c["model"] else f", width {c['width']:g}"
-    return f"{c['model']}{width}, seeds {c['seed_a']} and {c['seed_b']}"
+    ends = f"seeds {c['seed_a']} and {c['seed_b']}" if c["a"] is None else f"{c['a']} and {c['b']}"
+    return f"{network(c)}, {ends}"
 
 
 def _matching(found: Mapping) -> str:
@@ -178,7 +190,7 @@ def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:
         "barrier above the line between the ends, nats",
         "lowest accuracy",
     ]
-    for name, title in TITLES.items():
+    for name, title in PATHS.items():
         s = report["paths"][name][split]
         yield [
             title,
@@ -192,29 +204,9 @@ def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:
 
 
 def _length_rows(report: Mapping) -> Iterable[list[str]]:
-    yield ["path", "energy Σ JSD, nats", "Σ√JSD, √nats", "Fisher-Rao, rad", "Σ‖Δθ‖"]
-    for name, title in TITLES.items():
-        p = report["paths"][name]
-        values = (p[key] for key in ("energy", "sqrt_jsd", "fisher_rao", "euclidean"))
-        yield [title, *(f"{value:.4f}" for value in values)]
-
-
-def _table(rows: Iterable[list[str]]) -> str:
-    head, *body = rows
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    yield ["path", *(f"{name}, {unit}" if unit else name for name, unit in LENGTHS.values())]
+    for name, title in PATHS.items():
+        yield [title, *(f"{report['paths'][name][key]:.4f}" for key in LENGTHS)]
 
 
 def _version(package: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgeo.app import plot, report
 from fastgeo.app.folder import READS, STAGES, WEIGHTS, Run
 from fastgeo.evaluate import evaluate
+from fastgeo.figures import write_figure
 from fastgeo.matching.pair import match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
@@ -26,7 +27,6 @@ from fastgeo.store.files import (
     read_json,
     read_json_lines,
     write_bytes,
-    write_figure,
     write_json,
     write_tensors,
 )

@@ -20,8 +20,14 @@ from fastgeo.data.inputs import Inputs
 from fastgeo.evaluate import Data, evaluate
 from fastgeo.forward.options import Forward
 from fastgeo.matching.assignment import Assignment
-from fastgeo.matching.pair import check_same_function, loaded, same_network, warn_of_nothing
-from fastgeo.path import Path, StateDict
+from fastgeo.matching.pair import (
+    check_same_function,
+    loaded,
+    permuted,
+    same_network,
+    warn_of_nothing,
+)
+from fastgeo.path import Path, StateDict, size_of
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
@@ -62,6 +68,50 @@ class CommonFrame:
     def modules(self) -> list[nn.Module | None]:
         """Copies of the networks with these states, None for those given as state dicts."""
         return [loaded(*pair) for pair in zip(self._networks, self.state_dicts, strict=True)]
+
+    def average(self) -> dict[str, Tensor]:
+        """The mean of the permuted networks, a state dict, summed in float64.
+
+        Entries that are not floating point, such as counters, are those of the first network. The
+        running statistics of a BatchNorm are averaged like all else, and are not those of the
+        averaged network: have them computed anew, as `torch.optim.swa_utils.update_bn` does.
+        """
+        first, count = self.state_dicts[0], len(self.state_dicts)
+        averaged = {}
+        for name, tensor in first.items():
+            averaged[name] = tensor.clone()
+            if tensor.is_floating_point() or tensor.is_complex():
+                exact = torch.promote_types(tensor.dtype, torch.float64)
+                total = torch.zeros_like(tensor, dtype=exact)
+                for state in self.state_dicts:
+                    total += state[name]
+                averaged[name] = (total / count).to(tensor.dtype)
+        return averaged
+
+    def __repr__(self) -> str:
+        pairs = _pairs(len(self.state_dicts))
+        lines = [
+            f"CommonFrame of {len(self.state_dicts)} networks, {self.spec.module}, "
+            f"{size_of(self.state_dicts[0])} each",
+            f"  {permuted(self.spec)} of each network",
+        ]
+        for what, unit, before, after in (
+            ("inner product", "", self.objectives_before, self.objectives_after),
+            ("barrier", ", nats", self.barriers_before, self.barriers_after),
+        ):
+            if before is not None and after is not None:
+                was, now = (
+                    [f"{worst(of[pair].item() for pair in pairs):.3f}" for worst in (min, max)]
+                    for of in (before, after)
+                )
+                lines.append(
+                    f"  {what} of a pair{unit}: {' to '.join(was)} before, {' to '.join(now)} after"
+                )
+        lines += [
+            f"  outputs as before within {self.relative_change:.0e} of the largest",
+            f"  {self.sweeps} sweeps, {self.seconds:.1f} s",
+        ]
+        return "\n".join(lines)
 
 
 def match_many(
@@ -211,12 +261,17 @@ def inner_products(states: Sequence[StateDict]) -> Tensor:
     return total
 
 
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i)]
+
+
 def _barriers(
     module: nn.Module, states: Sequence[StateDict], data: Data, batchnorm: str, progress: bool
 ) -> Tensor:
     barriers = torch.zeros(len(states), len(states))
-    pairs = [(i, j) for i in range(len(states)) for j in range(i)]
-    for i, j in tqdm(pairs, desc="barriers", unit="line", disable=not progress, delay=1):
+    for i, j in tqdm(
+        _pairs(len(states)), desc="barriers", unit="line", disable=not progress, delay=1
+    ):
         line = Path.linear(states[i], states[j], BARRIER_POINTS, batchnorm=batchnorm)
         result = evaluate(line, module, {"data": data}, forward=Forward(batchnorm=batchnorm))
         barriers[i, j] = barriers[j, i] = result.splits["data"].barrier

@@ -28,7 +28,7 @@ from fastgeo.forward.modes import looked_at, uncompiled
 from fastgeo.matching.activations import correlations
 from fastgeo.matching.assignment import Assignment
 from fastgeo.matching.relaxation import Relaxation
-from fastgeo.path import StateDict, check_same_form, state_dict
+from fastgeo.path import StateDict, check_same_form, size_of, state_dict
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
@@ -72,6 +72,17 @@ class Matching:
     def module(self) -> nn.Module | None:
         """A copy of b with this state, if b was given as a module; else None."""
         return loaded(self._b, self.state_dict)
+
+    def __repr__(self) -> str:
+        starts = ", ".join(f"{objective:.2f}" for objective in self.objectives)
+        return (
+            f"Matching of {self.spec.module}, {size_of(self.state_dict)}\n"
+            f"  {permuted(self.spec)}\n"
+            f"  inner product of the parameters: {self.objective_before:.2f} before, "
+            f"{self.objective_after:.2f} after; by starts: {starts}\n"
+            f"  outputs as before within {self.relative_change:.0e} of the largest\n"
+            f"  {self.sweeps} sweeps, {self.seconds:.1f} s"
+        )
 
 
 def match(
@@ -162,6 +173,12 @@ def match(
         seconds=time.perf_counter() - started,
         _b=b if isinstance(b, nn.Module) else None,
     )
+
+
+def permuted(spec: PermutationSpec) -> str:
+    """How much of a network is permuted, in words."""
+    sizes = [own.size for own in spec.channels.values()]
+    return f"{len(sizes)} permutations" + (f" of {min(sizes)} to {max(sizes)}" if sizes else "")
 
 
 def warn_of_nothing(spec: PermutationSpec) -> None:

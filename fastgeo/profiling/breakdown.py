@@ -37,7 +37,7 @@ class Breakdown:
     kernels: list[tuple[str, float, float]]
     limit: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         phases = [
             {"phase": name, "ms a step": ms, "share": f"{ms / self.ms:.0%}"}
             for name, ms in self.phases.items()

@@ -18,6 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastgeo.figures import markdown_table
+
 QUANTILES = ("p20", "p50", "p80")
 
 
@@ -187,8 +189,7 @@ def table(rows: list[dict[str, object]]) -> str:
     """Rows of equal keys as a Markdown table; quantiles as p20/p50/p80."""
     head = [key + _levels(rows[0][key]) for key in rows[0]]
     body = ([_cell(row[key]) for key in rows[0]] for row in rows)
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table([head, *body])
 
 
 def _levels(value: object) -> str:

@@ -6,7 +6,6 @@ JSON and safetensors hold a checksum of their own content, so damage is noticed 
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 SCHEMA = 1
@@ -88,13 +86,6 @@ def sha256_of(file: FilePath) -> str:
 def write_bytes(file: FilePath, content: bytes) -> None:
     with replacing(file) as temporary, open(temporary, "wb") as stream:
         stream.write(content)
-
-
-def write_figure(file: FilePath, figure: Figure) -> None:
-    """A matplotlib figure as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=150, format="png")
-    write_bytes(file, content.getvalue())
 
 
 def write_json(file: FilePath, content: Mapping[str, Any]) -> None:

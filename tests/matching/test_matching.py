@@ -146,6 +146,52 @@ def test_the_seed_decides_the_result_and_restarts_keep_the_best():
     assert matching.objectives[0] == usual.objective_after <= matching.objective_after
 
 
+def test_the_average_is_the_mean_of_the_matched_networks():
+    """By definition, in float64; integers are the first network's, statistics are averaged."""
+    x = images(8).float()
+    networks = [
+        nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 6), nn.Flatten()
+        ).bfloat16()
+        for _ in range(3)
+    ]
+    for i, network in enumerate(networks):
+        network[1].num_batches_tracked += i
+        network[1].running_mean += i
+    frame = match_many(networks, x.bfloat16())
+    average = frame.average()
+    assert average.keys() == networks[0].state_dict().keys()
+    for name, tensor in average.items():
+        own = [state[name] for state in frame.state_dicts]
+        if name.endswith("num_batches_tracked"):
+            assert tensor == 0
+        else:
+            exact = torch.stack([t.double() for t in own]).mean(0)
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, exact.bfloat16())
+    networks[0].load_state_dict(average)
+    average["0.weight"].zero_()  # a copy
+    assert frame.state_dicts[0]["0.weight"].any()
+
+
+def test_results_are_shown_in_a_few_lines():
+    a, b = tiny_resnet(seed=1), tiny_resnet(seed=2)
+    matching = match(a, b, restarts=2)
+    shown = repr(matching)
+    assert len(shown) < 600 and "tensor" not in shown
+    assert f"{matching.objective_before:.2f} before, {matching.objective_after:.2f} after" in shown
+    assert all(f"{objective:.2f}" in shown for objective in matching.objectives)
+    count = sum(t.numel() for t in a.state_dict().values())
+    assert f"ResNet, {count:,} numbers (float64)" in shown and "6 permutations of 4 to 16" in shown
+    data = images(20), torch.arange(20) % 5
+    frame = match_many([a, b, matching.module], images(), data=data)
+    shown = repr(frame)
+    assert len(shown) < 800 and "tensor" not in shown and "CommonFrame of 3 networks" in shown
+    assert f"to {frame.barriers_before.max():.3f} before" in shown
+    with pytest.warns(UserWarning, match="no channels to permute"):
+        nothing = match_many([nn.Linear(2, 2), nn.Linear(2, 2)], torch.randn(3, 2))
+    assert "0 permutations of each network" in repr(nothing) and "barrier" not in repr(nothing)
+
+
 def test_modules_and_states_are_left_alone_and_a_module_comes_back():
     a, b = tiny_resnet(seed=1), tiny_resnet(seed=2)
     before = {key: tensor.clone() for key, tensor in b.state_dict().items()}
