@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path as FilePath
 from typing import Any
 
+import torch
 from torch import nn
 from torch.autograd import DeviceType
 
@@ -13,11 +14,23 @@ from fastgeo.data.inputs import Passes, on_device
 from fastgeo.forward.options import Forward
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
-from fastgeo.profiling.compare import fastest_matmul, step_flops
-from fastgeo.profiling.measure import now, recorded, table
+from fastgeo.profiling.compare import step_flops
+from fastgeo.profiling.measure import (
+    OtherLoad,
+    matmul_rate,
+    now,
+    recorded,
+    table,
+    usable_cores,
+)
+from fastgeo.stacking.precision import matmul_precision
 from fastgeo.step.descent import Descent
 from fastgeo.step.phases import PHASES
 
+BUSY = 0.7  # of the time; below it there are gaps between operations
+NEAR = 0.5  # of a large matrix product's rate: what limits that one limits this one, too
+SHORT = 20  # µs; an operation on nothing takes some 5
+OTHERS = 0.3  # cores; less is the system's own business
 MATRIX = ("conv", "mm", "gemm", "cutlass", "xmma", "linear")  # in the names of operations
 
 
@@ -72,13 +85,15 @@ def breakdown(
     """
     inputs = Passes(batches, repeat=True)
     how: dict[str, Any] = dict(descent=descent, forward=forward, cuda_graph=False)
-    floor = step_flops(module, path, on_device(next(inputs)[0], path.device))
-    floor = 1e3 * floor / fastest_matmul(path.device)
+    flops = step_flops(module, path, on_device(next(inputs)[0], path.device))
+    with matmul_precision(forward.precision):
+        dtype = torch.bfloat16 if forward.precision == "bf16" else torch.float32
+        floor = 1e3 * flops / matmul_rate(path.device, dtype)
     path = optimize(path, module, islice(inputs, 1), **how)
     with recorded() as recorder:
-        started = now()
+        started, load = now(), OtherLoad()
         optimize(path, module, inputs, steps=steps, **how)
-        ms = 1e3 * (now() - started) / steps
+        ms, others = 1e3 * (now() - started) / steps, load.cores()
     if trace is not None:
         recorder.export_chrome_trace(str(trace))
     on_gpu = path.device.type == "cuda"
@@ -97,11 +112,27 @@ def breakdown(
         if e.device_type == kind and not e.key.startswith("fastgeo.")
     ]
     operations.sort(key=lambda operation: -operation[1])
-    return Breakdown(ms, phases, operations[:10], _limit(operations, ms, floor, on_gpu))
+    sentence = limit(
+        operations,
+        ms,
+        floor,
+        on_gpu=on_gpu,
+        others=others,
+        cores=len(usable_cores()),
+        threads=torch.get_num_threads(),
+    )
+    return Breakdown(ms, phases, operations[:10], sentence)
 
 
-def _limit(
-    operations: list[tuple[str, float, float]], wall: float, floor: float, on_gpu: bool
+def limit(
+    operations: list[tuple[str, float, float]],
+    wall: float,
+    floor: float,
+    *,
+    on_gpu: bool,
+    others: float = 0.0,
+    cores: int = 1,
+    threads: int = 1,
 ) -> str:
     """What limits a step, in one sentence.
 
@@ -109,25 +140,38 @@ def _limit(
         operations: (name, ms, calls) of a step.
         wall: ms of a step.
         floor: ms that its convolutions and matrix products would take at the rate of a large one.
+        on_gpu: operations are those of the device.
+        others: cores that other processes kept busy meanwhile, of the `cores` that this one may use
+            with so many `threads`.
     """
     busy = sum(ms for _, ms, _ in operations)
-    matrix = sum(ms for name, ms, _ in operations if any(m in name.lower() for m in MATRIX))
     calls = sum(calls for _, _, calls in operations)
-    if busy < 0.7 * wall:
+    matrix = sum(ms for name, ms, _ in operations if any(m in name.lower() for m in MATRIX))
+    share = f"convolutions and matrix products are {matrix / busy:.0%} of its time" if busy else ""
+    if matrix:
+        share += f" and reach {floor / matrix:.0%} of a large matrix product's rate"
+    waits = busy < BUSY * wall
+    if others >= OTHERS and others + threads > cores and (waits or not on_gpu):
+        return (
+            f"Other processes limit the step: they kept {others:.1f} of {cores} cores busy beside "
+            f"its {threads} threads; measure again without them, or set OMP_NUM_THREADS to what "
+            "they leave."
+        )
+    if waits:
         what = "the device waits" if on_gpu else "no operation runs"
         return (
             f"The host limits the step: {what} {1 - busy / wall:.0%} of the time, between "
-            f"{calls:.0f} operations of {1e3 * busy / calls:.0f} µs on average; larger batches or "
-            "more points in one pass use the machine better."
+            f"{calls:.0f} operations of {1e3 * busy / max(calls, 1):.0f} µs on average; larger "
+            "batches or more points in one pass use the machine better."
         )
-    reach = f"which reach {floor / matrix:.0%} of a large matrix product's rate" if matrix else ""
-    if matrix > 0.5 * busy:
+    if matrix > 0.5 * busy and floor > NEAR * matrix:
+        return f"Arithmetic limits the step: {share}."
+    if 1e3 * busy < SHORT * calls:
         return (
-            "Arithmetic limits the step: convolutions and matrix products are "
-            f"{matrix / busy:.0%} of its time, {reach}."
+            f"Overhead limits the step: {1e3 * busy / calls:.0f} µs is what its {calls:.0f} "
+            f"operations take on average, little more than to start one; {share}."
         )
     return (
-        "Memory traffic limits the step: norms, activations and copies are "
-        f"{1 - matrix / busy:.0%} of its time, convolutions and matrix products {matrix / busy:.0%}"
-        f"{', ' + reach if reach else ''}."
+        f"Memory traffic limits the step: {share}, and norms, activations and copies are "
+        f"{1 - matrix / busy:.0%}."
     )

@@ -18,8 +18,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgeo.figures import markdown_table
-
 QUANTILES = ("p20", "p50", "p80")
 
 
@@ -30,12 +28,46 @@ def machine() -> dict[str, str | int]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "driver": _driver() if cuda else "none",
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": len(usable_cores()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version_of("triton"),
     }
+
+
+def usable_cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+class OtherLoad:
+    """How many of the cores that this process may use others keep busy, from when it is made."""
+
+    def __init__(self) -> None:
+        self._started, self._own, self._all = time.perf_counter(), time.process_time(), _busy()
+
+    def cores(self) -> float:
+        """On average until now; 0 where the system does not tell (it does on Linux)."""
+        seconds, own = time.perf_counter() - self._started, time.process_time() - self._own
+        return max(_busy() - self._all - own, 0) / seconds
+
+
+def _busy() -> float:
+    """Seconds that all processes together have spent on those cores."""
+    names = {f"cpu{core}" for core in usable_cores()}
+    try:
+        lines = [line.split() for line in FilePath("/proc/stat").read_text().splitlines()]
+    except OSError:
+        return 0.0
+    ticks = 0
+    for name, *counts in lines:
+        if name in names:
+            user, nice, system, _, _, *interrupts = map(int, counts)  # idle, and idle with a disk
+            ticks += user + nice + system + sum(interrupts[:2])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def headline(environment: dict) -> str:
@@ -189,7 +221,8 @@ def table(rows: list[dict[str, object]]) -> str:
     """Rows of equal keys as a Markdown table; quantiles as p20/p50/p80."""
     head = [key + _levels(rows[0][key]) for key in rows[0]]
     body = ([_cell(row[key]) for key in rows[0]] for row in rows)
-    return markdown_table([head, *body])
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _levels(value: object) -> str:

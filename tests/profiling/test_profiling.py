@@ -1,7 +1,11 @@
 """What is measured is what it says, and an implementation that is wrong has no time."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -17,11 +21,13 @@ from fastgeo.profiling import baselines, breakdown
 from fastgeo.profiling import compare as profiling
 from fastgeo.profiling.measure import (
     QUANTILES,
+    OtherLoad,
     flops_of,
     peak_bytes,
     quantiles,
     table,
     time_alternating,
+    usable_cores,
 )
 
 STACKED = Forward(engine="stacked", channels_last=False)
@@ -148,16 +154,57 @@ def test_the_phases_of_a_step_make_up_its_time(module, path):
     assert found.limit in str(found) and "limits the step" in found.limit
 
 
+CONV, ADD = ("aten::conv", 6.0, 9), ("aten::add", 2.0, 9)
+
+
 @pytest.mark.parametrize(
-    "operations, words",
+    "operations, floor, given, words",
     [
-        ([("aten::conv", 6.0, 9), ("aten::add", 2.0, 9)], "Arithmetic limits.*75%.*reach 50%"),
-        ([("aten::conv", 2.0, 9), ("aten::add", 7.0, 9)], "Memory traffic limits.*78%.*22%"),
-        ([("aten::add", 3.0, 300)], "The host limits.*no operation runs 70%.*300 operations"),
+        ([CONV, ADD], 3.1, {}, "Arithmetic limits .* 75% of its time and reach 52%"),
+        ([CONV, ADD], 0.2, {}, "Memory traffic limits .* 75% .* reach 3% .* copies are 25%"),
+        ([("aten::conv", 2.0, 9), ("aten::add", 7.0, 9)], 1.9, {}, "Memory traffic .* 22% .* 78%"),
+        ([("aten::add", 9.0, 9)], 0.0, {}, "Memory traffic .* products are 0% of its time, and"),
+        (
+            [("aten::conv", 6.0, 900), ADD],
+            0.2,
+            {},
+            "Overhead limits .* 9 µs is what its 909 operations",
+        ),
+        ([("aten::conv", 6.0, 900), ADD], 5.0, {}, "Arithmetic limits .* reach 83%"),
+        ([("aten::add", 3.0, 300)], 0.0, {}, "The host limits.*no operation runs 70%.*300 operat"),
+        ([("gemm", 3.0, 3)], 3.0, dict(on_gpu=True), "The host limits.*the device waits 70%"),
+        ([], 0.0, dict(on_gpu=True), "The host limits.*the device waits 100%"),
+        (
+            [CONV, ADD],
+            3.1,
+            dict(others=1.0),
+            "Other processes limit .* 1.0 of 2 cores .* 2 threads",
+        ),
+        ([CONV, ADD], 3.1, dict(others=1.0, threads=1), "Arithmetic"),  # there is room for both
+        ([CONV, ADD], 3.1, dict(others=0.2), "Arithmetic"),
+        ([CONV, ADD], 3.1, dict(others=1.0, on_gpu=True), "Arithmetic"),  # the device is busy
+        ([("gemm", 3.0, 3)], 3.0, dict(others=1.0, on_gpu=True), "Other processes limit"),
     ],
 )
-def test_one_sentence_says_what_limits_a_step(operations, words):
-    assert re.search(words, breakdown._limit(operations, 10.0, 3.0, on_gpu=False))
+def test_one_sentence_says_what_limits_a_step(operations, floor, given, words):
+    """Of 10 ms each."""
+    given = dict(on_gpu=False, cores=2, threads=2) | given
+    assert re.search(words, breakdown.limit(operations, 10.0, floor, **given))
+
+
+def test_what_other_processes_keep_busy_is_seen():
+    """One that does nothing but count, on the cores that this one may use."""
+    if not os.path.exists("/proc/stat"):
+        pytest.skip("the system does not tell")
+    counting = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        load = OtherLoad()
+        time.sleep(1)
+        assert 0.4 < load.cores() <= len(usable_cores()) + 0.1
+    finally:
+        counting.kill()
+        counting.wait()
 
 
 def test_the_command_line_profiles_and_its_rows_can_be_compared(tmp_path, monkeypatch, capsys):
