@@ -12,6 +12,9 @@ from fastgeo.data.arrays import read_arrays
 from fastgeo.data.inputs import Stream
 
 CROP_PADDING = 4  # pixels; Tan et al. (2023) and He et al. (2016, section 4.2)
+COLOURS = 4  # channels that images have: grey, with alpha, RGB, RGBA; others must be square
+MOST_APART = 16  # times the largest value of the other split: 0..1 and 0..255 are further apart
+SLIGHTLY = 0.01  # of the largest value: what a filter leaves below 0
 MOST_CLASSES = 2**18  # a label beyond is a mistake, and would ask for a head of that size
 
 
@@ -231,7 +234,8 @@ def load(
     Args:
         name: "digits" (bundled); "cifar10", "cifar100", "mnist" or "fashion-mnist" (through
             torchvision, downloaded on first use); "npz:PATH", a NumPy archive with Keras-style
-            keys x_train, y_train, x_test, y_test: uint8 or float images, NHWC or NHW.
+            keys x_train, y_train, x_test, y_test: uint8 or float images of one scale, NHW, or NHWC
+            or NCHW, of up to four channels or square, so that it can be seen which.
         root: where downloads are kept.
         augment: "flip-crop", "none", or "auto": flip-crop for CIFAR, none for all others.
         train_subset: use the first so many training images; all by default.
@@ -260,7 +264,12 @@ def _dataset(
     if train.images.shape[1:] != test.images.shape[1:]:
         shapes = [list(split.images.shape[1:]) for split in (train, test)]
         raise ValueError(f"{name}: train images are {shapes[0]} and test images {shapes[1]}")
+    _check_same_scale(name, train.images, test.images)
     num_classes = int(train.labels.max()) + 1
+    if train.labels.min() == train.labels.max():
+        raise ValueError(
+            f"{name}: y_train has class {num_classes - 1} only; there is nothing to tell apart"
+        )
     if test.labels.max() >= num_classes:
         raise ValueError(
             f"{name}: y_test has class {int(test.labels.max())}, outside 0..{num_classes - 1}, "
@@ -285,17 +294,57 @@ def _dataset(
     return Dataset(train, test, mean, std, num_classes, augmented)
 
 
+def _check_same_scale(name: str, train: Tensor, test: Tensor) -> None:
+    """ValueError unless the images of both splits are of one type, and their values of one range:
+    a network normalises both by the moments of the training images."""
+    ranges = [tuple(float(end) for end in torch.aminmax(images)) for images in (train, test)]
+    largest = [max(-low, high) for low, high in ranges]
+    signed = [low < -SLIGHTLY * high for (low, _), high in zip(ranges, largest, strict=True)]
+    alike = signed[0] == signed[1] and max(largest) <= MOST_APART * min(largest)
+    if train.dtype != test.dtype or (min(largest) > 0 and not alike):
+        found = [
+            f"x_{split} is {images.dtype} within {low:g}..{high:g}".replace("torch.", "")
+            for split, images, (low, high) in zip(
+                ("train", "test"), (train, test), ranges, strict=True
+            )
+        ]
+        raise ValueError(
+            f"{name}: {' and '.join(found)}; scale both alike, as raw uint8 or as the same floats"
+        )
+
+
 def _moments(images: Tensor) -> Tensor:
     """[2, C]: sums of values and of squares over images and pixels, in float64."""
     x = images.double()
     return torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
 
 
+def _channels_first(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether images [n, ., ., .] are NCHW and not NHWC: of up to four channels, or else square.
+
+    Raises:
+        ValueError: both can be meant, or neither.
+    """
+    _, first, middle, last = shape
+    nhwc = last <= COLOURS or first == middle
+    nchw = first <= COLOURS or middle == last
+    if nhwc == nchw:
+        raise ValueError(
+            f"{name} is {list(shape)}, which can be read as "
+            f"{'either' if nhwc else 'neither'} of [n, H, W, C] and [n, C, H, W]: up to "
+            f"{COLOURS} channels, or square images, tell them apart; give these by a loader "
+            "(data PACKAGE.MODULE:FUNCTION), which says it"
+        )
+    return nchw
+
+
 def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
     """Arrays as tensors, after the checks that give every complaint a sentence."""
     x_name, y_name = f"{name}: x_{split}", f"y_{split}"
     if x.ndim not in (3, 4) or 0 in x.shape:
-        raise ValueError(f"{x_name} must be images [n, H, W] or [n, H, W, C], got {list(x.shape)}")
+        raise ValueError(
+            f"{x_name} must be images [n, H, W], [n, H, W, C] or [n, C, H, W], got {list(x.shape)}"
+        )
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ValueError(f"{x_name} must be uint8 or float, got {x.dtype}")
     if y.dtype.kind not in "iu" or y.ndim == 0 or y.size != len(y):
@@ -311,5 +360,7 @@ def _split(name: str, split: str, x: np.ndarray, y: np.ndarray) -> Split:
         x = x.astype(np.float32)
         if not np.isfinite(x).all():
             raise ValueError(f"{x_name} has values that are not finite")
-    images = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(x if x.ndim == 4 else x[:, None])
+    if x.ndim == 4 and not _channels_first(x_name, x.shape):
+        images = images.permute(0, 3, 1, 2)
     return Split(images.contiguous(), torch.from_numpy(y.reshape(-1).astype(np.int64)))

@@ -34,10 +34,24 @@ def logits_in(outputs: Any, name: str | None = "logits") -> Any:
 
 
 def logits_of(outputs: Tensor) -> Tensor:
-    """Logits [N, B, ..., C] as [N, rows, C]; ValueError if they have fewer dimensions."""
+    """Logits [N, B, ..., C] as [N, rows, C].
+
+    Raises:
+        ValueError: fewer dimensions, or fewer than two classes.
+    """
+    shape = list(outputs.shape[1:])
     if outputs.ndim < 3:
-        shape = list(outputs.shape[1:])
-        raise ValueError(f"the module must return logits [B, ..., C], got {shape}")
+        raise ValueError(
+            f"the module must return logits [B, ..., C], got {shape}; where that is one logit z of "
+            "a binary classifier, return torch.stack([torch.zeros_like(z), z], -1), whose softmax "
+            "has the same probabilities"
+        )
+    if outputs.shape[-1] < 2:
+        raise ValueError(
+            "the module must return logits [B, ..., C] of at least two classes, since the softmax "
+            f"of one is always 1, got {shape}; of one logit z of a binary classifier return "
+            "torch.cat([torch.zeros_like(z), z], -1), whose softmax has the same probabilities"
+        )
     return outputs.flatten(1, -2)
 
 

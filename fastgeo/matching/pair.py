@@ -280,18 +280,25 @@ def check_same_function(
 ) -> float:
     """Largest difference of the outputs of two states of a module, over the largest output.
 
-    Computed in float64, where a permutation changes no more than the order of sums. If the module
-    computes some of it in a coarser type, the same is asked of that: as a measure of what rounding
-    does there, parameters are changed by one rounding of that type.
+    Computed in float64, where a permutation changes no more than the order of sums, or where the
+    module's forward does not allow that, in its own types. If the module computes some of it in a
+    coarser type, the same is asked of that: as a measure of what rounding does there, parameters
+    are changed by one rounding of that type.
 
     Raises:
         ValueError: they differ by more than rounding.
     """
+    exact = True
     with _Coarsest() as coarsest:
-        was = _outputs(module, before, inputs)
-    change, bound = _change(was, _outputs(module, after, inputs)), SAME_FUNCTION
+        try:
+            was = _outputs(module, before, inputs)
+        except RuntimeError:  # a forward that names the types it computes in
+            exact = False
+            was = _outputs(module, before, inputs, exact=False)
+    change = _change(was, _outputs(module, after, inputs, exact=exact))
+    bound = SAME_FUNCTION
     if coarsest.eps > torch.finfo(torch.float64).eps:
-        rounded = _outputs(module, before, inputs, rounding=coarsest.eps)
+        rounded = _outputs(module, before, inputs, exact=exact, rounding=coarsest.eps)
         bound = max(bound, ROUNDINGS * _change(was, rounded))
     if not change <= bound:
         raise ValueError(
@@ -315,20 +322,29 @@ class _Coarsest(TorchFunctionMode):
 
 
 def _outputs(
-    module: nn.Module, state: StateDict, inputs: Inputs, rounding: float = 0.0
+    module: nn.Module,
+    state: StateDict,
+    inputs: Inputs,
+    *,
+    exact: bool = True,
+    rounding: float = 0.0,
 ) -> list[Tensor]:
-    """What a module returns in another state, each number of which may be rounded up or down."""
+    """What a module returns in another state, each number of which may be rounded up or down; in
+    float64 if exact, else in the types that it has."""
+    copied = _exact if exact else torch.clone
     generator = torch.Generator().manual_seed(0)
     own = tensors_by_name(module)
     made: dict[Tensor, Tensor] = {}  # tensors may have several names
     for name, tensor in own.items():
         if tensor not in made:
-            made[tensor] = value = _exact(state.get(name, tensor)).to(tensor.device)
+            made[tensor] = value = copied(state.get(name, tensor)).to(
+                tensor.device, None if exact else tensor.dtype
+            )
             if rounding and value.is_floating_point():
                 up = torch.rand(value.shape, generator=generator).to(value) < 0.5
                 value *= 1 + rounding * (2 * up - 1)
         own[name] = made[tensor]
-    args, kwargs = pytree.tree_map_only(Tensor, _exact, arguments(module, inputs))
+    args, kwargs = pytree.tree_map_only(Tensor, copied, arguments(module, inputs))
     with looked_at(module):
         out = functional_call(module, own, args, kwargs, tie_weights=False)
     return [leaf if leaf.is_complex() else leaf.double() for leaf in tensors_within(out)]

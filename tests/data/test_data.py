@@ -6,15 +6,17 @@ import struct
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from fastgeo import data
+from fastgeo import Path, data, evaluate, optimize
 from fastgeo.data import images
 from fastgeo.data.arrays import TORCHVISION
 
 ARRAYS = {
     "x_train": np.arange(20 * 8 * 6 * 3).reshape(20, 8, 6, 3).astype(np.uint8),
     "y_train": np.arange(20) % 4,
-    "x_test": np.ones((8, 8, 6, 3), np.uint8),
+    "x_test": np.arange(8 * 8 * 6 * 3).reshape(8, 8, 6, 3).astype(np.uint8),
     "y_test": np.arange(8)[:, None] % 4,  # [n, 1], as Keras stores CIFAR
 }
 
@@ -36,7 +38,8 @@ def test_digits_are_the_uci_digits_in_a_fixed_split():
 
 
 def test_normalised_training_images_have_mean_0_and_deviation_1(tmp_path):
-    for name in ("digits", npz(tmp_path), npz(tmp_path, x_train=np.random.rand(20, 8, 6, 3))):
+    floats = {"x_train": np.random.rand(20, 8, 6, 3), "x_test": np.random.rand(8, 8, 6, 3)}
+    for name in ("digits", npz(tmp_path), npz(tmp_path, **floats)):
         dataset = data.load(name)
         x = dataset.normalize(dataset.train.images).double()
         assert x.mean((0, 2, 3)).abs().max() < 1e-5
@@ -54,6 +57,114 @@ def test_npz_images_arrive_channels_first_and_unchanged(tmp_path):
     assert dataset.test.labels.tolist() == [0, 1, 2, 3] * 2
     grey = {k: ARRAYS[k][..., 0] for k in ("x_train", "x_test")}
     assert data.load(npz(tmp_path, **grey)).image_shape == (1, 8, 6)
+
+
+@pytest.mark.parametrize("channels, sides", [(1, (8, 6)), (3, (9, 5)), (4, (6, 5)), (12, (7, 7))])
+def test_channels_first_is_seen_where_only_that_makes_sense(tmp_path, channels, sides):
+    """Both layouts of the same images arrive the same."""
+    first = {
+        f"x_{split}": np.random.randint(0, 256, (n, channels, *sides), np.uint8)
+        for split, n in (("train", 20), ("test", 8))
+    }
+    last = {name: x.transpose(0, 2, 3, 1) for name, x in first.items()}
+    for arrays in (first, last):
+        dataset = data.load(npz(tmp_path, **arrays))
+        assert dataset.image_shape == (channels, *sides)
+        assert np.array_equal(dataset.train.images.numpy(), first["x_train"])
+        assert np.array_equal(dataset.test.images.numpy(), first["x_test"])
+        assert dataset.mean.shape == (channels, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, which", [((3, 8, 3), "either"), ((9, 9, 9), "either"), ((20, 30, 12), "neither")]
+)
+def test_a_layout_that_cannot_be_seen_is_refused(tmp_path, shape, which):
+    arrays = {f"x_{s}": np.ones((n, *shape), "u1") for s, n in (("train", 20), ("test", 8))}
+    with pytest.raises(ValueError, match=rf"x_train is \[20, .*{which} of \[n, H, W, C\] and"):
+        data.load(npz(tmp_path, **arrays))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(x_train=ARRAYS["x_train"] / 255),
+            "x_train is float32 within 0..1 and x_test is uint8",
+        ),
+        (dict(x_test=ARRAYS["x_test"] / 255), "x_train is uint8 .* x_test is float32 within 0..1;"),
+        (
+            {"x_train": ARRAYS["x_train"] / 255, "x_test": ARRAYS["x_test"].astype(float)},
+            "float32 within 0..1 and x_test is float32 within 0..255; scale both alike",
+        ),
+        (
+            {"x_train": ARRAYS["x_train"] / 64 - 2, "x_test": ARRAYS["x_test"] / 64},
+            "within -2..1.98438 and x_test is float32 within 0..3.98",
+        ),
+        (dict(x_test=ARRAYS["x_test"] // 128), "within 0..255 and x_test is uint8 within 0..1"),
+    ],
+)
+def test_splits_of_another_scale_are_refused(tmp_path, changes, words):
+    """The moments of one would not normalise the other."""
+    with pytest.raises(ValueError, match=words):
+        data.load(npz(tmp_path, **changes))
+
+
+def test_splits_that_differ_a_little_are_of_one_scale(tmp_path):
+    x, dark = ARRAYS["x_train"] / 255, np.zeros_like(ARRAYS["x_test"])
+    for train, test in (
+        (x, x[:8] / 3),
+        (x.astype("f2"), x[:8]),
+        (x - 0.004, x[:8]),  # as a filter leaves them
+        (ARRAYS["x_train"], dark),
+    ):
+        data.load(npz(tmp_path, x_train=train, x_test=test))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_labels_may_be_unsigned(dtype, module, path):
+    x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.arange(20) % 5
+    unsigned = y.to(getattr(torch, dtype))
+    expected = evaluate(path, module, {"test": (x, y)}).to_json()
+    assert evaluate(path, module, {"test": (x, unsigned)}).to_json() == expected
+    batches = [(x[:8], unsigned[:8]), (x[8:], unsigned[8:])]
+    in_batches = evaluate(path, module, {"test": batches}).splits["test"]
+    assert in_batches.loss == pytest.approx(expected["test"]["loss"])
+    moved = [
+        optimize(path, module, [(x, targets)], steps=2, engine="stacked").interior
+        for targets in (y, unsigned)
+    ]
+    torch.testing.assert_close(*moved, rtol=0, atol=0)
+
+
+class Binary(nn.Module):
+    """One logit, as [B, 1] or [B], or as two of the same probabilities."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.layer = form, nn.Linear(3, 1)
+
+    def forward(self, x):
+        z = self.layer(x)
+        if self.form == "two":
+            return torch.cat([torch.zeros_like(z), z], -1)
+        return z[:, 0] if self.form == "[B]" else z
+
+
+@pytest.mark.parametrize("form, words", [("[B, 1]", "torch.cat"), ("[B]", "torch.stack")])
+def test_one_logit_is_refused_and_two_are_made_of_it(form, words):
+    x, y = torch.randn(10, 3), torch.arange(10) % 2
+    path = Path.linear(Binary(form), Binary(form), 5)
+    for engine in ("stacked", "vmap", "loop"):
+        with pytest.raises(ValueError, match=rf"of a binary classifier,? return {words}"):
+            optimize(path, Binary(form), [x], engine=engine)
+        with pytest.raises(ValueError, match="binary classifier"):
+            evaluate(path, Binary(form), {"test": (x, y)}, engine=engine)
+    found = evaluate(path, Binary("two"), {"test": (x, y)})
+    q = torch.stack([F.linear(x, *point.values())[:, 0] for point in path]).double().sigmoid()
+    p = torch.stack([1 - q, q], -1)
+    m = (p[1:] + p[:-1]) / 2
+    js_div = sum((r * (r / m).log()).sum(-1) / 2 for r in (p[1:], p[:-1])).mean(1)
+    assert found.energy == pytest.approx(js_div.sum().item(), rel=1e-4)
 
 
 def test_train_subset_takes_the_first_images_and_keeps_the_normalisation(tmp_path):
@@ -178,6 +289,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
         ),
         (dict(x_test=np.ones((8, 9, 6, 3), np.uint8)), "train images are .* and test images"),
         (dict(x_train=np.zeros((20, 5), np.uint8)), r"must be images .* got \[20, 5\]"),
+        (dict(y_train=np.full(20, 2)), "y_train has class 2 only; there is nothing to tell"),
         (dict(x_train=np.zeros((20, 8, 6, 3), int)), "must be uint8 or float, got int64"),
         (dict(x_train=np.full((20, 8, 6, 3), np.nan)), "not finite"),
         (dict(y_train=np.array([None] * 20)), "cannot read .*data.npz"),

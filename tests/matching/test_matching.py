@@ -358,6 +358,31 @@ def test_rounding_within_is_as_coarse_as_the_module_computes(dtype):
         check_same_function(in_float64, in_float64.state_dict(), slightly, x.to(dtype))
 
 
+class Mixed(nn.Module):
+    """A bf16 layer among others in fp32, whose forward says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3)
+        self.a.bfloat16()
+
+    def forward(self, x):
+        return self.b(self.norm(self.a(x.bfloat16()).float()).relu())
+
+
+@pytest.mark.parametrize("method", ["weights", "activations"])
+def test_a_network_of_mixed_types_is_matched_in_its_own(method):
+    module, x = Mixed(), torch.randn(64, 8)
+    spec, state = permutation_spec(module, x), module.state_dict()
+    hidden = spec.permute(state, spec.random(torch.Generator().manual_seed(1)))
+    matching = match(state, hidden, x, module=module, method=method)
+    torch.testing.assert_close(matching.state_dict, state, rtol=0, atol=0)  # their types, too
+    assert matching.relative_change < 1e-5
+    wrong = state | {"a.bias": state["a.bias"].flip(0)}
+    with pytest.raises(ValueError, match="does not compute what b does"):
+        check_same_function(module, state, wrong, x)
+
+
 def test_a_symmetry_that_is_none_is_caught(monkeypatch):
     """A wrong rule (the order of channels does not count for cumsum) cannot slip through."""
 
