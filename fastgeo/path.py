@@ -205,7 +205,12 @@ class Path:
 
 
 def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
-    """A copy of the state of a module or state dict, without the prefix of torch.compile.
+    """A copy of the state of a module or state dict, as `state_of` gives it."""
+    return {name: tensor.clone() for name, tensor in state_of(network).items()}
+
+
+def state_of(network: StateDict | nn.Module) -> dict[str, Tensor]:
+    """The state of a module or state dict, not copied, without the prefix of torch.compile.
 
     Raises:
         TypeError: anything else.
@@ -217,9 +222,7 @@ def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
             f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
         )
     compiled = "_orig_mod." if all(name.startswith("_orig_mod.") for name in network) else ""
-    return {
-        name.removeprefix(compiled): tensor.detach().clone() for name, tensor in network.items()
-    }
+    return {name.removeprefix(compiled): tensor.detach() for name, tensor in network.items()}
 
 
 def size_of(state: StateDict) -> str:

@@ -85,5 +85,6 @@ class _Correlations(StackedPass):
                 own = own - own.mean(1, keepdim=True)
                 norm = own.norm(dim=1, keepdim=True)
                 rows.append(own / norm.clamp(min=1e-12 * norm.max().clamp(min=1e-300)))
-            gain = (rows[0] @ rows[1].T).view(*sizes, *sizes)
-            self.found[name] = self.found[name] + gain if name in self.found else gain
+            if name not in self.found:
+                self.found[name] = rows[0].new_zeros(*sizes, *sizes)
+            self.found[name].view(prod(sizes), -1).addmm_(rows[0], rows[1].T)

@@ -211,22 +211,24 @@ class _Frame:
     def __init__(self, spec: PermutationSpec, states: Sequence[StateDict]):
         self.spec = spec
         self.assignments = [Assignment(spec, spec.pairs(state, state)) for state in states]
-        self.sums = [sum(parts) for parts in zip(*(a.b for a in self.assignments), strict=True)]
+        self.sums: list[Tensor] = []
 
     def start(self, restart: int, seed: int) -> None:
         """As the networks are, then one after the other inwards, then random."""
         generator = torch.Generator().manual_seed(seed)
         if restart == 1:
             first, *others = torch.randperm(len(self.assignments), generator=generator).tolist()
-            sums = list(self.assignments[first].b)
+            sums = self.assignments[first].parts()
             for k in others:
-                self.assignments[k].a = list(sums)
+                for i, part in enumerate(sums):
+                    self.assignments[k].against(i, part)
                 self.assignments[k].assign_inwards()
-                sums = [x + y for x, y in zip(sums, self.assignments[k].b, strict=True)]
+                sums = [x + y for x, y in zip(sums, self.assignments[k].parts(), strict=True)]
         elif restart:
             for assignment in self.assignments:
-                assignment.apply(self.spec.random(generator))
-        self.sums = [sum(parts) for parts in zip(*(a.b for a in self.assignments), strict=True)]
+                assignment.move(self.spec.random(generator))
+        parts = zip(*(assignment.parts() for assignment in self.assignments), strict=True)
+        self.sums = [torch.stack(own).sum(0) for own in parts]
 
     def ascend(self, max_sweeps: int, seed: int, bar: tqdm) -> int:
         """Match each network to the sum of the others, by turns; how many sweeps it took."""
@@ -244,11 +246,11 @@ class _Frame:
     def _improve(self, assignment: Assignment, family: str) -> bool:
         own = assignment.of[family]
         for i in own:
-            assignment.a[i] = self.sums[i] - assignment.b[i]
+            assignment.against(i, self.sums[i] - assignment.part(i))
         if not assignment.improve(family):
             return False
         for i in own:
-            self.sums[i] = assignment.a[i] + assignment.b[i]
+            self.sums[i] = assignment.a[i] + assignment.part(i)
         return True
 
 

@@ -9,11 +9,12 @@ correlates the features on a batch the most (`fastgeo.matching.activations`).
 
 import copy
 import functools
+import math
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ from tqdm import tqdm
 from fastgeo.data.inputs import Inputs, arguments, tensors_by_name, tensors_within
 from fastgeo.forward.modes import looked_at, uncompiled
 from fastgeo.matching.activations import correlations
-from fastgeo.matching.assignment import Assignment
+from fastgeo.matching.assignment import Assignment, inner
 from fastgeo.matching.relaxation import Relaxation
-from fastgeo.path import StateDict, check_same_form, size_of, state_dict
+from fastgeo.path import StateDict, check_same_form, size_of, state_of
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
@@ -36,6 +37,8 @@ SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
 ROUNDINGS = 10  # times as much as rounding all parameters does may a permutation change
 METHODS = ("weights", "activations")
 RELAXED_STEPS = 100  # at most; it nearly always stops long before
+DELAY = 1  # seconds, before which there is no progress bar
+LEAST_WORK = 5e10  # FLOP, about a second: so much work a start may do, if the first did less
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Matching:
         relative_change: largest difference of the outputs of b and of the permuted b on the example
             input, over the largest output, with parameters in float64.
         seconds: wall time.
+        left_out: what was not done, since no start may do more work than the first one.
     """
 
     state_dict: dict[str, Tensor]
@@ -66,6 +70,7 @@ class Matching:
     sweeps: int
     relative_change: float
     seconds: float
+    left_out: list[str]
     _b: nn.Module | None = field(repr=False)
 
     @functools.cached_property
@@ -82,6 +87,7 @@ class Matching:
             f"{self.objective_after:.2f} after; by starts: {starts}\n"
             f"  outputs as before within {self.relative_change:.0e} of the largest\n"
             f"  {self.sweeps} sweeps, {self.seconds:.1f} s"
+            + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         )
 
 
@@ -111,7 +117,9 @@ def match(
         restarts: starts of the coordinate descent, the best of which is kept. The first is the
             usual one, from b as it is; the second assigns every permutation once, from the fixed
             axes inwards, by what is assigned already; the third goes from the activations through
-            mixtures of permutations (`fastgeo.matching.relaxation`); further ones are random.
+            mixtures of permutations (`fastgeo.matching.relaxation`); further ones are random. Each
+            may do as much work as the first, so that three take at most about three times as long
+            as one; work is counted in FLOP, and the result does not depend on the machine's speed.
         max_sweeps: limit on the sweeps over all permutations in each; one that improves nothing is
             the last.
         seed: of the order of the permutations within each sweep, and of random starts.
@@ -146,31 +154,37 @@ def match(
     starts: list[tuple[str, ...]] = [("activations",)]
     if method == "weights":
         starts = STARTS[:restarts] + [("random",)] * (restarts - len(STARTS))
-    found = []
-    with tqdm(
-        total=len(starts) * max_sweeps, desc="match", unit="sweep", disable=not progress, delay=1
-    ) as bar:
-        for restart, ways in enumerate(starts):
-            assignment = objective.assignment()
+    found: list[_Climb] = []
+    with tqdm(desc="match", unit="class", disable=not progress, delay=DELAY) as bar:
+        for ways in starts:
+            bar.set_description(f"match, start {len(found) + 1} of {len(starts)}", refresh=False)
+            assignment = objective.assignment(max(found[0].work, LEAST_WORK) if found else math.inf)
             for way in ways:
-                start_from(way, assignment, symmetries, first, second, inputs, seed + restart)
+                number = seed + len(found)
+                start_from(way, assignment, symmetries, first, second, inputs, number)
             sweeps = 0
             if method == "weights":
-                sweeps = descend(assignment, max_sweeps, seed + restart, bar)
-            bar.update((restart + 1) * max_sweeps - bar.n)
-            found.append((objective(assignment.permutations), sweeps, assignment.permutations))
-    after, sweeps, permutations = max(found, key=lambda one: one[0])
-    matched = symmetries.spec.permute(second, permutations)
+                if not found:
+                    bar.total = len(starts) * max_sweeps * len(assignment.families)
+                sweeps = descend(assignment, max_sweeps, seed + len(found), bar)
+            found.append(_Climb.of(assignment, objective, sweeps))
+            del assignment  # and what it keeps
+            bar.total = bar.n * len(starts) // len(found)  # if the others take as long
+    best = max(found, key=lambda one: one.objective)
+    matched = symmetries.spec.permute(second, best.permutations)
     return Matching(
         state_dict=matched,
-        permutations=permutations,
+        permutations=best.permutations,
         spec=symmetries.spec,
         objective_before=objective({}),
-        objective_after=after,
-        objectives=[one[0] for one in found],
-        sweeps=sweeps,
+        objective_after=best.objective,
+        objectives=[one.objective for one in found],
+        sweeps=best.sweeps,
         relative_change=check_same_function(module, second, matched, inputs),
         seconds=time.perf_counter() - started,
+        left_out=[
+            f"{what} of start {i}" for i, one in enumerate(found, 1) for what in one.left_out
+        ],
         _b=b if isinstance(b, nn.Module) else None,
     )
 
@@ -196,15 +210,30 @@ class Objective:
     """The inner product of the parameters of a and the permuted b, in float64."""
 
     def __init__(self, spec: PermutationSpec, a: StateDict, b: StateDict):
-        self.spec, names = spec, spec.counted(a)
-        self.a, self.b = ({name: state[name].double() for name in names} for state in (a, b))
+        self.spec, self.a, self.b = spec, a, {name: b[name] for name in spec.counted(a)}
 
     def __call__(self, permutations: Permutations) -> float:
         moved = self.spec.permute(self.b, permutations)
-        return sum((self.a[name] * moved[name]).sum().item() for name in self.a)
+        return sum(inner(self.a[name], own) for name, own in moved.items())
 
-    def assignment(self) -> Assignment:
-        return Assignment(self.spec, self.spec.pairs(self.a, self.b))
+    def assignment(self, most_work: float = math.inf) -> Assignment:
+        return Assignment(self.spec, self.spec.pairs(self.a, self.b), most_work)
+
+
+class _Climb(NamedTuple):
+    """What came of a start."""
+
+    objective: float
+    sweeps: int
+    permutations: Permutations
+    work: float
+    left_out: list[str]
+
+    @classmethod
+    def of(cls, assignment: Assignment, objective: Objective, sweeps: int) -> "_Climb":
+        permutations = assignment.permutations
+        work, left_out = assignment.work, assignment.left_out
+        return cls(objective(permutations), sweeps, permutations, work, left_out)
 
 
 def start_from(
@@ -222,9 +251,10 @@ def start_from(
     elif way == "activations":
         assignment.assign(correlations(symmetries, a, b, inputs))
     elif way == "relaxed":
-        Relaxation(assignment).ascend(RELAXED_STEPS)
+        half = (assignment.work + assignment.most_work) / 2  # the descent needs the other
+        Relaxation(assignment).ascend(RELAXED_STEPS, half)
     elif way == "random":
-        assignment.apply(symmetries.spec.random(torch.Generator().manual_seed(seed)))
+        assignment.move(symmetries.spec.random(torch.Generator().manual_seed(seed)))
 
 
 def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> int:
@@ -235,11 +265,14 @@ def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> in
         improved = False
         for family in order.permutation(assignment.families):
             if family in waiting:
+                if assignment.work >= assignment.most_work:
+                    assignment.left_out.append(f"all from sweep {sweep} on")
+                    return sweep
                 waiting.discard(family)
                 if assignment.improve(family):
                     improved = True
                     waiting |= assignment.neighbours(family)
-        bar.update()
+            bar.update()
         if not improved:
             return sweep
     return max_sweeps
@@ -248,12 +281,12 @@ def descend(assignment: Assignment, max_sweeps: int, seed: int, bar: tqdm) -> in
 def same_network(
     networks: Sequence[StateDict | nn.Module], module: nn.Module | None
 ) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """The module of several networks, and copies of their states.
+    """The module of several networks, and their states, which are not copied.
 
     Raises:
         TypeError, ValueError: as in `match`.
     """
-    states = [state_dict(network) for network in networks]
+    states = [state_of(network) for network in networks]
     for state in states[1:]:
         check_same_form(states[0], state, batchnorm="recalibrate")
     module = next((m for m in (module, *networks) if isinstance(m, nn.Module)), None)

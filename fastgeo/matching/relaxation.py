@@ -3,109 +3,115 @@
 Coordinate descent decides one family of permutations by how the others stand. Here all of them are
 mixtures of permutations (doubly stochastic matrices) that move together: each step goes from where
 they are towards the permutations that the gradient of the inner product prefers, as far as that
-gains the most, and they become permutations only in the end. D. Crisostomi et al., "C2M3: Cycle-
-Consistent Multi-Model Merging" (2024), for two networks, and here for permutations within others.
+gains the most, and they become permutations only in the end. D. Crisostomi et al., "C2M3:
+Cycle-Consistent Multi-Model Merging" (2024), for two networks, and here for permutations within
+others.
+
+A weight with two permuted axes makes the inner product quadratic, and its gradient linear: on the
+way to other permutations the gradient changes to theirs in a straight line, and is never computed
+of mixtures.
 """
 
-from math import prod
+import math
 
 import torch
 from torch import Tensor
 
-from fastgeo.matching.assignment import Assignment, leaves
-from fastgeo.symmetry.spec import Block, Permutations
+from fastgeo.matching.assignment import Assignment, inner, leaves
+from fastgeo.symmetry.spec import Permutations
 
 GAIN = 1e-6  # relative gain of a step, below which it is the last
-Mixtures = dict[str, Tensor]  # permutation -> [new, old], counted through what it is within
+Matrices = dict[str, Tensor]  # permutation -> [new, old], counted through what it is within
 
 
 class Relaxation:
     """The inner product of an assignment's networks for mixtures of permutations, in fp32.
 
-    Weights with two permutations within the same third one, as of grouped convolutions, are left
-    out: mixtures of the two would mix the groups twice.
+    Weights with three permuted axes are left out, and those with two permutations within the same
+    third one, as of grouped convolutions: mixtures of the two would mix the groups twice.
     """
 
     def __init__(self, assignment: Assignment):
         self.assignment = assignment
         self.sizes = {name: own.numel() for name, own in assignment.permutations.items()}
-        self.blocks: list[Block] = []
-        self.leaves: list[list[tuple[int, str]]] = []
-        self.a: list[Tensor] = []
-        self.b: list[Tensor] = []
-        for block, a, b in zip(assignment.blocks, assignment.a, assignment.b, strict=True):
+        self.leaves: dict[int, list[tuple[int, str]]] = {}
+        for i, block in enumerate(assignment.blocks):
             axes = leaves(block, self.sizes)
             outer = [place for axis, _ in axes for place in block.within[axis]]
-            if len(outer) == len(set(outer)):
-                self.blocks.append(block)
-                self.leaves.append(axes)
-                self.a.append(a.float())
-                self.b.append(b.float())
+            if len(axes) <= 2 and len(outer) == len(set(outer)):
+                self.leaves[i] = axes
 
-    def ascend(self, max_steps: int) -> None:
-        """Permute the assignment's b from where it stands."""
-        device = self.b[0].device if self.b else None
-        here = {name: torch.eye(size, device=device) for name, size in self.sizes.items()}
-        value = self.value(here)
-        for _ in range(max_steps):
-            gradient = self._gradient(here)
-            there = self._vertex(gradient)
-            step = {name: there[name] - here[name] for name in here}
-            slope = sum((gradient[name] * step[name]).sum().item() for name in here)
-            whole = self.value(there)
-            # Nearly every parameter has two permuted axes at most: the value is quadratic.
-            square = whole - value - slope
-            best = min(1.0, -slope / (2 * square)) if square < 0 else 1.0
-            gain = slope * best + square * best**2
+    def ascend(self, max_steps: int, most_work: float = math.inf) -> None:
+        """Permute the assignment's b from where it stands.
+
+        Args:
+            max_steps: limit on them.
+            most_work: no step is begun that would be more in all; what is left out is noted in the
+                assignment.
+        """
+        before, start = self.assignment.work, self.assignment.permutations
+        here = {name: self._matrix(name, start) for name in self.sizes}
+        value, gradient = self.value(start), self.gradient(start)
+        a_step = self.assignment.work - before
+        for step in range(max_steps):
+            if self.assignment.work + a_step > most_work:
+                self.assignment.left_out.append(f"the relaxation from step {step + 1} on")
+                break
+            best = self._best(gradient)
+            places = {name: self._places(name, best) for name in here}
+            slope = sum(
+                gradient[name][places[name]].sum(dtype=torch.float64).item()
+                - inner(gradient[name], here[name])
+                for name in here
+            )
+            square = self.value(best) - value - slope
+            share = min(1.0, -slope / (2 * square)) if square < 0 else 1.0
+            gain = slope * share + square * share**2
             if gain < GAIN * abs(value):
                 break
-            here = {name: here[name] + best * step[name] for name in here}
+            for name in here:
+                here[name].mul_(1 - share)
+                here[name][places[name]] += share
+                gradient[name].mul_(1 - share)
+            self._add(best, share, gradient)
             value += gain
-        self.assignment.assign({name: self._shaped(name, own) for name, own in here.items()})
+        shaped = {name: self.assignment.shaped(name, own) for name, own in here.items()}
+        self.assignment.assign(shaped)
 
-    def value(self, mixtures: Mixtures) -> float:
-        return sum((a * self._mixed(i, mixtures)).sum().item() for i, a in enumerate(self.a))
+    def value(self, permutations: Permutations) -> float:
+        """The inner product for permutations."""
+        assignment = self.assignment
+        return sum(inner(assignment.a[i], assignment.part(i, permutations)) for i in self.leaves)
 
-    def _gradient(self, mixtures: Mixtures) -> dict[str, Tensor]:
-        gradient = {name: torch.zeros_like(own) for name, own in mixtures.items()}
-        for i, block in enumerate(self.blocks):
-            for axis, name in self.leaves[i]:
-                b = self._mixed(i, mixtures, but=axis)
-                a, b = (_rows(block, axis, t) for t in (self.a[i], b))
-                gradient[name] += a @ b.T
+    def gradient(self, permutations: Permutations) -> Matrices:
+        """Of the inner product by each entry of the matrices."""
+        gradient = {name: self._zeros(name) for name in self.sizes}
+        self._add(permutations, 1.0, gradient)
         return gradient
 
-    def _vertex(self, gradient: dict[str, Tensor]) -> Mixtures:
-        """The permutations that the gradient prefers, as matrices."""
-        shaped = {name: self._shaped(name, own).cpu().numpy() for name, own in gradient.items()}
+    def _add(self, permutations: Permutations, share: float, to: Matrices) -> None:
+        for i, own in self.leaves.items():
+            for axis, name in own:
+                gain = self.assignment.gain_of(i, axis, name, permutations, torch.float32)
+                to[name].add_(gain, alpha=share)
+
+    def _best(self, gradient: Matrices) -> Permutations:
+        """The permutations that the gradient prefers."""
+        shaped = {n: self.assignment.shaped(n, own).cpu().numpy() for n, own in gradient.items()}
         best: Permutations = {}
         for family in self.assignment.families:
             best |= self.assignment.solve(family, shaped)[0]
-        matrices = {}
-        for name, size in self.sizes.items():
-            old = self.assignment.positions(name, best).flatten()
-            matrices[name] = torch.zeros_like(gradient[name])
-            matrices[name][torch.arange(size), old] = 1
-        return matrices
+        return best
 
-    def _mixed(self, i: int, mixtures: Mixtures, but: int | None = None) -> Tensor:
-        """A block of b under the mixtures of all its axes but one."""
-        block, b = self.blocks[i], self.b[i]
-        for axis, name in self.leaves[i]:
-            if axis != but:
-                places = (*block.within[axis], axis)
-                first = tuple(range(len(places)))
-                rows = _rows(block, axis, b)
-                shape = b.movedim(places, first).shape
-                b = (mixtures[name] @ rows).view(shape).movedim(first, places)
-        return b
+    def _places(self, name: str, permutations: Permutations) -> tuple[Tensor, Tensor]:
+        """Where the matrix of a permutation has ones."""
+        return torch.arange(self.sizes[name]), self.assignment.positions(name, permutations)
 
-    def _shaped(self, name: str, matrix: Tensor) -> Tensor:
-        return matrix.view(*self.assignment.permutations[name].shape * 2)
+    def _matrix(self, name: str, permutations: Permutations) -> Tensor:
+        matrix = self._zeros(name)
+        matrix[self._places(name, permutations)] = 1
+        return matrix
 
-
-def _rows(block: Block, axis: int, part: Tensor) -> Tensor:
-    """[positions on an axis and on those it is within, all others]."""
-    places = (*block.within[axis], axis)
-    rows = prod(block.sizes[place] for place in places)
-    return part.movedim(places, tuple(range(len(places)))).reshape(rows, -1)
+    def _zeros(self, name: str) -> Tensor:
+        size = self.sizes[name]
+        return torch.zeros(size, size, device=self.assignment.b[0].device)

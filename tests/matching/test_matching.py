@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import itertools
+import tracemalloc
 import warnings
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 from conftest import images, tiny_resnet
 from torch import nn
 from torch.nn.utils import prune
+from tqdm import tqdm
 from zoo import BATCH_NORM, ZOO
 
 from fastgeo import match, match_many, models, permutation_spec
 from fastgeo.forward.standin import TABLE
-from fastgeo.matching.pair import check_same_function
+from fastgeo.matching import assignment, pair
+from fastgeo.matching.assignment import Assignment
+from fastgeo.matching.pair import Objective, check_same_function
+from fastgeo.profiling.measure import peak_bytes
 
 
 def inner(x, y):
@@ -190,6 +196,83 @@ def test_results_are_shown_in_a_few_lines():
     with pytest.warns(UserWarning, match="no channels to permute"):
         nothing = match_many([nn.Linear(2, 2), nn.Linear(2, 2)], torch.randn(3, 2))
     assert "0 permutations of each network" in repr(nothing) and "barrier" not in repr(nothing)
+
+
+def test_only_what_has_a_moved_neighbour_is_computed_again():
+    """Every other product is kept, and what is kept is what would be computed."""
+    a, b = models.mlp(60, (20, 24, 28, 16), 500), models.mlp(60, (20, 24, 28, 16), 500)
+    spec = permutation_spec(a)
+    looked = Objective(spec, a.state_dict(), b.state_dict()).assignment()
+    first, second, third, last = looked.families
+    for family in looked.families:
+        looked.gains(family)
+    sizes = dict(zip(looked.families, (20, 24, 28, 16), strict=True))
+    biases = {family: 2 * size**2 for family, size in sizes.items()}  # FLOP, not worth keeping
+    moved = {second: torch.randperm(24)}
+    for family, products in (
+        (first, 2 * 20**2 * 24),
+        (second, 0),
+        (third, 2 * 28**2 * 24),
+        (last, 0),
+    ):
+        looked.move(moved)
+        before = looked.work
+        gains = looked.gains(family)
+        assert looked.work - before == products + biases[family]
+        anew = Objective(spec, a.state_dict(), b.state_dict()).assignment()
+        anew.move(moved)
+        torch.testing.assert_close(gains, anew.gains(family), rtol=1e-12, atol=1e-12)
+
+
+def test_matching_holds_little_beside_the_networks(monkeypatch):
+    """The two that are given, and at most four times one: of tensors, and what NumPy has."""
+    monkeypatch.setattr(assignment, "PART", 2**16)
+    a, b = models.mlp(900, (600, 600, 600), 10), models.mlp(900, (600, 600, 600), 10)
+    x, size = torch.randn(8, 900), sum(p.nbytes for p in a.parameters())
+    spec = permutation_spec(a, x)
+    for method in ("weights", "activations"):
+        assert peak_bytes(lambda method=method: match(a, b, x, method=method)) < 4 * size
+    looked = Objective(spec, a.state_dict(), b.state_dict()).assignment()
+    tracemalloc.start()
+    tensors = peak_bytes(lambda: pair.descend(looked, 5, 0, tqdm(disable=True)))
+    arrays = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < arrays and tensors + arrays < 4 * size
+
+
+def test_no_start_takes_more_work_than_the_first(monkeypatch):
+    """What that leaves out is said; enough for small networks is always allowed."""
+    a, b = models.mlp(30, (64, 64, 64), 10), models.mlp(30, (64, 64, 64), 10)
+    whole = match(a, b)
+    assert whole.left_out == [] and "left out" not in repr(whole)
+    done = []
+
+    class Counted(Assignment):
+        def __init__(self, *args):
+            super().__init__(*args)
+            done.append(self)
+
+    monkeypatch.setattr(pair, "Assignment", Counted)
+    monkeypatch.setattr(pair, "LEAST_WORK", 0)
+    matching = match(a, b, restarts=4)
+    first, *others = [own.work for own in done]
+    a_look = 2 * 64**2 * (64 + 64 + 1) + 4 * 64**3
+    assert max(others) < first + a_look
+    assert any("the relaxation from step" in what for what in matching.left_out)
+    assert f"left out: {matching.left_out[0]}" in repr(matching)
+    assert matching.objectives[0] == whole.objectives[0]
+    again = match(a, b, restarts=4)  # work is not time: it repeats itself
+    assert again.left_out == matching.left_out and again.objectives == matching.objectives
+
+
+def test_progress_has_an_end_and_says_which_start_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(pair, "tqdm", functools.partial(tqdm, mininterval=0))
+    monkeypatch.setattr(pair, "DELAY", 0)
+    match(tiny_resnet(seed=1), tiny_resnet(seed=2), progress=True)
+    lines = capsys.readouterr().err.split("\r")
+    assert any("match, start 2 of 3" in line and "<" in line for line in lines)
+    done, total = lines[-1].split("| ")[1].split(" ")[0].split("/")
+    assert done == total
 
 
 def test_modules_and_states_are_left_alone_and_a_module_comes_back():

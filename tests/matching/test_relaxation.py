@@ -18,12 +18,7 @@ def test_the_value_of_permutations_is_the_inner_product_of_the_permuted_paramete
     objective = Objective(spec, a.state_dict(), b.state_dict())
     assignment, drawn = objective.assignment(), spec.random(torch.Generator().manual_seed(3))
     relaxation = Relaxation(assignment)
-    matrices = {
-        name: torch.eye(size)[assignment.positions(name, drawn).flatten()]
-        for name, size in relaxation.sizes.items()
-    }
-    identity = {name: torch.eye(size) for name, size in relaxation.sizes.items()}
-    gained = relaxation.value(matrices) - relaxation.value(identity)
+    gained = relaxation.value(drawn) - relaxation.value(spec.identity())
     assert gained == pytest.approx(objective(drawn) - objective({}), rel=1e-4)
 
 
@@ -49,3 +44,40 @@ def test_the_relaxation_gains_on_what_it_starts_from():
         assignment = objective.assignment()
         Relaxation(assignment).ascend(100)
         assert objective(assignment.permutations) > objective({})
+
+
+def test_mixtures_on_a_line_are_worth_what_dense_matrices_make_of_them():
+    """The value between two permutations is the quadratic of its ends and the gradient."""
+    a, b = models.mlp(5, (4, 6), 3).double(), models.mlp(5, (4, 6), 3).double()
+    spec = permutation_spec(a)
+    relaxation = Relaxation(Objective(spec, a.state_dict(), b.state_dict()).assignment())
+    start, end = (spec.random(torch.Generator().manual_seed(seed)) for seed in range(2))
+    first, second = spec.channels
+
+    def dense(t):
+        """By definition, with the mixtures written out."""
+        p, q = (
+            sum(
+                weight * torch.eye(len(own[name]), dtype=torch.float64)[own[name]]
+                for weight, own in ((1 - t, start), (t, end))
+            )
+            for name in (first, second)
+        )
+        ones = [torch.eye(n, dtype=torch.float64) for n in (5, 3)]
+        total = 0
+        for i, (left, right) in enumerate([(p, ones[0]), (q, p), (ones[1], q)]):
+            mixed = left @ b.layers[i].weight @ right.T
+            total += (a.layers[i].weight * mixed).sum()
+            total += (a.layers[i].bias * (left @ b.layers[i].bias)).sum() if i < 2 else 0
+        return total.item()
+
+    gradient = relaxation.gradient(start)
+    slope = sum(
+        (gradient[name][torch.arange(size), own[name]]).sum().item() * sign
+        for sign, own in ((1, end), (-1, start))
+        for name, size in relaxation.sizes.items()
+    )
+    square = relaxation.value(end) - relaxation.value(start) - slope
+    for t in (0, 0.3, 1):
+        found = relaxation.value(start) + slope * t + square * t**2
+        assert found - relaxation.value(start) == pytest.approx(dense(t) - dense(0), abs=1e-5)
