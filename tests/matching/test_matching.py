@@ -226,9 +226,9 @@ def test_only_what_has_a_moved_neighbour_is_computed_again():
 
 def test_matching_holds_little_beside_the_networks(monkeypatch):
     """The two that are given, and at most four times one: of tensors, and what NumPy has."""
-    monkeypatch.setattr(assignment, "PART", 2**16)
-    a, b = models.mlp(900, (600, 600, 600), 10), models.mlp(900, (600, 600, 600), 10)
-    x, size = torch.randn(8, 900), sum(p.nbytes for p in a.parameters())
+    monkeypatch.setattr(assignment, "PART", 2**13)
+    a, b = models.mlp(450, (300, 300, 300), 10), models.mlp(450, (300, 300, 300), 10)
+    x, size = torch.randn(4, 450), sum(p.nbytes for p in a.parameters())
     spec = permutation_spec(a, x)
     for method in ("weights", "activations"):
         assert peak_bytes(lambda method=method: match(a, b, x, method=method)) < 4 * size
