@@ -129,11 +129,8 @@ def test_labels_may_be_unsigned(dtype, module, path):
     batches = [(x[:8], unsigned[:8]), (x[8:], unsigned[8:])]
     in_batches = evaluate(path, module, {"test": batches}).splits["test"]
     assert in_batches.loss == pytest.approx(expected["test"]["loss"])
-    moved = [
-        optimize(path, module, [(x, targets)], steps=2, engine="stacked").interior
-        for targets in (y, unsigned)
-    ]
-    torch.testing.assert_close(*moved, rtol=0, atol=0)
+    moved = [optimize(path, module, [(x, targets)], steps=2).interior for targets in (y, unsigned)]
+    torch.testing.assert_close(*moved)
 
 
 class Binary(nn.Module):
@@ -154,11 +151,10 @@ class Binary(nn.Module):
 def test_one_logit_is_refused_and_two_are_made_of_it(form, words):
     x, y = torch.randn(10, 3), torch.arange(10) % 2
     path = Path.linear(Binary(form), Binary(form), 5)
-    for engine in ("stacked", "vmap", "loop"):
-        with pytest.raises(ValueError, match=rf"of a binary classifier,? return {words}"):
-            optimize(path, Binary(form), [x], engine=engine)
-        with pytest.raises(ValueError, match="binary classifier"):
-            evaluate(path, Binary(form), {"test": (x, y)}, engine=engine)
+    with pytest.raises(ValueError, match=rf"of a binary classifier,? return {words}"):
+        optimize(path, Binary(form), [x])
+    with pytest.raises(ValueError, match="binary classifier"):
+        evaluate(path, Binary(form), {"test": (x, y)})
     found = evaluate(path, Binary("two"), {"test": (x, y)})
     q = torch.stack([F.linear(x, *point.values())[:, 0] for point in path]).double().sigmoid()
     p = torch.stack([1 - q, q], -1)
