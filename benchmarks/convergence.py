@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from benchmarks.ends import Ends, Options
 from benchmarks.harness import RESULTS, environment, write_result
 from fastgeo import Descent, Forward, Path, evaluate, keep_pages, optimize
+from fastgeo.figures import write_figure
 from fastgeo.profiling.measure import headline, table
-from fastgeo.store.files import write_figure
 
 PLAIN = Descent(momentum=0.0, lr_schedule="constant", precondition=False, coarse_to_fine=False)
 PRECONDITIONED = replace(PLAIN, precondition=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks import ends
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Forward, evaluate, keep_pages, optimize
+from fastgeo.figures import write_figure
 from fastgeo.profiling.measure import headline, table
-from fastgeo.store.files import write_figure
 
 SMOOTH = 10  # steps
 COLOURS = {"bf16": "tab:orange", "tf32": "tab:green"}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Descent, Forward, Path, keep_pages, models, optimize
+from fastgeo.figures import write_figure
 from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
-from fastgeo.store.files import write_figure
 
 
 @dataclass(frozen=True)

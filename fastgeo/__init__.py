@@ -2,6 +2,7 @@
 
 from fastgeo import operations  # noqa: F401 - fills the table of operations
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
+from fastgeo.figures import Comparison, compare
 from fastgeo.forward.options import Forward
 from fastgeo.matching.many import CommonFrame, match_many
 from fastgeo.matching.pair import Matching, match
@@ -19,6 +20,7 @@ from fastgeo.train import Training, train_ends
 __all__ = [
     "Checkpoints",
     "CommonFrame",
+    "Comparison",
     "Descent",
     "Evaluation",
     "Forward",
@@ -27,6 +29,7 @@ __all__ = [
     "PermutationSpec",
     "SplitEvaluation",
     "Training",
+    "compare",
     "evaluate",
     "keep_pages",
     "match",
