@@ -116,7 +116,6 @@ class Fastgeo:
             capture=graphed,
             device=path.device,
             most=len(path) - 2,
-            measured=False,
             on_choice=None,
         )
         self.precision = self.steps.forward.precision

@@ -7,6 +7,7 @@ removes that factor at the same optimum and learning rate.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sized
 
 import torch
@@ -24,6 +25,8 @@ from fastgeo.step.step import resampled
 from fastgeo.step.steps import Steps, Taken
 from fastgeo.store.checkpoint import Checkpoints, State
 
+FEW = 10  # steps, of which nothing is concluded
+FALLEN = 0.99  # of the energy, if it fell
 SECONDS = 5.0  # to the next look at them, about, if states are saved
 
 
@@ -73,7 +76,7 @@ def optimize(
         progress: show a progress bar.
 
     Returns:
-        A new path with the same ends.
+        A new path with the same ends, and with `history` (`fastgeo.Path`) of this call's steps.
 
     Warns:
         UserWarning: the energy did not fall.
@@ -103,6 +106,7 @@ def optimize(
         steps = len(batches) or 1
     sizes = descent.levels(len(path), steps)
     taken = 0
+    history: list[dict] = []
     velocity: dict[str, Tensor] = {}
     if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
         taken, (path, velocity) = saved.step, _restored(path, saved, sizes)
@@ -111,7 +115,7 @@ def optimize(
     mode = evaluation_mode(module)
     if forward.batchnorm == "recalibrate":
         mode = batch_statistics(module, update=False)
-    measured = checkpoints is not None or on_step is not None  # or nobody asks for lengths
+    watched = checkpoints is not None or on_step is not None
     moving = Steps(
         module,
         order,
@@ -120,7 +124,6 @@ def optimize(
         capture=cuda_graph,
         device=path.device,
         most=max(sizes.values()) - 2,
-        measured=measured,
         on_choice=on_choice,
     )
     with (
@@ -129,12 +132,12 @@ def optimize(
         tqdm(total=steps, initial=taken, desc="optimize", unit="step", disable=not progress) as bar,
     ):
         moving.begin(path, velocity)
-        count = 1
+        count, begun = 1, time.monotonic()
         while True:
             if sizes.get(taken, len(path)) != len(path):
                 path = moving.step.copied_path().resample(sizes[taken])
                 moving.begin(path, resampled(moving.step.velocity(), len(path)))
-            if measured:
+            if watched:
                 path = moving.step.copied_path()
             if checkpoints is not None:
                 state = {"order": order.state_dict(), "velocity": moving.step.velocity()}
@@ -147,7 +150,8 @@ def optimize(
             found = moving.take([descent.rate(taken + i, steps) for i in range(count)])
             if found is None:
                 break
-            for metrics in _metrics(taken, found) if measured else ():
+            for metrics in _metrics(taken, found):
+                history.append(metrics | {"seconds": started - begun})
                 if checkpoints is not None:
                     checkpoints.record(metrics)
                 if on_step is not None:
@@ -166,10 +170,14 @@ def optimize(
                 count = min(count, max(1, int(SECONDS / max(each, 1e-6))))
             bar.update(len(found.energies))
             bar.set_postfix_str(f"energy {found.energies[-1].sum():.4f} nats", refresh=False)
-    moving.choice.finish()
-    if taken < (steps or 1):
-        raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
-    path = moving.step.copied_path()
+        moving.choice.finish()
+        if taken < (steps or 1):
+            raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
+        path = moving.step.copied_path()
+        if history:
+            last = Taken(moving.energies()[None], path.euclidean().sum()[None])
+            history += _metrics(taken, last)
+            history[-1]["seconds"] = time.monotonic() - begun
     if not all_finite(path.interior.values()):
         if checkpoints is not None:
             checkpoints.distrust()
@@ -178,7 +186,22 @@ def optimize(
             f"{name} is not finite at point {i + 1} after step {taken - 1}; lower lr (now "
             f"{descent.lr})"
         )
+    path.history = history
+    _warn_of_no_fall(history, descent.lr)
     return path
+
+
+def _warn_of_no_fall(history: list[dict], lr: float) -> None:
+    """If many steps have left the energy where it was; for each number of points it is another."""
+    if len(history) <= FEW:
+        return
+    first, last = ((line["points"] - 1) * line["energy"] for line in (history[0], history[-1]))
+    if last > FALLEN * first:
+        warnings.warn(
+            f"the energy did not fall: times N - 1 it was {first:.4g} nats at the first step and "
+            f"is {last:.4g} behind the last; lower lr (now {lr}), or give more steps",
+            stacklevel=3,
+        )
 
 
 def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dict[str, Tensor]]:
@@ -206,7 +229,6 @@ def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, di
 def _metrics(first: int, found: Taken) -> list[dict]:
     """Of the steps from `first` on, a dict of numbers each."""
     energies, lengths = found.energies, found.lengths
-    assert lengths is not None
     columns = energies.sum(1), energies.sqrt().sum(1), lengths[: len(energies)]
     rows = zip(*(column.tolist() for column in columns), strict=True)
     names = ("energy", "sqrt_jsd", "euclidean")

@@ -4,11 +4,16 @@ import operator
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fastgeo import figures
 from fastgeo.store.files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 StateDict = Mapping[str, Tensor]
 
@@ -20,6 +25,10 @@ class Path:
         start, end: name -> tensor, as in `state_dict()`.
         interior: name -> [N - 2, ...], the floating point entries. Integer entries are the same in
             all points and live in `start` and `end` only.
+        history: of a path that `fastgeo.optimize` returned, a mapping for each step of that call
+            with "step", "points" (N), "energy" (nats), "sqrt_jsd" and "euclidean" before it and
+            "seconds" since the first one, and a last one for the path itself, whose energy is that
+            on the last batch. Empty for all others; it is not saved.
 
     Example:
         >>> path = Path.linear(model_a, model_b, 25)
@@ -29,6 +38,7 @@ class Path:
 
     def __init__(self, start: StateDict, interior: Mapping[str, Tensor], end: StateDict):
         self.start, self.interior, self.end = dict(start), dict(interior), dict(end)
+        self.history: list[dict[str, float]] = []
 
     @classmethod
     def linear(
@@ -130,6 +140,16 @@ class Path:
         """The N state dicts, from start to end."""
         for i in range(len(self)):
             yield self._point(i)
+
+    def plot(self, *, title: str = "") -> "Figure":
+        """Lengths of the path during its optimisation, from its history.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not self.history:
+            raise ValueError("only a path that optimize returned has a history to draw")
+        return figures.lengths(self.history, title=title)
 
     def at(self, t: float) -> dict[str, Tensor]:
         """The state dict at t in [0, 1]: point i at i / (N - 1), straight lines between points.

@@ -111,7 +111,7 @@ def test_captured_steps_are_those_of_optimize():
 
 
 def captured(path, module, batches, descent=plain(), forward=Forward()) -> Steps:  # noqa: B008
-    how = dict(capture=True, device=path.device, most=len(path) - 2, measured=True, on_choice=None)
+    how = dict(capture=True, device=path.device, most=len(path) - 2, on_choice=None)
     found = Steps(module.eval(), Passes(batches, repeat=True), descent, forward, **how)
     found.begin(path, {})
     return found

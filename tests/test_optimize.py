@@ -1,6 +1,7 @@
 """The optimisation step against a plain loop, and what the energy and lengths must satisfy."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -88,11 +89,6 @@ def test_momentum_and_falling_rates_equal_torchs_optimizer(
         torch.testing.assert_close(stacked, {k: v.detach() for k, v in loop.items()})
 
 
-def test_a_step_that_nobody_watches_measures_no_lengths(path, module, monkeypatch):
-    monkeypatch.setattr(Path, "euclidean", lambda self: pytest.fail("it was measured"))
-    optimize(path, module, [images()], steps=2, descent=plain(), forward=Forward(engine="stacked"))
-
-
 def test_inverse_path_laplacian_inverts():
     for size in (1, 2, 23):
         laplacian = 2 * torch.eye(size)
@@ -122,6 +118,30 @@ def test_the_energy_falls_and_the_ends_stay(path, module, precondition):
     metrics, at_step = log[7]  # the metrics are those of the path handed over with them
     assert loop_energy(module, list(at_step.points()), x).item() == pytest.approx(metrics["energy"])
     assert at_step.euclidean().sum().item() == pytest.approx(metrics["euclidean"])
+
+
+def test_the_path_tells_the_history_of_its_optimisation(path, module):
+    batches, log = [images(), images(seed=4)], []
+    got = optimize(path, module, batches, steps=5, on_step=lambda m, _: log.append(m))
+    *steps, last = got.history
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in steps] == log
+    seconds = [line["seconds"] for line in got.history]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
+    now = loop_energy(module, list(got.points()), batches[0]).item()  # the fifth batch
+    assert last["energy"] == pytest.approx(now) and last["step"] == 5
+    assert last["euclidean"] == pytest.approx(got.euclidean().sum().item())
+    captured = optimize(path, module, batches, steps=5, cuda_graph=True)
+    assert captured.history[-1]["energy"] == pytest.approx(last["energy"])
+    assert len(got.plot().axes) == 2 and not path.history
+
+
+def test_an_energy_that_does_not_fall_is_warned_of(path, module):
+    with pytest.warns(UserWarning, match=r"the energy did not fall: .* lower lr \(now 1e-09\)"):
+        optimize(path, module, [images()], steps=12, descent=plain(lr=1e-9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward = Forward(engine="stacked")
+        optimize(path, module, [images()], steps=12, descent=plain(lr=0.02), forward=forward)
 
 
 def test_the_path_given_is_not_changed(path, module):

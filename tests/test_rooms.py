@@ -8,12 +8,12 @@ FLOORS = [  # what is above may import what is below
     "profiling",
     *("train", "matching"),
     *("optimize", "evaluate", "recalibrate"),
-    "figures",
     "step",
     "operations",
     *("stacking", "symmetry"),
     "forward",
     *("data", "path", "models"),
+    "figures",
     "store",
 ]
 SIDE_BY_SIDE = [("stacking", "symmetry"), ("train", "matching"), ("data", "path")]

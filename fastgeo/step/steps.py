@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from fastgeo_kernels import path_js_div
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -31,13 +32,13 @@ class Taken(NamedTuple):
 
     Attributes:
         energies: [K, E] nats, of each edge before each step.
-        lengths: [K], Σ‖Δθ‖ of the path before each step; None if it is not measured.
+        lengths: [K], Σ‖Δθ‖ of the path before each step.
         why: what stopped them, in words; empty if nothing did.
         unsound: whether the path before the first of them has no finite energy.
     """
 
     energies: Tensor
-    lengths: Tensor | None
+    lengths: Tensor
     why: str = ""
     unsound: bool = False
 
@@ -50,7 +51,6 @@ class Steps:
         order: the batches.
         capture: whether steps are captured; None for where nothing forbids it, on a GPU.
         most: interior points of the finest path to come.
-        measured: whether the path's length is.
         on_choice: as of `fastgeo.optimize`.
 
     Attributes:
@@ -69,13 +69,13 @@ class Steps:
         capture: bool | None,
         device: torch.device,
         most: int,
-        measured: bool,
         on_choice: Callable[[dict], None] | None,
     ):
         self.module, self.order, self.descent, self.forward = module, order, descent, forward
-        self.most, self.measured = most, measured
+        self.most = most
         self._on_choice, self._device = on_choice, device
         self._ends: EndLogits | None = None
+        self._last: tuple[Inputs, Tensor | None] | None = None  # batch
         self._must, self._captures = bool(capture), bool(capture)
         if capture is None:
             stackable = forward.engine in ("auto", "stacked") and forward.batchnorm == "refuse"
@@ -110,6 +110,15 @@ class Steps:
         self.begin(path, velocity)
         return self._way(rates[:1])
 
+    @torch.no_grad()
+    def energies(self) -> Tensor:
+        """[E] nats, of the path as it is now on the last batch."""
+        assert self._last is not None and self.choice.chosen is not None
+        inputs, counted = self._last
+        outputs = self.choice.chosen.forward(self.step.path.stacked(), inputs)
+        weight = None if counted is None else counted.flatten().to(self.step.path.device)
+        return path_js_div(logits_of(outputs), sample_weight=weight)
+
     def _new_choice(self) -> EngineChoice:
         forward = self.forward
         if self._captures:
@@ -135,6 +144,7 @@ class Steps:
         (given, targets), path = batch, self.step.path
         inputs = on_device(given, path.device)
         counted = rows_that_count(inputs, targets, self.forward.mask)
+        self._last = inputs, counted
         self.prepare(inputs)
         ends = self._ends = self._ends or EndLogits(path)  # of every number of points
 
@@ -142,7 +152,7 @@ class Steps:
             return self.step.gradient(engine, inputs, ends(given, inputs, engine), counted)
 
         energies, gradient = self.choice.run(look)
-        lengths = path.euclidean().sum()[None] if self.measured else None
+        lengths = path.euclidean().sum()[None]
         if not energies.isfinite().all():
             why = self._why_not_finite(energies, inputs)
             return Taken(energies[None][:0], lengths, why, unsound=True)
@@ -182,7 +192,7 @@ class _Captured:
         self._rates = torch.zeros(AT_ONCE, dtype=precise, device=path.device)
         self._turn = torch.zeros(1, dtype=torch.long, device=path.device)
         self._energies = self._rates.new_zeros(AT_ONCE, len(path) - 1)
-        self._lengths = torch.zeros_like(self._rates) if steps.measured else None
+        self._lengths = torch.zeros_like(self._rates)
         self._ends: dict[str, Tensor] = {}
         self._form: Any = None  # of the batch that is captured
         self._batch: list[Tensor] = []
@@ -206,11 +216,12 @@ class _Captured:
                 self._replay()
             else:
                 self._run(*batch)
+            self.steps._last = batch
             taken += 1
         if not taken:
             return None
         energies = self._energies[:taken].cpu()  # here the host waits
-        lengths = None if self._lengths is None else self._lengths[:taken].cpu()
+        lengths = self._lengths[:taken].cpu()
         bad = (~energies.isfinite()).any(1).nonzero()
         if not len(bad):
             return Taken(energies, lengths)
@@ -289,9 +300,8 @@ class _Captured:
         engine = self._engine()
         with torch.no_grad():
             ends = logits_of(engine.network(self._ends, inputs))
-        if self._lengths is not None:
-            length = self.step.path.euclidean().sum()[None]
-            self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
+        length = self.step.path.euclidean().sum()[None]
+        self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
         energies, gradient = self.step.gradient(engine, inputs, ends, counted)
         self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
         self._energies.index_copy_(0, self._turn, energies[None].to(self._energies))

@@ -22,7 +22,7 @@ def read_every_two(monkeypatch):
 
 
 def captured(path, module, batches, descent=plain(), forward=Forward()) -> Steps:  # noqa: B008
-    how = dict(capture=True, device=path.device, most=len(path) - 2, measured=True, on_choice=None)
+    how = dict(capture=True, device=path.device, most=len(path) - 2, on_choice=None)
     steps = Steps(module.eval(), Passes(batches, repeat=True), descent, forward, **how)
     steps.begin(path, {})
     return steps
