@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastgeo.symmetry.spec import Block, Permutations, PermutationSpec
 
-PART = 2**22  # numbers of a and of b that are float64 at a time
+PART = 2**21  # numbers of a and of b that are float64 at a time
 ASSIGNMENT = 4  # FLOP of a product take as long as the assignment of n positions, over n^3
 ROUNDING = 1e-12  # of the largest gain of a pair of positions: less is no improvement
 Pair = tuple[Block, Tensor, Tensor]  # a block, and that part of a and of b
@@ -36,7 +36,8 @@ class Assignment:
         of: family -> the numbers of its blocks.
         blocks, a, b: each block, and that part of a and of b, which is not permuted.
         permutations: of b so far.
-        work: FLOP of the products done so far, and what assignments are counted as.
+        work: FLOP of the products done so far, those in fp32 counted half, and what assignments
+            are counted as.
         most_work: who sees that more is done begins nothing else,
         left_out: and says here what that is.
     """
@@ -218,7 +219,7 @@ class Assignment:
         block = self.blocks[i]
         places = (*block.within[axis], axis)
         gain = _products(self.a[i], self.part(i, permutations), places, dtype)
-        self.work += 2.0 * len(gain) * self.a[i].numel()
+        self.work += 2.0 * len(gain) * self.a[i].numel() * dtype.itemsize / 8
         old = self.positions(name, permutations).to(gain.device)
         return torch.empty_like(gain).index_copy_(1, old, gain)
 

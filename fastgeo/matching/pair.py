@@ -210,14 +210,16 @@ class Objective:
     """The inner product of the parameters of a and the permuted b, in float64."""
 
     def __init__(self, spec: PermutationSpec, a: StateDict, b: StateDict):
-        self.spec, self.a, self.b = spec, a, {name: b[name] for name in spec.counted(a)}
+        self.spec, self.pairs = spec, spec.pairs(a, b)
+        whole = sum(inner(a[name], b[name]) for name in spec.counted(a))
+        self.rest = whole - sum(inner(*parts) for _, *parts in self.pairs)  # is not permuted
 
     def __call__(self, permutations: Permutations) -> float:
-        moved = self.spec.permute(self.b, permutations)
-        return sum(inner(self.a[name], own) for name, own in moved.items())
+        pairs = ((a, block.permuted(b, permutations)) for block, a, b in self.pairs)
+        return self.rest + sum(inner(*pair) for pair in pairs)
 
     def assignment(self, most_work: float = math.inf) -> Assignment:
-        return Assignment(self.spec, self.spec.pairs(self.a, self.b), most_work)
+        return Assignment(self.spec, self.pairs, most_work)
 
 
 class _Climb(NamedTuple):
