@@ -185,9 +185,13 @@ def lengths(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure
 
 def write_figure(file: FilePath, figure: "Figure", *, dpi: int = 300) -> None:
     """A figure in the format that the file's suffix names: .png, .pdf or .svg."""
+    write_bytes(file, _drawn(figure, file.suffix.removeprefix("."), dpi))
+
+
+def _drawn(figure: "Figure", form: str, dpi: float) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format=file.suffix.removeprefix("."))
-    write_bytes(file, content.getvalue())
+    figure.savefig(content, dpi=dpi, format=form)
+    return content.getvalue()
 
 
 def _panels(heights: Sequence[float], title: str) -> tuple["Figure", list["Axes"]]:
@@ -195,9 +199,15 @@ def _panels(heights: Sequence[float], title: str) -> tuple["Figure", list["Axes"
     import matplotlib
     from matplotlib.figure import Figure
 
+    class Shown(Figure):
+        """A notebook shows other figures only where pyplot was imported."""
+
+        def _repr_png_(self) -> bytes:
+            return _drawn(self, "png", self.dpi)
+
     with matplotlib.rc_context({"font.size": FONT, "axes.titlesize": FONT}):
         height = 0.5 + sum(heights)
-        figure = Figure(figsize=(COLUMN, height), layout="constrained", dpi=150)
+        figure = Shown(figsize=(COLUMN, height), layout="constrained", dpi=150)
         panels = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
         for axes in panels:
             axes.grid(alpha=0.3)

@@ -230,6 +230,12 @@ def test_figures_are_written_in_the_format_of_their_name(digits, tmp_path, suffi
     assert file.read_bytes().startswith(start)
 
 
+def test_a_notebook_shows_figures(evaluation):
+    """By IPython's protocol, which needs no pyplot."""
+    shown = evaluation.plot()._repr_png_()
+    assert shown.startswith(b"\x89PNG")
+
+
 def test_matplotlib_is_imported_when_a_figure_is_drawn():
     code = "import sys, fastgeo.app.stages; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
