@@ -250,4 +250,7 @@ def test_own_networks_and_loaders_are_called_what_they_are(digits):
     assert "each on a batch as the loader gives it" in text
     for name in ("batch_size", "train_batch_size", "eval_batch_size", "augment", "norm"):
         assert f"`{name}`" not in text and f"`{name}`" in report.markdown(digits)
+    whole = digits["matching"] | {"left_out": ["all from sweep 6 on of start 2"]}
+    assert "work than the first: all from sweep 6 on" in report.markdown(own | {"matching": whole})
+    assert "Left out" not in text
     assert "width 0.5" in report.markdown(digits) and "a batch of 128" in report.markdown(digits)

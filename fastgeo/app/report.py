@@ -159,11 +159,13 @@ def _networks(config: Mapping) -> str:
 
 def _matching(found: Mapping) -> str:
     spread = ", ".join(f"{objective:.2f}" for objective in found["objectives"])
+    left = ", ".join(found.get("left_out", ()))
     return (
         f"Inner product of the two ends' parameters: {found['objective_before']:.2f} before, "
         f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; at the end of each of "
         f"{len(found['objectives'])} starts: {spread}. The permuted network's outputs are those of "
         f"b within {found['relative_change']:.1e} of the largest."
+        + (f" Left out, since no start does more work than the first: {left}." if left else "")
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def match_many(
     restarts: int = 2,
     max_sweeps: int = 30,
     seed: int = 0,
-    batchnorm: str = "refuse",
+    batchnorm: Literal["refuse", "recalibrate"] = "refuse",
     progress: bool = False,
 ) -> CommonFrame:
     """Permute the channels of several networks to bring them all near to each other.
@@ -268,7 +269,11 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 
 
 def _barriers(
-    module: nn.Module, states: Sequence[StateDict], data: Data, batchnorm: str, progress: bool
+    module: nn.Module,
+    states: Sequence[StateDict],
+    data: Data,
+    batchnorm: Literal["refuse", "recalibrate"],
+    progress: bool,
 ) -> Tensor:
     barriers = torch.zeros(len(states), len(states))
     for i, j in tqdm(
