@@ -48,6 +48,28 @@ class StandIn(Tensor):
         raise Unfollowed(f"{call_of(func).name} is called on a value whose pass is over")
 
 
+def mapped(change: Callable, value: Any) -> Any:
+    """A value with the tensors in it changed, also those in tuples, lists, dicts and slices."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if issubclass(kind, Tensor):
+        return change(value)
+    if kind is tuple or kind is list:
+        return kind([mapped(change, one) for one in value])
+    if kind is dict:
+        return {name: mapped(change, one) for name, one in value.items()}
+    if kind is slice:
+        return slice(*mapped(change, (value.start, value.stop, value.step)))
+    if issubclass(kind, tuple):  # with names
+        made = [mapped(change, one) for one in value]
+        return kind(*made) if hasattr(value, "_fields") else kind(made)
+    return value
+
+
+PLAIN = {int, float, bool, str, type(None)}
+
+
 class Call(NamedTuple):
     """What is known of a function that a forward calls.
 
@@ -83,11 +105,23 @@ class Operation(NamedTuple):
     elementwise: bool = False
 
 
-TABLE: dict[Callable, Operation] = {}  # filled by `fastgeo.operations`
+TABLE: dict[Callable, Operation] = {}  # filled by `fastgeo.operations`, and by torch's own tags
 
 
-def operation_of(function: Callable) -> Operation | None:
-    return TABLE.get(function)
+def operation_of(function: Callable) -> Operation:
+    if function not in TABLE:
+        TABLE[function] = Operation(**tags_of(getattr(function, "__name__", "")))
+    return TABLE[function]
+
+
+def tags_of(name: str) -> dict[str, bool]:
+    """What torch says of its function of a name."""
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return {}
+    tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags}
+    random = torch.Tag.nondeterministic_seeded in tags
+    return dict(random=random, elementwise=torch.Tag.pointwise in tags and not random)
 
 
 OF_ONE = set(
@@ -170,6 +204,7 @@ class Pass(TorchFunctionMode):
         self.place: list[int] = []
         self.written: dict[int, tuple[Tensor, Any]] = {}
         self.refused: Unfollowed | None = None
+        self._followed: set[Callable] = set()
 
     def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         """What a function gives of stand-ins."""
@@ -198,6 +233,20 @@ class Pass(TorchFunctionMode):
     def always(self, function: Callable) -> bool:
         """Whether a function is to be answered without any stand-in."""
         return False
+
+    def follows(self, function: Callable, call: Call) -> bool:
+        """Whether a function is written in Python whose own calls can be answered."""
+        return call.python is not None and function not in self._followed
+
+    def follow(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
+        """Run its own Python; where a helper of it has the whole function answered, as torch's for
+        meshgrid does, that is not followed again."""
+        self._followed.add(function)
+        try:
+            with self:
+                return call.python(*args, **kwargs)
+        finally:
+            self._followed.discard(function)
 
     def __enter__(self):
         RUNNING.append(self)
@@ -271,12 +320,13 @@ class Pass(TorchFunctionMode):
     def _find(self, values: Iterable, found: list[StandIn]) -> None:
         """Add the stand-ins among arguments."""
         for value in values:
-            if type(value) is self.stand_in:
+            kind = type(value)
+            if kind is self.stand_in:
                 found.append(value)
-            elif isinstance(value, tuple | list):
-                self._find(value, found)
-            elif type(value) is slice:
+            elif kind is slice:
                 self._find((value.start, value.stop, value.step), found)
+            elif kind not in PLAIN and issubclass(kind, (tuple, list)):
+                self._find(value, found)
 
     def current(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor, if a stand-in was written into it or into a view of it."""

@@ -24,7 +24,6 @@ from fastgeo.stacking.passes import Known, StackedPass, in_loops, to_loop
 from fastgeo.stacking.precision import Casts, check_precision, matmul_precision
 from fastgeo.stacking.values import (
     ChangedInput,
-    NoGradientHooks,
     Stacked,
     by_loop,
     by_vmap,
@@ -223,8 +222,7 @@ class StackedModule:
             if engine == "stacked":
                 out = self._stacked(function, state, args, kwargs, n)
             elif engine == "vmap":
-                with NoGradientHooks():
-                    out = by_vmap(function, (state, args, kwargs), {}, n)
+                out = by_vmap(function, (state, args, kwargs), n)
             else:
                 out = by_loop(function, (state, args, kwargs), {}, n)
         self._copies = bool(self._copies)

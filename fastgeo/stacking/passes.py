@@ -1,7 +1,7 @@
 """One pass of a module over N networks, and the record of its calls.
 
-Each call that the forward makes runs in its stacked form (`fastgeo.operations`); what has none goes
-through torch.func.vmap by itself, or else through a loop over this one call. What none of them can
+Each call that the forward makes runs in its stacked form (`fastgeo.operations`), which may be a
+batching rule of torch's; what has none runs in a loop over this one call. What none of them can
 answer, because it depends on the values of a network, is refused: `Unfollowed`.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,18 +27,19 @@ from fastgeo.forward.standin import (
     recomputes,
 )
 from fastgeo.stacking import fusion
-from fastgeo.stacking.forms.arithmetic import elementwise
-from fastgeo.stacking.forms.indexing import set_item
+from fastgeo.stacking.forms.arithmetic import elementwise, set_item
 from fastgeo.stacking.precision import Casts
 from fastgeo.stacking.values import (
     Differs,
     NoForm,
     Stacked,
+    batched,
     by_loop,
-    by_vmap,
     each,
     first_line,
-    one_network,
+    is_parted,
+    one_by_one,
+    part,
     tensors_in,
 )
 from fastgeo.stacking.values import call as as_function
@@ -60,8 +62,7 @@ class Entry(NamedTuple):
     Attributes:
         layer: the module that made it, None outside of any.
         name: of the function.
-        way: "stacked", "once for all networks", "read by (LINE)" of numbers, or "vmap: WHY",
-            "loop: WHY".
+        way: "stacked", "once for all networks", "read by (LINE)" of numbers, or "loop: WHY".
         given: (of, at) of each tensor that it takes, as in `Stacked`.
     """
 
@@ -75,14 +76,14 @@ class Known:
     """What passes over inputs of one kind have found out, for later ones.
 
     Attributes:
-        ways: (place of a call, function) -> how it runs without its stacked form, and why.
+        one_by_one: (place of a call, function) -> why it runs in a loop.
         looped: modules that run in a loop over the networks, and why.
         record: the calls of the first pass; None before it.
         casts: which of them run in which precision; None where all run in one.
     """
 
     def __init__(self):
-        self.ways: dict[tuple, tuple[Callable, str]] = {}
+        self.one_by_one: dict[tuple, str] = {}
         self.looped: dict[nn.Module, str] = {}
         self.record: list[Entry] | None = None
         self.casts: Casts | None = None
@@ -115,7 +116,6 @@ class StackedPass(Pass):
         self.record: list[Entry] | None = [] if records else None
         self.failed: list[str] = []
         self._waiting: list[weakref.ref[Stacked]] = []
-        self._followed: set[Callable] = set()
 
     def shared(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         if self.record is not None and any(map(torch.is_tensor, pytree.tree_leaves(args))):
@@ -124,72 +124,56 @@ class StackedPass(Pass):
         return function(*args, **kwargs)
 
     def always(self, function: Callable) -> bool:
-        operation = operation_of(function)
-        return operation is not None and operation.random
+        return operation_of(function).random
 
     def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         if call.name in REFUSED:
             self.refuse(f"its forward calls {call.name}")
         operation, place = operation_of(function), (*self.place, function)
-        in_python = call.python is not None and function not in self._followed
-        if operation is None and in_python:
-            return self._follow(function, call, args, kwargs)
+        in_python = self.follows(function, call)
+        if in_python and operation.form is None and not operation.elementwise:
+            return self.follow(function, call, args, kwargs)
         if self.casts is not None:
             args, kwargs = self.casts.given(call.name, args, kwargs)
-        way, why = self.known.ways.get(place, (None, "it has no stacked form"))
-        if way is None and operation is not None and operation.form is not None:
+        why = self.known.one_by_one.get(place, "")
+        if not why:
             try:
-                out = operation.form(self.n, *args, **kwargs)
-            except (torch.OutOfMemoryError, IndexError):  # vmap would read another network's row
-                raise
-            except NoForm as error:
-                way, why = error.way, str(error)
-            except Exception as error:  # noqa: BLE001 - whatever torch raises
-                way, why = by_vmap, f"its stacked form failed: {first_line(error)}"
-            else:
+                out = self._stacked(function, args, kwargs)
                 self._made(call, "stacked", (args, kwargs), out)
                 return out
-        if way in (None, by_vmap) and in_python and place not in self.known.ways:
-            return self._follow(function, call, args, kwargs)
-        if why.startswith("its stacked form failed") and place not in self.known.ways:
-            self.failed.append(f"{call.name} runs through vmap: {why}")
-        if operation is not None and operation.random:
-            args, kwargs = pytree.tree_map_only(Tensor, self._own_copy, (args, kwargs))
+            except (torch.OutOfMemoryError, IndexError):  # a row of another network, for one
+                raise
+            except NoForm as error:
+                why = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever torch raises
+                why = f"its stacked form failed: {first_line(error)}"
+        if in_python and place not in self.known.one_by_one:
+            return self.follow(function, call, args, kwargs)
+        if why.startswith("its stacked form failed") and place not in self.known.one_by_one:
+            self.failed.append(f"{call.name} runs in a loop: {why}")
         try:
-            out, way, why = self._one_by_one(function, args, kwargs, way or by_vmap, why)
+            out = by_loop(function, args, kwargs, self.n)
         except Differs as error:
             self.refuse(f"its forward calls {call.name}: {error}")
-        self.known.ways[place] = way, why
-        self._made(call, f"{way.__name__.removeprefix('by_')}: {why}", (args, kwargs), out)
+        part((args, kwargs, out))  # a loop's results are no views
+        self.known.one_by_one[place] = why
+        self._made(call, f"loop: {why}", (args, kwargs), out)
         return out
 
-    def _follow(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
-        """Run its own Python; where a helper of it has the whole function answered, as torch's for
-        meshgrid does, that is not followed again."""
-        self._followed.add(function)
+    def _stacked(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What a function gives of all networks, by its own form or a batching rule."""
+        operation = operation_of(function)
+        form = partial(elementwise, function) if operation.elementwise else None
+        form = operation.form or form or partial(batched, function)
         try:
-            with self:
-                return call.python(*args, **kwargs)
-        finally:
-            self._followed.discard(function)
-
-    def _one_by_one(
-        self, function: Callable, args: tuple, kwargs: dict, way: Callable, why: str
-    ) -> tuple[Any, Callable, str]:
-        """Through vmap, or where that fails in a loop over this one call."""
-        if way is by_vmap:
+            return form(self.n, *args, **kwargs)
+        except (torch.OutOfMemoryError, IndexError, NoForm):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever torch raises
             try:
-                return by_vmap(function, args, kwargs, self.n), way, why
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 - as in `answer`
-                way, why = by_loop, f"{why}; vmap failed: {first_line(error)}"
-        out = by_loop(function, args, kwargs, self.n)
-        _part((args, kwargs, out))  # a loop's results are no views
-        return out, way, why
-
-    def _own_copy(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, Stacked) else Stacked(each(tensor, self.n).clone())
+                return batched(function, self.n, *args, **kwargs)
+            except NoForm:
+                raise error from None
 
     def storage_of(self, tensor: Tensor) -> Tensor:
         whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage())
@@ -212,36 +196,35 @@ class StackedPass(Pass):
             target.waiting = joined.waiting
             self._made(call, "stacked", (args, kwargs), target)
             return target
-        if _is_parted(target.tensor):
+        if is_parted(target.tensor):
             self.refuse(CHANGES_A_COPY)
         operation = operation_of(call.base or function)
-        way = "stacked"
+        changes = partial(batched, function)
         if call.name == "__setitem__":
-            way = set_item(self.n, target, *rest)
-        elif call.name in ("copy_", "zero_") or (operation is not None and operation.elementwise):
-            try:
-                elementwise(function, self.n, target, *rest, **kwargs)
-            except RuntimeError:  # x.fill_(the network's own number)
-                way = ""
-        elif call.base is not None and operation is not None and operation.form is not None:
-            value = self.answer(call.base, call._replace(kind=""), (target, *rest), kwargs)
-            elementwise(Tensor.copy_, self.n, target, value)
-            return target
+            changes = set_item
+        elif operation.elementwise:
+            changes = partial(elementwise, function)
+        elif call.base is not None and operation.form is not None:
+            return self._copy(self.answer(call.base, call, (target, *rest), kwargs), target)
         elif call.python is not None:  # F.dropout(x, inplace=True)
             kwargs.pop("inplace", None)
             with self:
-                value = call.python(target, *rest, **kwargs)
-            if value is not target:
-                elementwise(Tensor.copy_, self.n, target, value)
-            return target
-        else:
-            way = ""
-        if not way:
-            stacked, of_one = one_network(function, args, kwargs)
-            for i in range(self.n):
-                of_one([tensor[i] for tensor in stacked])
+                return self._copy(call.python(target, *rest, **kwargs), target)
+        way = "stacked"
+        try:
+            changes(self.n, target, *rest, **kwargs)
+        except (NoForm, RuntimeError):
+            if call.base is not None and not operation.random:
+                return self._copy(self.answer(call.base, call, (target, *rest), kwargs), target)
             way = "loop: it changes its input in place"
+            for _ in one_by_one(function, args, kwargs, self.n):
+                pass
         self._made(call, way, (args, kwargs), target)
+        return target
+
+    def _copy(self, value: Any, target: Stacked) -> Stacked:
+        if value is not target:
+            elementwise(Tensor.copy_, self.n, target, value)
         return target
 
     def _compute_waiting(self, target: Any = None, joined: Any = None) -> None:
@@ -275,8 +258,7 @@ class StackedPass(Pass):
 
     def value(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         if call.name in ANSWERED:
-            stacked, of_one = one_network(function, args, kwargs)
-            answers = [of_one([t[i] for t in stacked]) for i in range(self.n)]
+            answers = list(one_by_one(function, args, kwargs, self.n))
             if all(answer == answers[0] for answer in answers):
                 if self.record is not None:
                     self._note(call, f"read by{line_that_asks()}", [])
@@ -342,28 +324,17 @@ class StackedPass(Pass):
                     attributes=self.attributes,
                     on_change=lambda: self.refuse("it keeps what it computes in an attribute"),
                 )
-                copies = [t for t in tensors_in(own) if _is_parted(t)]
+                copies = [t for t in tensors_in(own) if is_parted(t)]
                 versions = [tensor._version for tensor in copies]
                 out = by_loop(of_one, (state, *own), {}, self.n)
                 if versions != [tensor._version for tensor in copies]:
                     self.refuse(CHANGES_A_COPY)
-                _part((own, out))  # its results are no views
+                part((own, out))  # its results are no views
                 way = f"loop: {self.known.looped[layer]}"
                 self._made(Call(type(layer).__name__), way, (state, own), out)
             return out
 
         return one_after_the_other
-
-
-def _is_parted(tensor: Tensor) -> bool:
-    return getattr(tensor.untyped_storage(), "parted", False)
-
-
-def _part(values: Any) -> None:
-    """Note that these do not share the memory that they may share in a network."""
-    for value in pytree.tree_leaves(values):
-        if isinstance(value, Stacked):
-            value.tensor.untyped_storage().parted = True
 
 
 class _Forward(nn.Module):

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastgeo.forward.modes import no_fast_path
-from fastgeo.forward.standin import StandIn, held_by, unchanged
+from fastgeo.forward.standin import PLAIN, StandIn, held_by, mapped, unchanged
 
 
 class Stacked(StandIn):
@@ -79,38 +80,68 @@ def each(value: Stacked | Tensor, n: int) -> Tensor:
 
 
 def any_stacked(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(any_stacked, value))
-    return isinstance(value, Stacked)
+    return any(isinstance(leaf, Stacked) for leaf in pytree.tree_leaves(value))
 
 
-def by_vmap(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
-    """A function of one network's values, vectorised over N; random numbers differ."""
-    stacked, call = one_network(function, args, kwargs)
-    form: list[Any] = []
+def batched(function: Callable, n: int, *args: Any, **kwargs: Any) -> Any:
+    """A function of one network's values, by torch's batching rules one operation of all; random
+    numbers differ.
 
-    def one(n_th: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        leaves, structure = pytree.tree_flatten(call(own))
-        _check_outputs(leaves)
-        form[:] = [structure, *(None if torch.is_tensor(leaf) else [leaf] for leaf in leaves)]
-        return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
-
-    with no_fast_path(), _no_fallback_warnings():
-        out = iter(torch.vmap(one, randomness="different")(torch.empty(n), *stacked))
-    structure, *others = form
-    return pytree.tree_unflatten(
-        [Stacked(next(out)) if other is None else other[0] for other in others], structure
-    )
-
-
-@contextlib.contextmanager
-def _no_fallback_warnings() -> Iterator[None]:
-    """Without torch's request to report which operations vmap runs one by one."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    Raises:
+        NoForm: torch has no rule for it, or none for what depends on values.
+    """
     try:
-        yield
+        with _Batching(n) as vmap:
+            own_kwargs = {name: vmap.own(value) for name, value in kwargs.items()}
+            return vmap.joined(function(*map(vmap.own, args), **own_kwargs))
+    except (RuntimeError, ValueError) as error:
+        if "fallback" in str(error):
+            raise NoForm("it has no stacked form") from error
+        if "vmap" in str(error):
+            raise NoForm(first_line(error)) from error
+        raise
+
+
+def by_vmap(function: Callable, args: tuple, n: int) -> Any:
+    """A function of one network's values, such as a whole module, as torch.vmap has it: what lacks
+    a batching rule runs one by one."""
+    _functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        with NoGradientHooks(), _Batching(n, fallback=True) as vmap:
+            out = function(*pytree.tree_map_only(Stacked, vmap.own, args))
+            _check_outputs(pytree.tree_leaves(out))
+            return pytree.tree_map_only(Tensor, vmap.joined, out)
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        _functorch._set_vmap_fallback_warning_enabled(True)
+
+
+class _Batching:
+    """A level of torch.vmap; without its wrapper, which would take most of a small call's time."""
+
+    def __init__(self, n: int, fallback: bool = False):
+        self.n, self.fallback = n, fallback
+
+    def __enter__(self):
+        self.before = _functorch._is_vmap_fallback_enabled()
+        _functorch._set_vmap_fallback_enabled(self.fallback)
+        self.level = _functorch._vmap_increment_nesting(self.n, "different")
+        return self
+
+    def __exit__(self, *error):
+        _functorch._vmap_decrement_nesting()
+        _functorch._set_vmap_fallback_enabled(self.before)
+
+    def own(self, value: Any) -> Any:
+        """A network's part of a value."""
+        if type(value) is Stacked:
+            return _functorch._add_batch_dim(value.tensor, 0, self.level)
+        return value if type(value) in PLAIN or torch.is_tensor(value) else mapped(self.own, value)
+
+    def joined(self, value: Any) -> Any:
+        """The values of all networks, of what one gave."""
+        if torch.is_tensor(value):
+            return Stacked(_functorch._remove_batch_dim(value, self.level, self.n, 0))
+        return mapped(self.joined, value)
 
 
 class NoGradientHooks(TorchFunctionMode):
@@ -125,47 +156,40 @@ class NoGradientHooks(TorchFunctionMode):
 SETS_HOOKS = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
 
 
+def one_by_one(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Iterator[Any]:
+    """What a function gives of the values of each network."""
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    stacked = {i: leaf.tensor for i, leaf in enumerate(leaves) if isinstance(leaf, Stacked)}
+    for number in range(n):
+        own = {i: tensor[number] for i, tensor in stacked.items()}
+        places = {i: tensor.data_ptr() for i, tensor in own.items()}
+        mine = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+        own_args, own_kwargs = pytree.tree_unflatten(mine, structure)
+        yield function(*own_args, **own_kwargs)
+        for i, tensor in own.items():
+            if tensor.data_ptr() != places[i]:  # its .data was assigned
+                stacked[i].data[number].copy_(tensor)
+
+
 def by_loop(function: Callable, args: tuple, kwargs: Mapping[str, Any], n: int) -> Any:
     """A function of one network's values, called N times."""
-    stacked, call = one_network(function, args, kwargs)
-
-    def i_th(i: int, own: tuple[Tensor, ...]) -> Any:
-        places = [tensor.data_ptr() for tensor in own]
-        out = call(own)
-        for tensor, place, whole in zip(own, places, stacked, strict=True):
-            if tensor.data_ptr() != place:  # its .data was assigned
-                whole.data[i].copy_(tensor)
-        return out
-
-    each_own = zip(*(tensor.unbind(0) for tensor in stacked), strict=True)
     with no_fast_path():
-        outputs = [i_th(i, own) for i, own in enumerate(each_own if stacked else [()] * n)]
-    return pytree.tree_map(_joined, *outputs)
+        return pytree.tree_map(_joined, *one_by_one(function, args, kwargs, n))
 
 
 class NoForm(Exception):
-    """A stacked form does not cover what it was given: why, and which way that runs instead."""
-
-    def __init__(self, reason: str, way: Callable = by_vmap):
-        super().__init__(reason)
-        self.way = way
+    """A stacked form does not cover what it was given, and why."""
 
 
-def one_network(
-    function: Callable, args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """The stacked tensors among the arguments, and the function of one network's part of them."""
-    leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Stacked)]
+def part(values: Any) -> None:
+    """Note that these do not share the memory that they may share in a network."""
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, Stacked):
+            value.tensor.untyped_storage().parted = True
 
-    def call(own: Sequence[Tensor]) -> Any:
-        mine = list(leaves)
-        for place, tensor in zip(places, own, strict=True):
-            mine[place] = tensor
-        args, kwargs = pytree.tree_unflatten(mine, structure)
-        return function(*args, **kwargs)
 
-    return [leaves[i].tensor for i in places], call
+def is_parted(tensor: Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "parted", False)
 
 
 def _check_outputs(leaves: Iterable[Any]) -> None:

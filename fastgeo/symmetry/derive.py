@@ -7,23 +7,26 @@ left free in the end may be permuted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, arguments, each_tensor, is_inputs, tensors_within
 from fastgeo.forward.modes import batch_norms, looked_at, uncompiled
-from fastgeo.forward.standin import Call, Pass, layers_around, operation_of
+from fastgeo.forward.standin import Call, Pass, layers_around, mapped, operation_of
+from fastgeo.symmetry import rules
 from fastgeo.symmetry.axes import Axis, fix, fixed
-from fastgeo.symmetry.rules import arithmetic as axis_rules
 from fastgeo.symmetry.spec import Block, Channels, PermutationSpec
 from fastgeo.symmetry.terms import settle, terms_of
-from fastgeo.symmetry.values import NoRule, Value, joined, unify_all, values_in
+from fastgeo.symmetry.values import NoRule, Value, unify_all, values_in
 
-NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch takes either name
 EMPTY = ("empty", "empty_like", "empty_strided", "new_empty")  # hold what was there before
 INPUT = "it is the network's input"
 OUTPUT = "it is the network's output"
@@ -205,7 +208,8 @@ class _AxesPass(Pass):
         """The axes of parameters and buffers by their first names, and of what calls gave."""
         args, kwargs = pytree.tree_map_only(Tensor, _given, (args, kwargs))
         state = {name: self.state[first] for name, first in self.names.items()}
-        with self:
+        # Attention and recurrent layers as what they are made of, the latter in torch's Python.
+        with sdpa_kernel(SDPBackend.MATH), enable_python_dispatcher(), self:
             out = functional_call(self.module, state, args, kwargs, tie_weights=False)
         if self.refused is not None:
             raise self.refused
@@ -218,31 +222,59 @@ class _AxesPass(Pass):
         return axes, self.values
 
     def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
-        operation = operation_of(function)
-        if operation is None and call.python is not None:
-            with self:
-                return call.python(*args, **kwargs)
-        out = function(*_plain(args), **_plain(kwargs))
-        return self._with_axes(call, operation and operation.rule, out, args, kwargs)
+        place, self.met = tuple(self.place), []
+        if self.follows(function, call):
+            out = self.follow(function, call, args, kwargs)
+        else:
+            try:
+                with torch._C.DisableTorchFunctionSubclass():
+                    out = function(*args, **kwargs)
+            except NoRule as error:
+                out = function(*_plain(args), **_plain(kwargs))
+                if next(tensors_within(out), None) is None:
+                    self.refuse(f"its forward asks for {call.name} of what it computes")
+                out = self._with_axes(_without_rule(str(error)), out, args, kwargs)
+            self._say_where(call, self.met)
+        if isinstance(out, Value):
+            self.values[place] = out.axes
+        return out
 
-    def change(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
-        target = args[0]
-        if call.name == "__setitem__":
-            _, index, value = args
-            view = target.tensor[_plain(index)]
-            rule = operation_of(Tensor.__getitem__).rule
-            made = self._with_axes(call, rule, view, (target, index), {})
-            function(*_plain(args))
-            if isinstance(value, Tensor):
-                self._with_axes(call, _written, view, (made, value), {})
-            target.write(values_in((index, value)))
-            return None
-        function(*_plain(args), **_plain(kwargs))
+    change = answer
+
+    def operate(self, operation: OpOverload, args: tuple, kwargs: dict) -> Any:
+        """What one of the operations gives that torch's functions are made of."""
+        packet = operation.overloadpacket
+        if operation._schema.is_mutable:
+            return self._operate_in_place(operation, args, kwargs)
+        known = operation_of(packet)
+        rule = known.rule or (rules.elementwise if known.elementwise else None)
+        if rule is None and not known.random:
+            made_of = decomposition_table.get(operation, operation.decompose)
+            if (out := made_of(*args, **kwargs)) is not NotImplemented:
+                return out
+        out = operation(*_plain(args), **_plain(kwargs))
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+            if packet.__name__ in EMPTY:
+                out.zero_()
+            why = "it draws random numbers" if known.random else "it has no rule"
+            return self._with_axes(rule or _without_rule(why), out, args, kwargs)
+        if out is not None and any(value.asked for value in values_in((args, kwargs))):
+            raise NoRule("it depends on the numbers that it is given")
+        return out
+
+    def _operate_in_place(self, operation: OpOverload, args: tuple, kwargs: dict) -> Any:
+        """As out of place, whose axes are those of what is changed."""
+        target, name = args[0], operation.overloadpacket.__name__
+        if not isinstance(target, Value):
+            raise NoRule(f"{name} writes into a tensor that torch makes for it")
+        base = getattr(getattr(torch.ops.aten, name[:-1], None), operation._overloadname, None)
+        if base is None:
+            made = self._with_axes(_without_rule("it has no rule"), target.tensor, args, kwargs)
+        else:
+            made = base(*args, **kwargs)
+        operation(*_plain(args), **_plain(kwargs))
         if target.tensor.shape != target.shape:
-            self.refuse(f"its forward calls {call.name}, which changes a shape in place")
-        operation = operation_of(call.base or function)
-        rule = operation and operation.rule
-        made = self._with_axes(call, rule, target.tensor, args, kwargs)
+            self.refuse(f"its forward calls {name}, which changes a shape in place")
         unify_all(target.axes, made.axes)
         target.write([made])
         return target
@@ -264,22 +296,17 @@ class _AxesPass(Pass):
             self.refuse("its forward writes into a tensor of which it has another view")
         return storage
 
-    def _with_axes(
-        self, call: Call, rule: Callable | None, out: Any, args: tuple, kwargs: dict
-    ) -> Any:
-        """What a function gave of values, with its axes by a rule."""
-        kwargs = {NUMPY.get(name, name): value for name, value in kwargs.items()}
+    def _with_axes(self, rule: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
+        """What an operation gave of values, with its axes by a rule."""
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t if isinstance(t, Value) else _constant(t), (args, kwargs)
         )
         given = values_in((args, kwargs))
-        if rule is axis_rules.alike:  # of its first argument only the shape
+        if rule is rules.alike:  # of its first argument only the shape
             given = given[1:]
         self.used.update(value.axes[0] for value in given if value.axes)
         leaves = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         try:
-            if rule is None:
-                raise NoRule("it has no rule")
             given_by_rule = _flat(rule(out, *args, **kwargs))
             axes = given_by_rule[: len(leaves)]
             if [tuple(a.size for a in own) for own in axes] != [tuple(t.shape) for t in leaves]:
@@ -292,10 +319,8 @@ class _AxesPass(Pass):
             axes = [[fixed(size, why) for size in leaf.shape] for leaf in leaves]
         found, asked = iter(axes), any(value.asked for value in given)
         made = pytree.tree_map_only(Tensor, lambda leaf: Value(leaf, next(found), asked), out)
-        if isinstance(made, Value):
-            self.values[tuple(self.place)] = made.axes
         self.all += [value.axes for value in values_in(made)]
-        self._say_where(call, [*values_in(made), *given])
+        self.met += [*values_in(made), *given]
         return made
 
     def _say_where(self, call: Call, values: list[Value]) -> None:
@@ -317,22 +342,19 @@ def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 def _plain(tree: Any) -> Any:
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, slice):
-            return slice(_plain(leaf.start), _plain(leaf.stop), _plain(leaf.step))
-        return leaf.tensor if isinstance(leaf, Value) else leaf
+    return mapped(lambda t: t.tensor if isinstance(t, Value) else t, tree)
 
-    return pytree.tree_map(one, tree)
+
+def _without_rule(why: str) -> Callable:
+    def rule(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NoRule(why)
+
+    return rule
 
 
 def _given(tensor: Tensor) -> Value:
     axes = (fixed(size, INPUT) for size in tensor.shape)
     return Value(tensor.clone(), axes, tensor.is_floating_point() or tensor.is_complex())
-
-
-def _written(out, place, value):
-    unify_all(place.axes, joined(out, [value]))
-    return list(place.axes)
 
 
 def _statistics(module: nn.Module) -> Iterator[str]:

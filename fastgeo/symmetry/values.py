@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastgeo.forward.standin import StandIn
+from fastgeo.forward.standin import RUNNING, StandIn, Unfollowed
 from fastgeo.symmetry.axes import Axis, fix, fixed, unify
 
 
@@ -26,6 +26,7 @@ class Value(StandIn):
         one = Tensor._make_wrapper_subclass(
             cls,
             tensor.shape,
+            tensor.stride(),
             dtype=tensor.dtype,
             device=tensor.device,
             requires_grad=tensor.requires_grad,
@@ -41,6 +42,12 @@ class Value(StandIn):
         """What was computed of these is now in its memory, and in all views of it."""
         if not self.asked and any(value.asked for value in values):
             self.tensor.untyped_storage().asked = True
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if not RUNNING:
+            raise Unfollowed(f"{func} is called on a value whose pass is over")
+        return RUNNING[-1].operate(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Value({self.tensor})"

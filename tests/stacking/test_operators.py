@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastgeo import stack
+from fastgeo.forward.standin import TABLE, Operation
 
 
 class Body(nn.Module):
@@ -221,6 +222,13 @@ ANYWHERE = [  # shared tensors in any position, axes from either end, names of a
     lambda x, w: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (3, 2))) * 1j),
     lambda x, w: (x.mT, w.bias.t(), x[0, 0].T, w.bias.tile(2), x.tile((2, 1))),
     lambda x, w: (x == S, x != 0, 1 - x, 2**x, abs(x), x.atan2(S), x.asinh(), x.fmax(S)),
+    lambda x, w: (x.sum().softmax(0) * x, x.roll(1), torch.einsum("bchw,c", x, w.bias)),
+    lambda x, w: (
+        torch.stack(torch.meshgrid(*x[0, 0, :2], indexing="ij")),
+        x.clone().fill_(x[0, 0, 0, 0]),
+    ),
+    lambda x, w: (torch.linalg.slogdet(x.mT @ x + 2).logabsdet, x.masked_fill(x > 1, w.bias[0])),
+    lambda x, w: F.linear(x, w.weight.repeat(2)[:6]),
     lambda x, w: (x.float().cpu(), S.to(x.float()), x.to(memory_format=torch.channels_last)),
 ]
 
@@ -302,22 +310,13 @@ def test_every_layer_equals_the_loop(layer, shared):
 @pytest.mark.parametrize(
     "function, line",
     [
-        (lambda x, layer: x * x.sum().softmax(0), "vmap: its input has no axes"),
-        (lambda x, layer: x.roll(1), "vmap: its axis is not given"),
         (
             lambda x, layer: x * x[places(x)[0], :, places(x)].mean(),
-            "loop: its indices are not side by side",
+            "loop: an integer beside other indices differs",
         ),
-        (lambda x, layer: x * F.one_hot(places(x) * 0).sum(), "loop: its number of classes"),
-        (lambda x, layer: x * torch.stack(torch.meshgrid(*x[0, 0, :2])).mean(), "vmap: it has no"),
-        (lambda x, layer: x.clone().fill_(layer.bias[0]) * x, "loop: it changes its input in"),
-        (
-            lambda x, layer: x * torch.linalg.slogdet(x.mT @ x + 2).logabsdet.mean(),
-            "vmap: it has no",
-        ),
-        (lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), "vmap: its stacked form failed"),
-        (lambda x, layer: F.linear(x, layer.weight.repeat(2)[:6])[..., None] * x, "form failed"),
-        (lambda x, layer: torch.einsum("bchw,c", x, layer.bias).repeat(1, 4, 1), "not given by"),
+        (lambda x, layer: x * F.one_hot(places(x) * 0).sum(), "loop: When vmap-ing"),
+        (lambda x, layer: x * x.take(PLACES).mean(), "loop: it has no stacked form"),
+        (lambda x, layer: x * torch.addr(x[0, 0], x[0, 0, 0], x[0, 0, 1]), "loop: it has no"),
     ],
 )
 def test_explain_says_where_values_had_no_stacked_form(function, line):
@@ -325,10 +324,14 @@ def test_explain_says_where_values_had_no_stacked_form(function, line):
     assert line in network.explain()
 
 
-def test_a_stacked_form_that_fails_is_warned_of_once():
-    module = Body(lambda x, layer: x.masked_fill(x > 1, layer.bias[0]), nn.LayerNorm(4))
+def test_a_stacked_form_that_fails_is_warned_of_once(monkeypatch):
+    def broken(n, *args):
+        raise RuntimeError("what it is given is strange")
+
+    monkeypatch.setitem(TABLE, torch.Tensor.take, Operation(broken))
+    module = Body(lambda x, layer: x * x.take(PLACES).mean(), nn.LayerNorm(4))
     network, params = stack(module), {n: t[None] for n, t in module.state_dict().items()}
-    with pytest.warns(UserWarning, match="masked_fill.* runs through vmap: its stacked form fail"):
+    with pytest.warns(UserWarning, match="take runs in a loop: its stacked form failed: what it"):
         network(params, images().float())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ from fastgeo_kernels import (
 from torch.utils import _pytree as pytree
 
 from fastgeo.stacking import fusion
-from fastgeo.stacking.values import NoForm, Stacked, aligned, any_stacked, by_loop, each, rank_of
+from fastgeo.stacking.values import NoForm, Stacked, aligned, any_stacked, batched, each, rank_of
 
 
 def linear(n, input, weight, bias=None):
@@ -34,25 +34,21 @@ def conv(function: Callable, spatial: int) -> Callable:
     return stacked
 
 
-def channelwise(function: Callable, spatial: int | None = None) -> Callable:
+def channelwise(spatial: int | None, function: Callable, n: int, input, *args, **kwargs):
     """What treats every channel alike, its input [B, C, ...], or [C, ...] of `spatial` axes."""
-
-    def stacked(n, input, *args, **kwargs):
-        x = input.tensor
-        if spatial is not None and x.ndim == spatial + 2:
-            return Stacked(function(x, *args, **kwargs))
-        out = function(x.transpose(0, 1).flatten(1, 2), *args, **kwargs)
-        return pytree.tree_map(lambda t: Stacked(t.unflatten(1, (n, -1)).transpose(0, 1)), out)
-
-    return stacked
+    x = input.tensor
+    if spatial is not None and x.ndim == spatial + 2:
+        return Stacked(function(x, *args, **kwargs))
+    out = function(x.transpose(0, 1).flatten(1, 2), *args, **kwargs)
+    return pytree.tree_map(lambda t: Stacked(t.unflatten(1, (n, -1)).transpose(0, 1)), out)
 
 
 def pad(n, input, pad, mode="constant", value=None):
     if len(pad) > 2 * rank_of(input):
-        raise NoForm("its padding is of more axes than there are")
+        raise ValueError("its padding is of more axes than there are")
     if mode == "constant":
         return Stacked(F.pad(input.tensor, pad, mode, value))
-    return channelwise(F.pad, len(pad) // 2)(n, input, pad, mode, value)
+    return channelwise(len(pad) // 2, F.pad, n, input, pad, mode, value)
 
 
 def group_norm(n, input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
@@ -75,14 +71,6 @@ def rms_norm(n, input, normalized_shape, weight=None, eps=None):
     return Stacked(stacked_rms_norm(each(input, n), normalized_shape, weight, eps))
 
 
-def prelu(n, input, weight):
-    weight = Stacked(each(weight, n))  # [N, C] or [N, 1]
-    if rank_of(input) > 1:
-        weight = Stacked(weight.tensor.unflatten(-1, (-1, *(1,) * (rank_of(input) - 2))))
-    x, weight = each(input, n), aligned(weight, rank_of(input))
-    return Stacked(torch.where(x > 0, x, weight * x))
-
-
 def embedding(
     n,
     input,
@@ -94,7 +82,7 @@ def embedding(
     sparse=False,
 ):
     if max_norm is not None or scale_grad_by_freq:
-        raise NoForm("norms are bounded, or gradients scaled, by network", by_loop)
+        raise NoForm("norms are bounded, or gradients scaled, by network")
     weight = each(weight, n)  # [N, V, D]
     if padding_idx is not None:  # a row that is never trained
         p = padding_idx % weight.shape[1]
@@ -138,36 +126,38 @@ def attention(
     return Stacked(out.unflatten(0, (n, -1)))
 
 
-def channel_norm(function: Callable) -> Callable:
+def channel_norm(
+    function: Callable,
+    n,
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    training=None,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    use_input_stats=None,
+):
     """F.batch_norm or F.instance_norm, whose statistics are by channel."""
+    training = training if use_input_stats is None else use_input_stats
+    training = function is F.instance_norm if training is None else training
+    weight, bias = (None if t is None else each(t, n).flatten() for t in (weight, bias))
+    statistics = [None if t is None else each(t, n) for t in (running_mean, running_var)]
+    # Copies: the backward pass wants them as they are, and may be given views of what changes.
+    now = [None if t is None else t.flatten().clone() for t in statistics]
+    x = each(input, n).transpose(0, 1).flatten(1, 2)
+    out = function(x, *now, weight, bias, training, momentum, eps)
+    if training:
+        for tensor, new in zip(statistics, now, strict=True):
+            if tensor is not None:
+                tensor.copy_(new.view_as(tensor))
+    return Stacked(out.unflatten(1, (n, -1)).transpose(0, 1))
 
-    def stacked(
-        n,
-        input,
-        running_mean=None,
-        running_var=None,
-        weight=None,
-        bias=None,
-        training=function is F.instance_norm,
-        momentum=0.1,
-        eps=1e-5,
-        *,
-        use_input_stats=None,
-    ):
-        training = training if use_input_stats is None else use_input_stats
-        weight, bias = (None if t is None else each(t, n).flatten() for t in (weight, bias))
-        statistics = [None if t is None else each(t, n) for t in (running_mean, running_var)]
-        # Copies: the backward pass wants them as they are, and may be given views of what changes.
-        now = [None if t is None else t.flatten().clone() for t in statistics]
-        x = each(input, n).transpose(0, 1).flatten(1, 2)
-        out = function(x, *now, weight, bias, training, momentum, eps)
-        if training:
-            for tensor, new in zip(statistics, now, strict=True):
-                if tensor is not None:
-                    tensor.copy_(new.view_as(tensor))
-        return Stacked(out.unflatten(1, (n, -1)).transpose(0, 1))
 
-    return stacked
+def weight_norm(n, v, g, dim=0):
+    return batched(lambda v, g: v * (g / torch.norm_except_dim(v, 2, dim)), n, v, g)
 
 
 def bilinear(n, input1, input2, weight, bias=None):
