@@ -1,7 +1,7 @@
 """Modes in which a network is evaluated: without dropout, and BatchNorm on which statistics."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +47,24 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def dense_gradients(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Embeddings with sparse=True as without, as parts of a tensor [N, ...] have to be."""
+    for layer in layers:
+        layer.sparse = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sparse = True
+
+
+def sparse_layers(module: nn.Module) -> list[nn.Module]:
+    """The embeddings with sparse=True."""
+    kinds = nn.Embedding | nn.EmbeddingBag
+    return [layer for layer in module.modules() if isinstance(layer, kinds) and layer.sparse]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,13 @@ from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, arguments
 from fastgeo.data.outputs import logits_in
-from fastgeo.forward.modes import no_fast_path, refuse_batch_norm, uncompiled
+from fastgeo.forward.modes import (
+    dense_gradients,
+    no_fast_path,
+    refuse_batch_norm,
+    sparse_layers,
+    uncompiled,
+)
 from fastgeo.forward.standin import RUNNING, Unfollowed, Unsupported, eagerly, held_by
 from fastgeo.stacking.passes import Known, StackedPass, in_loops, to_loop
 from fastgeo.stacking.precision import Casts, check_precision, matmul_precision
@@ -84,6 +90,7 @@ class StackedModule:
         }
         self._layers = list(module.modules())
         self._attributes = held_by(self._layers)
+        self._sparse = sparse_layers(module)
         self._call = call(module, attributes=self._attributes)
         self._copies: bool | None = None  # whether the module changes its inputs, once it is known
         self._unsafe_on_cpu = channels_last_is_unsafe(module)
@@ -216,6 +223,7 @@ class StackedModule:
         with (
             undone_on_failure(shared if self._copies is None else ()),
             no_fast_path(),
+            dense_gradients(self._sparse),
             eagerly(),
             refused_in_place(shared),
         ):
@@ -341,6 +349,8 @@ class StackedModule:
                     state[name].of = frozenset([first])
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(f"params lack {name}")
+            elif tensor.is_meta:
+                raise ValueError(f"params lack {name}, which the module has on the meta device")
         return n, state
 
     def _input(self, x: Any, n: int, per_point: bool) -> Any:

@@ -193,9 +193,11 @@ def is_parted(tensor: Tensor) -> bool:
 
 
 def _check_outputs(leaves: Iterable[Any]) -> None:
-    """TypeError for tensors inside of what pytree does not look into, a dataclass for one."""
+    """TypeError for tensors inside of what pytree does not look into, as a dataclass or a subclass
+    of dict."""
     for leaf in leaves:
-        inside = pytree.tree_leaves(getattr(leaf, "__dict__", {}))
+        items = list(leaf.values()) if isinstance(leaf, dict) else []
+        inside = pytree.tree_leaves((items, getattr(leaf, "__dict__", {})))
         if not torch.is_tensor(leaf) and any(map(torch.is_tensor, inside)):
             raise TypeError(
                 f"a {type(leaf).__name__} with tensors cannot be joined over networks; return a "

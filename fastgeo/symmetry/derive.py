@@ -47,7 +47,7 @@ def permutation_spec(module: nn.Module, example_input: Inputs | None = None) -> 
     Raises:
         TypeError: no module, one of TorchScript, or no such input.
         ValueError: an input that the module cannot be evaluated on, or none, or a module that
-            returns no tensor.
+            returns no tensor or is on the meta device.
 
     Example:
         >>> print(permutation_spec(nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)), x))
@@ -75,7 +75,12 @@ def example(module: nn.Module, given: Inputs | None) -> Inputs:
             "example_input must be a tensor [B, ...] or a mapping of them, got "
             f"{type(given).__name__}"
         )
-    tensor = next(iter([*module.parameters(), *module.buffers()]), torch.empty(0))
+    own = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in own):
+        raise ValueError(
+            f"{type(module).__name__} is on the meta device, without numbers; load its state first"
+        )
+    tensor = next(iter(own), torch.empty(0))
 
     def fitted(t: Tensor) -> Tensor:
         return t.to(tensor.device, tensor.dtype if t.is_floating_point() else None)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 
-from fastgeo import stack
+from fastgeo import Path, optimize, stack
 
 B, T, D = 3, 5, 8
 
@@ -183,15 +183,48 @@ def test_embeddings_equal_the_loop(layer, per_point):
     assert_equals_the_loop(nn.Sequential(layer, nn.Linear(4, 3)).double(), tokens, 3, per_point)
 
 
-def test_an_embedding_of_bounded_norm_equals_the_loop():
-    module = nn.Sequential(nn.Embedding(7, 4, max_norm=1.0)).double()
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(sparse=True),
+        dict(max_norm=0.5),
+        dict(max_norm=0.5, norm_type=1.0, padding_idx=2),
+        dict(max_norm=0.5, sparse=True),
+    ],
+    ids=str,
+)
+def test_sparse_and_bounded_embeddings_have_the_numbers_and_gradients_of_each(engine, options):
+    """Rows that are looked up are shortened in place, in params as in a network by itself."""
+    module = nn.Sequential(nn.Embedding(7, 4, **options), nn.Linear(4, 3)).double()
     networks, tokens = clones(module, 3), torch.tensor([[0, 2, 2, 6], [1, 2, 3, 6]])
     params, _ = torch.func.stack_module_state(networks)
-    with torch.no_grad():
-        got = stack(module)(params, tokens)
-        expected = torch.stack([net(tokens) for net in networks])
-    torch.testing.assert_close(got, expected)
-    assert (got.norm(dim=-1) < 1.0 + 1e-6).all()
+    got = stack(module, engine=engine)(params, tokens)
+    upstream = torch.randn_like(got)
+    gradients = torch.autograd.grad(got, list(params.values()), upstream)
+    for i, network in enumerate(networks):
+        expected = network(tokens)
+        torch.testing.assert_close(got[i], expected)
+        own = torch.autograd.grad(expected, list(network.parameters()), upstream[i])
+        for one, other in zip(gradients, own, strict=True):
+            torch.testing.assert_close(one[i], other.to_dense())
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(params[name][i], parameter)
+    assert module[0].sparse == options.get("sparse", False)
+
+
+@pytest.mark.parametrize("options", [dict(sparse=True), dict(max_norm=0.5)], ids=str)
+@pytest.mark.parametrize("engine", ["auto", "stacked", "vmap", "loop"])
+def test_a_path_of_sparse_and_bounded_embeddings_is_optimized(engine, options):
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Embedding(7, 4, **options), nn.Linear(4, 3)) for _ in range(2))
+    a[1].weight.data *= 5
+    tokens = torch.tensor([0, 2, 1, 6, 3])
+    found = optimize(Path.linear(a, b, 4), a, [tokens], steps=2, engine=engine)
+    plain = nn.Sequential(nn.Embedding(7, 4, max_norm=options.get("max_norm")), nn.Linear(4, 3))
+    expected = optimize(Path.linear(a, b, 4), plain, [tokens], steps=2, engine="loop")
+    got, wanted = (stack(plain)(path.stacked(), torch.arange(7)) for path in (found, expected))
+    torch.testing.assert_close(got, wanted)
 
 
 # --- Recurrence -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch import nn
 
-from fastgeo import Path, models, optimize, stack
+from fastgeo import Path, models, optimize, permutation_spec, stack
 
 
 @pytest.mark.parametrize("norm", ["group", "channel"])
@@ -885,13 +885,35 @@ class Outputs:
     logits: torch.Tensor
 
 
+class Kept(dict):
+    """As some libraries return."""
+
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+
+
+@pytest.mark.parametrize("kind", [Outputs, Kept])
 @pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
-def test_tensors_that_cannot_be_joined_over_networks_are_refused(engine):
+def test_tensors_that_cannot_be_joined_over_networks_are_refused(engine, kind):
     module = nn.Linear(6, 3)
-    module.forward = lambda x: Outputs(F.linear(x, module.weight, module.bias))
+    module.forward = lambda x: kind(F.linear(x, module.weight, module.bias))
     params, _ = torch.func.stack_module_state([module] * 2)
-    with pytest.raises(TypeError, match="a Outputs with tensors cannot be joined"):
+    with pytest.raises(TypeError, match=f"a {kind.__name__} with tensors cannot be joined"):
         stack(module, engine=engine)(params, torch.zeros(4, 6))
+    got = stack(module, engine=engine, output="logits")(params, torch.zeros(4, 6))
+    torch.testing.assert_close(got, params["bias"][:, None].expand(2, 4, 3))
+
+
+def test_a_module_on_the_meta_device_is_an_architecture_or_is_refused_by_name():
+    module = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2))
+    params, _ = torch.func.stack_module_state([module] * 2)
+    x, meta = torch.randn(4, 6), copy.deepcopy(module).to("meta")
+    torch.testing.assert_close(stack(meta)(params, x), stack(module)(params, x))
+    meta.register_buffer("scale", torch.ones(2, device="meta"))
+    with pytest.raises(ValueError, match="params lack scale, which the module has on the meta dev"):
+        stack(meta)(params, x)
+    with pytest.raises(ValueError, match="Sequential is on the meta device, without numbers; load"):
+        permutation_spec(meta, x)
 
 
 class Permuted(nn.Module):

@@ -13,7 +13,7 @@ from fastgeo_kernels import (
 from torch.utils import _pytree as pytree
 
 from fastgeo.stacking import fusion
-from fastgeo.stacking.values import NoForm, Stacked, aligned, any_stacked, batched, each, rank_of
+from fastgeo.stacking.values import Stacked, aligned, any_stacked, batched, each, rank_of
 
 
 def linear(n, input, weight, bias=None):
@@ -81,18 +81,20 @@ def embedding(
     scale_grad_by_freq=False,
     sparse=False,
 ):
-    if max_norm is not None or scale_grad_by_freq:
-        raise NoForm("norms are bounded, or gradients scaled, by network")
     weight = each(weight, n)  # [N, V, D]
-    if padding_idx is not None:  # a row that is never trained
-        p = padding_idx % weight.shape[1]
-        weight = torch.cat([weight[:, :p], weight[:, p : p + 1].detach(), weight[:, p + 1 :]], 1)
     first_row = weight.shape[1] * torch.arange(n, device=weight.device)
     rows = each(input, n) + first_row.view(-1, *(1,) * rank_of(input))
     if isinstance(input, Stacked):  # an index out of range must not be a row of another network
         inside = (input.tensor >= 0) & (input.tensor < weight.shape[1])
         rows = torch.where(inside, rows, n * weight.shape[1])
-    return Stacked(F.embedding(rows, weight.flatten(0, 1)))
+    if max_norm is not None:  # which shortens, in place, the rows that are looked up
+        with torch.no_grad():
+            F.embedding(rows, weight.flatten(0, 1), None, max_norm, norm_type)
+    if padding_idx is not None:  # a row that is never trained
+        p = padding_idx % weight.shape[1]
+        weight = torch.cat([weight[:, :p], weight[:, p : p + 1].detach(), weight[:, p + 1 :]], 1)
+    options = dict(scale_grad_by_freq=scale_grad_by_freq)
+    return Stacked(F.embedding(rows, weight.flatten(0, 1), **options))  # no gradient is sparse
 
 
 def attention(
