@@ -96,7 +96,8 @@ class PermutationSpec:
 
     def identity(self) -> Permutations:
         """Every position where it is."""
-        return {name: self._shaped(name, torch.arange(own.size)) for name, own in self._items()}
+        whole = {name: torch.arange(own.size) for name, own in self.channels.items()}
+        return {name: index.expand(self._shape(name)).clone() for name, index in whole.items()}
 
     def random(self, generator: torch.Generator | None = None) -> Permutations:
         """A uniform draw from the group."""
@@ -155,6 +156,17 @@ class PermutationSpec:
             if index.shape != shape or not torch.equal(index.sort(-1).values, whole):
                 raise ValueError(f"{name} must hold permutations of {shape[-1]}, {list(shape)}")
 
+    def __repr__(self) -> str:
+        """How much is permuted and what stays, in a few lines; `print` gives all of it."""
+        channels = sum(own.size for own in self.channels.values())
+        stay = [f"{name}[{axis}]" for name, axes in self.fixed.items() for axis in axes]
+        more = f" and {len(stay) - 3} more axes" if len(stay) > 3 else ""
+        return (
+            f"PermutationSpec of {self.module}:\n"
+            f"  {len(self.channels)} permutations, of {channels} channels in all\n"
+            f"  what stays: {', '.join(stay[:3]) or 'nothing'}{more}"
+        )
+
     def __str__(self) -> str:
         """What is permuted, what stays and why."""
         lines = [f"{self.module}: {len(self.channels)} permutations"]
@@ -169,12 +181,6 @@ class PermutationSpec:
         lines += [f"  {', '.join(names)}: {why}" for why, names in reasons.items()]
         return "\n".join(lines)
 
-    def _items(self):
-        return self.channels.items()
-
     def _shape(self, name: str) -> tuple[int, ...]:
         own = self.channels[name]
         return (*(self.channels[outer].size for outer in own.within), own.size)
-
-    def _shaped(self, name: str, index: Tensor) -> Tensor:
-        return index.expand(self._shape(name)).clone()

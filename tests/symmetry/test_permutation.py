@@ -634,3 +634,16 @@ def test_an_input_is_asked_for_where_it_is_not_known():
         permutation_spec({}, torch.zeros(2, 3))
     module.example_input_array = torch.zeros(2, 3)
     assert sizes(permutation_spec(module)) == ["4"]
+
+
+def test_a_spec_is_shown_in_a_few_lines_and_printed_in_full():
+    network = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
+    spec = permutation_spec(network, torch.randn(3, 2))
+    assert repr(spec).splitlines() == [
+        "PermutationSpec of Sequential:",
+        "  2 permutations, of 12 channels in all",
+        "  what stays: 0.weight[1]",
+    ]
+    wide = permutation_spec(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 3)), torch.randn(3, 2))
+    assert repr(wide).endswith("what stays: 0.weight[1], 1.weight[0], 1.bias[0]")
+    assert str(wide).startswith("Sequential: 1 permutations\n  0.weight[0]: 5 positions\nfixed:")
