@@ -213,6 +213,8 @@ class StackedPass(Pass):
         way = "stacked"
         try:
             changes(self.n, target, *rest, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except (NoForm, RuntimeError):
             if call.base is not None and not operation.random:
                 return self._copy(self.answer(call.base, call, (target, *rest), kwargs), target)

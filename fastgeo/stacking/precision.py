@@ -7,7 +7,7 @@ the divergence its digits where neighbours are close.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -75,32 +75,34 @@ class Casts:
         layers = [
             i for i, entry in enumerate(record) if len({of is None for of, _ in entry.given}) == 2
         ]
-        number = {place: i for i, place in enumerate(layers)}
-        head, before, ahead = set(), set(), [output.at for output in outputs]
-        while ahead:
-            place = ahead.pop()
-            if place is None or place in before:
-                continue
-            before.add(place)
-            if place in number:
-                head.add(number[place])
-                continue
-            ahead += [at for of, at in record[place].given if of is None]
-        self._head = head
-        # The means in front of the head: (layers before it, name).
-        inputs = {at for i in head for of, at in record[layers[i]].given if of is None}
-        self._means, seen = set(), set()
-        while inputs:
-            place = inputs.pop()
-            if place is None or place in seen or place in number:
-                continue
-            seen.add(place)
-            if record[place].name in REDUCTIONS:
-                self._means.add((sum(i < place for i in layers), record[place].name))
-            inputs |= {at for of, at in record[place].given if of is None}
+
+        def behind(place: int) -> Iterator[int | None]:
+            """Where what a call takes, besides parameters, comes from."""
+            return (at for of, at in record[place].given if of is None)
+
+        def reached(places: Iterable[int | None]) -> tuple[set[int], set[int]]:
+            """The layers that these come from first, and the other calls on the way to them."""
+            last, others, waiting = set(), set(), list(places)
+            while waiting:
+                place = waiting.pop()
+                if place in layers:
+                    last.add(place)
+                elif place is not None and place not in others:
+                    others.add(place)
+                    waiting += behind(place)
+            return last, others
+
+        head, _ = reached(output.at for output in outputs)
+        _, between = reached(at for layer in head for at in behind(layer))
+        self._head = {layers.index(layer) for layer in head}
+        self._means = {  # in front of the head: (layers before it, name)
+            (sum(layer < place for layer in layers), record[place].name)
+            for place in between
+            if record[place].name in REDUCTIONS
+        }
         read: dict[bool, set[str]] = {True: set(), False: set()}
         for place, entry in enumerate(record):
-            body = place in number and number[place] not in head
+            body = place in layers and place not in head
             read[body] |= {name for of, at in entry.given if at is None for name in of or ()}
         self.of_body = read[True] - read[False]
         self.count, self.total = 0, len(layers)

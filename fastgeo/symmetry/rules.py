@@ -57,10 +57,6 @@ def without(axes: tuple[Axis, ...], dim: Any, keepdim: bool) -> Axes:
     return [axis for i, axis in enumerate(kept) if keepdim or i not in dims]
 
 
-def norm(out, self, p=2, dim=None, keepdim=False, **kwargs):
-    return without(self.axes, dim, keepdim)
-
-
 def variance(out, self, dim=None, unbiased=True, keepdim=False, *, correction=None):
     axes = without(self.axes, None if isinstance(dim, bool) else dim, keepdim)
     return axes if isinstance(out, Tensor) else [axes, list(axes)]
@@ -79,10 +75,6 @@ def extreme(out, self, dim=None, keepdim=False):
         return []
     axes = place(out, self, dim, keepdim)
     return [axes, list(axes)]
-
-
-def softmax(out, self, dim, *args, **kwargs):
-    return mixed(self.axes, [self.axes[dim]])
 
 
 def in_order(out, self, dim=-1, *args, **kwargs):
@@ -246,10 +238,6 @@ def transpose(out, self, dim0, dim1):
     axes = list(self.axes)
     axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
     return axes
-
-
-def t(out, self):
-    return list(reversed(self.axes))
 
 
 def expand(out, self, *args, **kwargs):
