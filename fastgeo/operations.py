@@ -78,7 +78,7 @@ row("addmm", arithmetic.addmm)
 row("argmax argmin", form_of=arithmetic.place, rule=rules.place)
 row("sum mean any all prod amax amin", rule=rules.reduction)
 row("var std var_mean std_mean", rule=rules.variance)
-row("cumsum cumprod logcumsumexp cummax cummin", rule=rules.in_order)
+row("cumsum cumprod logcumsumexp cummax cummin flip", rule=rules.in_order)
 row("sort argsort", rule=rules.stable_sort)
 row("topk roll", rule=rules.at_place)
 
