@@ -11,18 +11,20 @@ here.
 import types
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import stacked_conv, stacked_conv_transpose
 from torch import Tensor
 
-from fastgeo.forward.standin import TABLE, Operation, tags_of
+from fastgeo.forward.standin import TABLE, tagged
 from fastgeo.stacking.forms import arithmetic, layers, recurrent
 from fastgeo.stacking.values import batched
 from fastgeo.symmetry import rules
 
-HOLDERS = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions, torch.linalg, torch.special)
+HOLDERS: tuple[Any, ...] = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)
+HOLDERS += (torch.linalg, torch.special)
 HOLDERS += (torch.ops.aten,)  # what functions are made of, to which rules belong
 NAMES: set[str] = set()  # that have a row
 
@@ -47,7 +49,7 @@ def row(
             if isinstance(function, property | types.GetSetDescriptorType):
                 function = function.__get__
             own = form if form_of is None else partial(form_of, function)
-            TABLE[function] = Operation(own, rule, **{**tags_of(name), **flags})
+            TABLE[function] = tagged(name)._replace(form=own, rule=rule, **flags)
 
 
 row("add", form_of=arithmetic.add)

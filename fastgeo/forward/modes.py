@@ -49,8 +49,11 @@ def no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+Sparse = nn.Embedding | nn.EmbeddingBag
+
+
 @contextlib.contextmanager
-def dense_gradients(layers: Sequence[nn.Module]) -> Iterator[None]:
+def dense_gradients(layers: Sequence[Sparse]) -> Iterator[None]:
     """Embeddings with sparse=True as without, as parts of a tensor [N, ...] have to be."""
     for layer in layers:
         layer.sparse = False
@@ -61,10 +64,9 @@ def dense_gradients(layers: Sequence[nn.Module]) -> Iterator[None]:
             layer.sparse = True
 
 
-def sparse_layers(module: nn.Module) -> list[nn.Module]:
+def sparse_layers(module: nn.Module) -> list[Sparse]:
     """The embeddings with sparse=True."""
-    kinds = nn.Embedding | nn.EmbeddingBag
-    return [layer for layer in module.modules() if isinstance(layer, kinds) and layer.sparse]
+    return [layer for layer in module.modules() if isinstance(layer, Sparse) and layer.sparse]
 
 
 @contextlib.contextmanager
@@ -101,7 +103,7 @@ def batch_statistics(module: nn.Module, *, update: bool) -> Iterator[None]:
                 layer.training, layer.track_running_stats, layer.momentum = False, tracked, momentum
 
 
-def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+def batch_norms(module: nn.Module) -> "dict[str, nn.modules.batchnorm._BatchNorm]":
     """The BatchNorm layers by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, kind)}

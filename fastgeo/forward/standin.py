@@ -33,8 +33,10 @@ class Unfollowed(RuntimeError):
 class StandIn(Tensor):
     """Looks like a tensor of one network."""
 
+    tensor: Any
+
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         why = f"{func} is reached without a call of torch's that could be answered"
         if RUNNING:  # whose forward may catch this
             RUNNING[-1].refuse(why)
@@ -110,18 +112,18 @@ TABLE: dict[Callable, Operation] = {}  # filled by `fastgeo.operations`, and by 
 
 def operation_of(function: Callable) -> Operation:
     if function not in TABLE:
-        TABLE[function] = Operation(**tags_of(getattr(function, "__name__", "")))
+        TABLE[function] = tagged(getattr(function, "__name__", ""))
     return TABLE[function]
 
 
-def tags_of(name: str) -> dict[str, bool]:
+def tagged(name: str) -> Operation:
     """What torch says of its function of a name."""
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return {}
+        return Operation()
     tags = {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags}
     random = torch.Tag.nondeterministic_seeded in tags
-    return dict(random=random, elementwise=torch.Tag.pointwise in tags and not random)
+    return Operation(random=random, elementwise=torch.Tag.pointwise in tags and not random)
 
 
 OF_ONE = set(
@@ -147,7 +149,7 @@ def call_of(function: Callable) -> Call:
     """What is known of a function."""
     name = getattr(function, "__name__", str(function))
     if name in ("__get__", "__set__", "__delete__"):
-        name = function.__self__.__name__
+        name = getattr(function, "__self__").__name__  # noqa: B009 - of a slot wrapper
         if function.__name__ == "__get__":
             return Call(name, "shape" if name in OF_ONE else "inner" if name in INNER else "")
         return Call(name, "data" if name == "data" else "attribute")
@@ -218,6 +220,10 @@ class Pass(TorchFunctionMode):
         """Numbers that a forward asks for."""
         raise NotImplementedError
 
+    def operate(self, operation: torch._ops.OpOverload, args: tuple, kwargs: dict) -> Any:
+        """What one of the operations gives that a function is made of, if it gets that far."""
+        raise NotImplementedError
+
     def storage_of(self, tensor: Tensor) -> Any:
         """What is to stand for the storage of a tensor, into which a stand-in will be written."""
         raise NotImplementedError
@@ -244,7 +250,7 @@ class Pass(TorchFunctionMode):
         self._followed.add(function)
         try:
             with self:
-                return call.python(*args, **kwargs)
+                return (call.python or function)(*args, **kwargs)
         finally:
             self._followed.discard(function)
 
@@ -339,7 +345,7 @@ class Pass(TorchFunctionMode):
             self.refuse("its forward shares memory between values with gradients and without")
         return self.part_of(found[1], tensor)
 
-    def target(self, tensor: Tensor) -> StandIn:
+    def target(self, tensor: Tensor) -> Tensor:
         """What stands for a tensor into which a stand-in is about to be written."""
         tensor = self.current(tensor)
         if isinstance(tensor, StandIn):
@@ -361,7 +367,7 @@ RUNNING: list[Pass] = []
 
 
 def _base(tensor: Tensor) -> Tensor:
-    return tensor._base if tensor._is_view() else tensor
+    return tensor if tensor._base is None else tensor._base
 
 
 CALL = nn.Module._call_impl.__code__
@@ -373,7 +379,7 @@ OWN = tuple(
 
 def layers_around() -> Iterator[nn.Module]:
     """The modules whose forwards are under way, the innermost first."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CALL:
             yield frame.f_locals["self"]
@@ -386,7 +392,7 @@ class Unsupported(TypeError):
 
 def recomputes() -> bool:
     """Whether torch.utils.checkpoint calls."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != torch.utils.checkpoint.__file__:
         frame = frame.f_back
     return frame is not None
@@ -394,7 +400,7 @@ def recomputes() -> bool:
 
 def line_that_asks() -> str:
     """' (FILE:LINE: its text)' of the innermost line that is neither torch's nor ours."""
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(OWN):
         frame = frame.f_back
     if frame is None:

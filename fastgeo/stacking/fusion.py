@@ -55,10 +55,9 @@ class Waiting(NamedTuple):
         given = (self.weight, self.bias, self.eps)
         if self.norm == "layer":
             return stacked_layer_norm(self.x, self.x.shape[-1:], *given)
-        options = dict(residual=residual, relu=self.relu)
         if self.norm == "group":
-            return stacked_group_norm(self.x, 1, *given, **options)
-        return stacked_channel_norm(self.x, *given, **options)
+            return stacked_group_norm(self.x, 1, *given, residual=residual, relu=self.relu)
+        return stacked_channel_norm(self.x, *given, residual=residual, relu=self.relu)
 
 
 def waiting(norm: str, input: Any, weight: Any, bias: Any, eps: float) -> Stacked | None:
@@ -69,7 +68,7 @@ def waiting(norm: str, input: Any, weight: Any, bias: Any, eps: float) -> Stacke
     given = [t for t in (input, weight, bias) if t is not None]
     if torch.is_inference_mode_enabled() or not all(isinstance(t, Stacked) for t in given):
         return None
-    x, weight, bias = (None if t is None else t.tensor for t in (input, weight, bias))
+    x, weight, bias = input.tensor, *(t if t is None else t.tensor for t in (weight, bias))
     if torch.is_autocast_enabled(x.device.type):
         return None
     grad = torch.is_grad_enabled()

@@ -156,8 +156,8 @@ class StackedModule:
     def explain(self, inputs: Inputs | None = None) -> str:
         """Which way each call of the module runs, and why; of inputs, or of the last ones.
 
-        The first line has the shares of calls and of parameters that run stacked, through vmap and
-        in a loop; then there is a line for each call: its layer, its function, its way.
+        The first line has the shares of calls and of parameters that run stacked, and in a loop;
+        then there is a line for each call: its layer, its function, its way.
         """
         name = type(self.module).__name__
         if inputs is not None and self.engine == "stacked":
@@ -194,14 +194,14 @@ class StackedModule:
 
     def _shares(self, known: Known) -> str:
         """'12 calls: 75% stacked, 25% loop; 340 parameters: 100% stacked'."""
-        calls = Counter(_way(entry.way) for entry in known.record)
+        calls = Counter(_way(entry.way) for entry in known.record or ())
         ways: dict[str, str] = {}
-        for entry in known.record:
+        for entry in known.record or ():
             own = {name for of, at in entry.given if at is None for name in of or ()}
             for name in own:
                 worst = max(ways.get(name, "stacked"), _way(entry.way), key=ENGINES.index)
                 ways[name] = worst
-        numbers = Counter()
+        numbers: Counter[str] = Counter()
         for name, way in ways.items():
             numbers[way] += self._own[name][0].numel()
         parts = []
@@ -248,8 +248,8 @@ class StackedModule:
         updated = [value.tensor for value in of_networks if value.of is None]
         updated = updated if self._training() or known.record is None else []
         while True:
-            options = dict(records=known.record is None, casts=known.casts)
-            run = StackedPass(n, known, self._attributes, **options)
+            records = known.record is None
+            run = StackedPass(n, known, self._attributes, records=records, casts=known.casts)
             try:
                 with undone_on_failure(updated), in_loops(run), run:
                     out = function(state, args, kwargs)
@@ -282,7 +282,7 @@ class StackedModule:
         leaves = pytree.tree_leaves((args, kwargs))
         kinds = tuple(x if isinstance(x, bool | str | None) else type(x) for x in leaves)
         modes = tuple(layer.training for layer in self._layers)
-        shapes = ()
+        shapes: tuple[tuple[int, ...], ...] = ()
         if self.precision == "bf16":  # of which layers are told apart by their numbers
             shapes = tuple(tuple(x.shape) for x in leaves if torch.is_tensor(x))
         key = (kinds, tuple(kwargs), shapes, modes, torch.is_grad_enabled())
@@ -304,7 +304,9 @@ class StackedModule:
         run = StackedPass(1, Known(), self._attributes, records=True)
         with torch.no_grad(), run:
             out = function(state, args, kwargs)
-        return Casts(run.record, [t for t in pytree.tree_leaves(out) if isinstance(t, Stacked)])
+        return Casts(
+            run.record or (), [t for t in pytree.tree_leaves(out) if isinstance(t, Stacked)]
+        )
 
     def _training(self) -> bool:
         return any(layer.training for layer in self._layers)
@@ -344,9 +346,10 @@ class StackedModule:
                     )
                 # Integers that are the same everywhere, as in a Path, are one value for all.
                 alike = not given.dtype.is_floating_point and given.stride(0) == 0 and not training
-                state[name] = given[0] if alike else Stacked(given)
-                if isinstance(tensor, nn.Parameter):
-                    state[name].of = frozenset([first])
+                own = given[0] if alike else Stacked(given)
+                if isinstance(own, Stacked) and isinstance(tensor, nn.Parameter):
+                    own.of = frozenset([first])
+                state[name] = own
             elif isinstance(tensor, nn.Parameter):
                 raise ValueError(f"params lack {name}")
             elif tensor.is_meta:
@@ -431,7 +434,7 @@ def stack(
             forward assigns to attributes is undone), and its own parameter values are not used. Of
             one that torch.compile gave, the module within.
         engine: "stacked" calls the module on tensors that look like those of one network and hold
-            those of all; a call without a stacked form goes through torch.func.vmap by itself, or
+            those of all, by stacked forms and torch's batching rules; a call without either runs in
             a loop, and a layer that decides by numbers on which the networks differ, or has a
             torch.autograd.Function or gradient hooks, runs in a loop over the networks. Where that
             is the module itself, "stacked" raises and "auto" goes on with "loop". "vmap" is
@@ -460,5 +463,11 @@ def stack(
         >>> stack(nets[0])(params, torch.randn(5, 3, 32, 32)).shape
         torch.Size([3, 5, 10])
     """
-    options = dict(engine=engine, channels_last=channels_last, batchnorm=batchnorm)
-    return StackedModule(module, **options, precision=precision, output=output)
+    return StackedModule(
+        module,
+        engine=engine,
+        channels_last=channels_last,
+        batchnorm=batchnorm,
+        precision=precision,
+        output=output,
+    )

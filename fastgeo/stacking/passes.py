@@ -163,8 +163,8 @@ class StackedPass(Pass):
     def _stacked(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """What a function gives of all networks, by its own form or a batching rule."""
         operation = operation_of(function)
-        form = partial(elementwise, function) if operation.elementwise else None
-        form = operation.form or form or partial(batched, function)
+        by_torch: Callable = elementwise if operation.elementwise else batched
+        form = operation.form or partial(by_torch, function)
         try:
             return form(self.n, *args, **kwargs)
         except (torch.OutOfMemoryError, IndexError, NoForm):
@@ -199,7 +199,7 @@ class StackedPass(Pass):
         if is_parted(target.tensor):
             self.refuse(CHANGES_A_COPY)
         operation = operation_of(call.base or function)
-        changes = partial(batched, function)
+        changes: Callable = partial(batched, function)
         if call.name == "__setitem__":
             changes = set_item
         elif operation.elementwise:
@@ -232,7 +232,7 @@ class StackedPass(Pass):
     def _compute_waiting(self, target: Any = None, joined: Any = None) -> None:
         """Compute what waits for something that is about to change: all but the target, or, if that
         waits as well and only joins something, what was made of it."""
-        left = []
+        left: list[weakref.ref[Stacked]] = []
         for reference in self._waiting:
             other = reference()
             if other is None or other.waiting is None:
@@ -250,7 +250,7 @@ class StackedPass(Pass):
             return fusion.with_sum(target, rest[0]) if fusion.joins(target) else None
         return fusion.with_relu(target) if call.name in ("relu_", "relu") else None
 
-    def assign(self, tensor: Stacked, data: Any) -> None:
+    def assign(self, tensor: Any, data: Any) -> None:
         self._compute_waiting()
         with torch._C.DisableTorchFunctionSubclass():
             if data.shape != tensor.shape or data.dtype != tensor.dtype:
@@ -277,9 +277,10 @@ class StackedPass(Pass):
         if self.record is not None:
             self._note(call, way, given)
         names = [getattr(tensor, "of", None) for tensor in given]
+        known = [of for of in names if of is not None]
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Stacked):
-                tensor.of = None if None in names else frozenset().union(*names)
+                tensor.of = frozenset().union(*known) if len(known) == len(names) else None
                 tensor.at = len(self.record or ()) - 1
 
     def _note(self, call: Call, way: str, given: list[Tensor]) -> None:
@@ -289,8 +290,9 @@ class StackedPass(Pass):
                 "its forward calls torch.utils.checkpoint, which runs it again in the backward "
                 "pass, with other parameters; turn gradient checkpointing off"
             )
-        sources = [(t.of, t.at) if isinstance(t, Stacked) else (None, None) for t in given]
-        self.record.append(Entry(layer, call.name, way, sources))
+        sources = [(getattr(t, "of", None), getattr(t, "at", None)) for t in given]
+        if self.record is not None:
+            self.record.append(Entry(layer, call.name, way, sources))
 
     def finish(self, out: Any) -> Any:
         """What the forward gave, by now."""
@@ -313,9 +315,12 @@ class StackedPass(Pass):
             self._compute_waiting()
             self._check(args, kwargs)
             with self.pause():
-                state = dict(layer.named_parameters(remove_duplicate=False))
-                state |= dict(layer.named_buffers(remove_duplicate=False))
-                state = {f"layer.{name}": tensor for name, tensor in state.items()}
+                named = (layer.named_parameters, layer.named_buffers)
+                state = {
+                    f"layer.{name}": tensor
+                    for own in named
+                    for name, tensor in own(remove_duplicate=False)
+                }
                 if self.casts is not None:
                     args, kwargs = self.casts.given("", (state, args), kwargs)
                     state, args = args

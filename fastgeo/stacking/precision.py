@@ -28,7 +28,7 @@ def check_precision(precision: str) -> None:
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """fp32 products on a GPU as they are, or rounded to TF32, for a while; a CPU has no TF32."""
-    backends = torch.backends
+    backends: Any = torch.backends  # whose stubs lack these settings
     older = backends.cuda.matmul, backends.cudnn
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
     allowed = [_allows_tf32(backend) for backend in older]

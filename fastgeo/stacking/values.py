@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastgeo.forward.modes import no_fast_path
 from fastgeo.forward.standin import PLAIN, StandIn, held_by, mapped, unchanged
+
+_functorch: Any = torch._C._functorch  # whose stubs lack what is used here
 
 
 class Stacked(StandIn):
@@ -28,7 +29,10 @@ class Stacked(StandIn):
         at: place in its pass's record of the call that gave it.
     """
 
-    waiting, of, at = None, None, None
+    waiting: Any = None
+    of: frozenset[str] | None = None
+    at: int | None = None
+    _tensor: Any
 
     @staticmethod
     def __new__(cls, tensor: Tensor) -> "Stacked":
@@ -63,7 +67,7 @@ class Stacked(StandIn):
         one._tensor, one.waiting = None, waiting
         return one
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # the stub has no names
         with torch._C.DisableTorchFunctionSubclass():
             return f"Stacked({list(self.shape)} of each network, {self.dtype})"
 
@@ -185,7 +189,7 @@ def part(values: Any) -> None:
     """Note that these do not share the memory that they may share in a network."""
     for value in pytree.tree_leaves(values):
         if isinstance(value, Stacked):
-            value.tensor.untyped_storage().parted = True
+            setattr(value.tensor.untyped_storage(), "parted", True)  # noqa: B010 - of our own
 
 
 def is_parted(tensor: Tensor) -> bool:

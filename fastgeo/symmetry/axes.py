@@ -226,7 +226,8 @@ def unify(x: Axis, y: Axis, why: str) -> None:
         return
     if x.kind is None:
         x, y = y, x
-    if y.kind is None:
+    pairs: list[tuple[Axis, Axis]] | None
+    if y.kind is None and x.kind is not None:
         pairs = list(zip(x.parts, _refine(y, x.kind, [part.size for part in x.parts]), strict=True))
     else:
         pairs = _aligned(x, y, why)
@@ -244,7 +245,7 @@ def _aligned(x: Axis, y: Axis, why: str) -> list[tuple[Axis, Axis]] | None:
         x, y = (x, y) if x.kind == SUM else (y, x)
         terms = _parts(x, SUM)
         return list(zip(terms, cut(y, [term.size for term in terms], why), strict=True))
-    kind, pairs = x.kind, []
+    kind, pairs = x.kind or PRODUCT, []
     xs, ys = _parts(x, kind), _parts(y, kind)
     while xs and ys:
         a, b = xs.pop(0), ys.pop(0)

@@ -97,7 +97,9 @@ class Symmetries:
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs):
-        self.module, self.values = module, {}
+        self.module = module
+        self.values: Mapping[tuple[int, ...], tuple[Axis, ...]] = {}
+        state: Mapping[str, Sequence[Axis]]
         args, kwargs = arguments(module, inputs)
         with looked_at(module):
             try:
@@ -177,10 +179,10 @@ class Symmetries:
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     """(name, tensor, kind) of all parameters and buffers, under all of their names."""
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        yield name, tensor, "parameter"
-    for name, tensor in module.named_buffers(remove_duplicate=False):
-        yield name, tensor, "buffer"
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name, parameter, "parameter"
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        yield name, buffer, "buffer"
 
 
 class _AxesPass(Pass):
@@ -193,7 +195,8 @@ class _AxesPass(Pass):
         self.module = module
         self.state: dict[str, Value] = {}  # by the first name of each
         self.names: dict[str, str] = {}  # name -> the first one of the same tensor
-        first, statistics = {}, set(_statistics(module))
+        first: dict[Tensor, str] = {}
+        statistics = set(_statistics(module))
         for name, tensor, kind in _tensors(module):
             self.names[name] = first.setdefault(tensor, name)
             if self.names[name] == name:
@@ -203,7 +206,8 @@ class _AxesPass(Pass):
                     self.state[name] = _constant(own, f"{name} is a buffer")
         self.layers = {layer: name for name, layer in module.named_modules()}
         self.values: dict[tuple[int, ...], tuple[Axis, ...]] = {}
-        self.all: list[tuple[Axis, ...]] = []
+        self.all: list[Sequence[Axis]] = []
+        self.met: list[Value] = []  # by the call under way
         self.used: set[Axis] = set()
         self.placed = {INPUT, OUTPUT}  # reasons of which it is known where they came up
 
@@ -212,7 +216,7 @@ class _AxesPass(Pass):
     ) -> tuple[dict[str, tuple[Axis, ...]], dict[tuple[int, ...], tuple[Axis, ...]]]:
         """The axes of parameters and buffers by their first names, and of what calls gave."""
         args, kwargs = pytree.tree_map_only(Tensor, _given, (args, kwargs))
-        state = {name: self.state[first] for name, first in self.names.items()}
+        state: dict[str, Tensor] = {name: self.state[own] for name, own in self.names.items()}
         # Attention and recurrent layers as what they are made of, the latter in torch's Python.
         with sdpa_kernel(SDPBackend.MATH), enable_python_dispatcher(), self:
             out = functional_call(self.module, state, args, kwargs, tie_weights=False)

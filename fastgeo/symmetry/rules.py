@@ -212,7 +212,8 @@ def regrouped(out, self, *args, **kwargs):
     left, axes = [axis for axis in self.axes if axis.size > 1], []
     sizes = list(out.shape)
     while sizes:
-        have, want = [], [sizes.pop(0)]
+        have: list[Axis] = []
+        want = [sizes.pop(0)]
         while (inner := prod(axis.size for axis in have)) != prod(want):
             if inner < prod(want):
                 have.append(left.pop(0))

@@ -55,8 +55,9 @@ class Block(NamedTuple):
         """The part with each axis permuted; those that are not given stay."""
         order = sorted(range(len(self.axes)), key=lambda axis: len(self.within[axis]))
         for axis in order:
-            if self.axes[axis] in permutations:
-                index = permutations[self.axes[axis]].to(part.device)
+            name = self.axes[axis]
+            if name is not None and name in permutations:
+                index = permutations[name].to(part.device)
                 part = _permuted(part, axis, self.within[axis], index)
         return part
 

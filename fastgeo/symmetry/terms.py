@@ -20,7 +20,8 @@ def settle(tensors: Sequence[Sequence[Axis]]) -> None:
     Afterwards a permutation depends only on positions on axes that every tensor with it has, and an
     axis that was looked at by itself is permuted as it is in the whole.
     """
-    changed, crossed = True, set()
+    changed = True
+    crossed: set[tuple] = set()
     while changed:
         changed = False
         nodes, waiting = set(), [axis for axes in tensors for axis in axes]
@@ -119,7 +120,8 @@ def _to_chains(axes: tuple[tuple[Axis, ...], ...]) -> bool:
     """Dependences on atoms each of which depends on all before it; whether any was lost."""
     changed = False
     for atom in {atom for atoms in axes for atom in atoms}:
-        wanted, chain = sorted(atom.depends_on(), key=lambda p: len(p.depends_on())), []
+        wanted = sorted(atom.depends_on(), key=lambda p: len(p.depends_on()))
+        chain: list[Axis] = []
         for outer in wanted:
             if set(outer.depends_on()) == set(chain):
                 chain.append(outer)

@@ -21,6 +21,9 @@ class Value(StandIn):
             forward decides by such a number holds for no other network.
     """
 
+    axes: tuple[Axis, ...]
+    _asked: bool
+
     @staticmethod
     def __new__(cls, tensor: Tensor, axes: Iterable[Axis], asked: bool = True) -> "Value":
         one = Tensor._make_wrapper_subclass(
@@ -41,15 +44,15 @@ class Value(StandIn):
     def write(self, values: Iterable["Value"]) -> None:
         """What was computed of these is now in its memory, and in all views of it."""
         if not self.asked and any(value.asked for value in values):
-            self.tensor.untyped_storage().asked = True
+            setattr(self.tensor.untyped_storage(), "asked", True)  # noqa: B010 - of our own
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         if not RUNNING:
             raise Unfollowed(f"{func} is called on a value whose pass is over")
         return RUNNING[-1].operate(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]  # the stub has no names
         return f"Value({self.tensor})"
 
 
@@ -85,17 +88,17 @@ def values_in(tree: Any) -> list[Value]:
 
 def joined(shape: Tensor | torch.Size, given: Iterable[Any]) -> Axes:
     """The axes of what broadcasts to a shape, or to that of a tensor, of values or their axes."""
-    shape = tuple(shape.shape) if isinstance(shape, Tensor) else tuple(shape)
+    shape = shape.shape if isinstance(shape, Tensor) else shape
     axes: list[Axis | None] = [None] * len(shape)
     for own in given:
         own = own.axes if isinstance(own, Value) else own
         for i, axis in enumerate(reversed(own), 1):
             if axis.size == 1:
                 continue
-            if axes[-i] is None:
+            if (met := axes[-i]) is None:
                 axes[-i] = axis
             else:
-                unify_all([axes[-i]], [axis])
+                unify_all([met], [axis])
     return [fixed(size) if a is None else a for a, size in zip(axes, shape, strict=True)]
 
 

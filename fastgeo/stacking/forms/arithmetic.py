@@ -33,10 +33,10 @@ from fastgeo.stacking.values import (
 
 def elementwise(function: Callable, n: int, *args: Any, **kwargs: Any) -> Stacked:
     rank = max(map(rank_of, (*args, *kwargs.values())))
-    args = [aligned(arg, rank) for arg in scalars_as(args, rank)]
+    own = (aligned(arg, rank) for arg in scalars_as(args, rank))
     if kwargs:
         kwargs = {name: aligned(value, rank) for name, value in kwargs.items()}
-    return Stacked(function(*args, **kwargs))
+    return Stacked(function(*own, **kwargs))
 
 
 def add(function: Callable, n: int, input: Any, other: Any, **kwargs: Any) -> Stacked:

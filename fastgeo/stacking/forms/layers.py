@@ -153,7 +153,7 @@ def channel_norm(
     out = function(x, *now, weight, bias, training, momentum, eps)
     if training:
         for tensor, new in zip(statistics, now, strict=True):
-            if tensor is not None:
+            if tensor is not None and new is not None:
                 tensor.copy_(new.view_as(tensor))
     return Stacked(out.unflatten(1, (n, -1)).transpose(0, 1))
 

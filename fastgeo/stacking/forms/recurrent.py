@@ -61,7 +61,7 @@ def layer(
         raise NoForm("its states are projected")
     weights = iter(each(t, n) for t in params)
     x = each(input, n).transpose(1, 2) if batch_first else each(input, n)  # [N, T, B, I]
-    ends = []
+    ends: list[Sequence[Tensor]] = []
     for layer in range(layers):
         if layer and train and dropout:
             x = F.dropout(x, dropout)
@@ -70,7 +70,8 @@ def layer(
             w_ih, w_hh = next(weights), next(weights)
             b_ih, b_hh = (next(weights), next(weights)) if has_biases else (None, None)
             inputs = stacked_linear(x, w_ih, b_ih).unbind(1)
-            state, hidden = [t[:, len(ends)] for t in states], []
+            state: Sequence[Tensor] = [t[:, len(ends)] for t in states]
+            hidden = []
             for x_t in inputs[::-1] if backwards else inputs:
                 state = cell(x_t, stacked_linear(state[0], w_hh, b_hh), state)
                 hidden.append(state[0])
