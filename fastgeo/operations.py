@@ -92,7 +92,7 @@ row(
 row("_unsafe_view _reshape_alias squeeze unsqueeze", rule=rules.regrouped)
 row("permute", form_of=arithmetic.permute, rule=rules.permute)
 row("as_strided", rule=rules.restrided)
-row("transpose", rule=rules.transpose)
+row("transpose swapaxes swapdims", arithmetic.transpose, rules.transpose)
 row("expand", rule=rules.expand)
 row("repeat", rule=rules.repeat)
 row("cat concat concatenate", arithmetic.cat, rules.cat)

@@ -111,9 +111,10 @@ TABLE: dict[Callable, Operation] = {}  # filled by `fastgeo.operations`, and by 
 
 
 def operation_of(function: Callable) -> Operation:
-    if function not in TABLE:
-        TABLE[function] = tagged(getattr(function, "__name__", ""))
-    return TABLE[function]
+    found = TABLE.get(function)
+    if found is None:
+        found = TABLE[function] = tagged(getattr(function, "__name__", ""))
+    return found
 
 
 def tagged(name: str) -> Operation:
@@ -459,5 +460,8 @@ def unchanged(attributes: Iterable[dict | list]) -> Iterator[Callable[[], bool]]
 
 
 def _same(held: dict | list, before: dict | list) -> bool:
-    now, then = (x.values() if isinstance(x, dict) else x for x in (held, before))
-    return len(now) == len(then) and all(map(operator.is_, now, then))
+    if len(held) != len(before):
+        return False
+    if isinstance(held, dict) and isinstance(before, dict):
+        return all(map(operator.is_, held.values(), before.values()))
+    return all(map(operator.is_, held, before))

@@ -88,6 +88,7 @@ class StackedModule:
             for named in (module.named_parameters, module.named_buffers)
             for name, tensor, first in _with_first_names(named(remove_duplicate=False))
         }
+        self._parameters = {n for n, (t, _) in self._own.items() if isinstance(t, nn.Parameter)}
         self._layers = list(module.modules())
         self._attributes = held_by(self._layers)
         self._sparse = sparse_layers(module)
@@ -299,7 +300,7 @@ class StackedModule:
         state = {name: first(value) for name, value in state.items()}
         args, kwargs = pytree.tree_map_only(Tensor, first, (args, kwargs))
         for name, value in state.items():
-            if isinstance(self._own[name][0], nn.Parameter):
+            if name in self._parameters:
                 value.of = frozenset([self._own[name][1]])
         run = StackedPass(1, Known(), self._attributes, records=True)
         with torch.no_grad(), run:
@@ -347,10 +348,10 @@ class StackedModule:
                 # Integers that are the same everywhere, as in a Path, are one value for all.
                 alike = not given.dtype.is_floating_point and given.stride(0) == 0 and not training
                 own = given[0] if alike else Stacked(given)
-                if isinstance(own, Stacked) and isinstance(tensor, nn.Parameter):
+                if isinstance(own, Stacked) and name in self._parameters:
                     own.of = frozenset([first])
                 state[name] = own
-            elif isinstance(tensor, nn.Parameter):
+            elif name in self._parameters:
                 raise ValueError(f"params lack {name}")
             elif tensor.is_meta:
                 raise ValueError(f"params lack {name}, which the module has on the meta device")

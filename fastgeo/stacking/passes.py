@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastgeo.forward.standin import (
     Call,
+    Operation,
     Pass,
     Unsupported,
     layers_around,
@@ -129,16 +130,17 @@ class StackedPass(Pass):
     def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         if call.name in REFUSED:
             self.refuse(f"its forward calls {call.name}")
-        operation, place = operation_of(function), (*self.place, function)
-        in_python = self.follows(function, call)
-        if in_python and operation.form is None and not operation.elementwise:
+        operation, known = operation_of(function), self.known.one_by_one
+        own = operation.form is not None or operation.elementwise
+        if not own and self.follows(function, call):
             return self.follow(function, call, args, kwargs)
         if self.casts is not None:
             args, kwargs = self.casts.given(call.name, args, kwargs)
-        why = self.known.one_by_one.get(place, "")
+        place = (*self.place, function)
+        why = known.get(place, "")
         if not why:
             try:
-                out = self._stacked(function, args, kwargs)
+                out = self._stacked(function, operation, args, kwargs)
                 self._made(call, "stacked", (args, kwargs), out)
                 return out
             except (torch.OutOfMemoryError, IndexError):  # a row of another network, for one
@@ -147,26 +149,26 @@ class StackedPass(Pass):
                 why = str(error)
             except Exception as error:  # noqa: BLE001 - whatever torch raises
                 why = f"its stacked form failed: {first_line(error)}"
-        if in_python and place not in self.known.one_by_one:
-            return self.follow(function, call, args, kwargs)
-        if why.startswith("its stacked form failed") and place not in self.known.one_by_one:
-            self.failed.append(f"{call.name} runs in a loop: {why}")
+            if self.follows(function, call):
+                return self.follow(function, call, args, kwargs)
+            if why.startswith("its stacked form failed"):
+                self.failed.append(f"{call.name} runs in a loop: {why}")
         try:
             out = by_loop(function, args, kwargs, self.n)
         except Differs as error:
             self.refuse(f"its forward calls {call.name}: {error}")
         part((args, kwargs, out))  # a loop's results are no views
-        self.known.one_by_one[place] = why
+        known[place] = why
         self._made(call, f"loop: {why}", (args, kwargs), out)
         return out
 
-    def _stacked(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def _stacked(self, function: Callable, operation: Operation, args: tuple, kwargs: dict) -> Any:
         """What a function gives of all networks, by its own form or a batching rule."""
-        operation = operation_of(function)
-        by_torch: Callable = elementwise if operation.elementwise else batched
-        form = operation.form or partial(by_torch, function)
         try:
-            return form(self.n, *args, **kwargs)
+            if operation.form is not None:
+                return operation.form(self.n, *args, **kwargs)
+            if operation.elementwise:
+                return elementwise(function, self.n, *args, **kwargs)
         except (torch.OutOfMemoryError, IndexError, NoForm):
             raise
         except Exception as error:  # noqa: BLE001 - whatever torch raises
@@ -174,6 +176,7 @@ class StackedPass(Pass):
                 return batched(function, self.n, *args, **kwargs)
             except NoForm:
                 raise error from None
+        return batched(function, self.n, *args, **kwargs)
 
     def storage_of(self, tensor: Tensor) -> Tensor:
         whole = tensor.detach().new_empty(0).set_(tensor.untyped_storage())

@@ -240,6 +240,8 @@ class _AxesPass(Pass):
                     out = function(*args, **kwargs)
             except NoRule as error:
                 out = function(*_plain(args), **_plain(kwargs))
+                if any(t.tensor.shape != t.shape for t in values_in((args, kwargs))):
+                    self.refuse(f"its forward calls {call.name}, which changes a shape in place")
                 if next(tensors_within(out), None) is None:
                     self.refuse(f"its forward asks for {call.name} of what it computes")
                 out = self._with_axes(_without_rule(str(error)), out, args, kwargs)
@@ -281,9 +283,9 @@ class _AxesPass(Pass):
             made = self._with_axes(_without_rule("it has no rule"), target.tensor, args, kwargs)
         else:
             made = base(*args, **kwargs)
+        if made.shape != target.shape:
+            raise NoRule(f"{name} changes a shape in place")
         operation(*_plain(args), **_plain(kwargs))
-        if target.tensor.shape != target.shape:
-            self.refuse(f"its forward calls {name}, which changes a shape in place")
         unify_all(target.axes, made.axes)
         target.write([made])
         return target

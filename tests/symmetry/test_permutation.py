@@ -647,3 +647,55 @@ def test_a_spec_is_shown_in_a_few_lines_and_printed_in_full():
     wide = permutation_spec(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 3)), torch.randn(3, 2))
     assert repr(wide).endswith("what stays: 0.weight[1], 1.weight[0], 1.bias[0]")
     assert str(wide).startswith("Sequential: 1 permutations\n  0.weight[0]: 5 positions\nfixed:")
+
+
+@pytest.mark.parametrize(
+    "between, count",
+    [
+        (lambda x: torch.cartesian_prod(x[0, :2], x[0, :2]).sum() * x, 2),
+        (lambda x: x @ torch.cov(x.T), 1),
+        (lambda x: torch.block_diag(x, x)[:4, :5], 1),
+        (lambda x: x - x.quantile(0.5, 1, keepdim=True), 0),  # changes a shape in place, inside
+        (lambda x: x + F.one_hot(x.argmax(1), 5), 0),
+        (lambda x: x * x.nonzero().sum(), 0),
+    ],
+)
+def test_what_functions_are_made_of_is_followed_and_what_cannot_be_fixes_its_own_axes(
+    between, count
+):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.last(between(self.first(x)))))
+
+    module, x = Network().double(), torch.randn(4, 3, dtype=torch.float64)
+    spec, expected = permutation_spec(module, x), module(x)
+    assert "cannot be followed" not in str(spec)
+    assert len(spec.channels) == count + 1  # and those in front of the head
+    module.load_state_dict(spec.permute(module.state_dict(), spec.random()))
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_have_the_same_permutations_in_every_precision(kind, dtype):
+    """In fp32 a CPU may have an operation of its own for a layer."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            options = dict(num_layers=2, bidirectional=True, batch_first=True)
+            self.layers, self.head = kind(3, 4, **options), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.layers(x)[0][:, -1])
+
+    module, x = Network().to(dtype), torch.randn(2, 5, 3, dtype=dtype)
+    spec, expected = permutation_spec(module, x), module(x)
+    assert [own.size for own in spec.channels.values()] == [4] * 4
+    module.load_state_dict(spec.permute(module.state_dict(), spec.random()))
+    torch.testing.assert_close(module(x), expected)

@@ -127,6 +127,8 @@ def of_one(t: Tensor) -> Tensor:
 def regrouped(function: Callable, n: int, input: Any, *args: Any, **kwargs: Any) -> Any:
     """view, flatten, ...: a view, or a copy where N lies between the axes of a network."""
     if isinstance(input, Stacked) and input.tensor.is_contiguous():
+        if function is Tensor.view and all(type(size) is int for size in args) and not kwargs:
+            return Stacked(input.tensor.view(n, *args))
         return batched(function, n, input, *args, **kwargs)
     args, kwargs = mapped(  # of view_as only the shape counts
         lambda t: of_one(t.tensor) if isinstance(t, Stacked) else t, (args, kwargs)
@@ -142,6 +144,13 @@ def regrouped(function: Callable, n: int, input: Any, *args: Any, **kwargs: Any)
     if out.tensor.data_ptr() != t.data_ptr() and one_out._base is one:
         part((input, out))  # which are one memory in a network
     return out
+
+
+def transpose(n, input, dim0, dim1):
+    t = input.tensor
+    if not all(-t.ndim < dim < t.ndim - 1 for dim in (dim0, dim1)):
+        raise IndexError(f"Dimension out of range (of {t.ndim - 1} axes, got {dim0} and {dim1})")
+    return Stacked(t.transpose(dim0 + (dim0 >= 0), dim1 + (dim1 >= 0)))
 
 
 def permute(function: Callable, n: int, input: Stacked, *dims: Any, **named: Any) -> Stacked:
