@@ -1,11 +1,12 @@
 """The operations that networks are made of: the stacked form and the axis rule of each.
 
 A row names functions of torch's, wherever they are found (`torch.NAME`, `F.NAME`, the tensor
-method, ...), and says how N networks compute them in one call (`fastgeo.stacking.forms`), what they
-do to the axes of their inputs (`fastgeo.symmetry.rules`), whether they draw random numbers, and
-whether they are elementwise. A function that is in no row but written in Python is run as it is,
-for the functions that it calls. A name that torch does not have, or that is in two rows, raises
-here.
+method, `torch.ops.aten.NAME`, ...), and says how N networks compute them in one call
+(`fastgeo.stacking.forms`) and what they do to the axes of their inputs (`fastgeo.symmetry.rules`).
+Whether they draw random numbers or are elementwise is what torch's tags say, unless a row says so.
+A function in no row runs stacked by torch's batching rule, or if it is written in Python as it is,
+for the functions that it calls; its axes are those of the operations that it is made of. A name
+that torch does not have, or that is in two rows, raises here.
 """
 
 import types

@@ -2,8 +2,8 @@
 
 The module is called once on an example input, with values that carry an `Axis`
 (`fastgeo.symmetry.axes`) for each of their dimensions, those of parameters free to begin with; each
-operation says which of them are permuted alike and which are not (`fastgeo.operations`). What is
-left free in the end may be permuted.
+of the operations that torch's functions are made of says which of them are permuted alike and which
+are not (`fastgeo.operations`). What is left free in the end may be permuted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
