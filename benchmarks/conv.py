@@ -2,9 +2,9 @@
 
 The output, the input's gradient and the weights' are timed apart, on tensors that lie as each way
 likes them, after a comparison with the grouped convolution. What the table should hold is printed
-as Python, ready for fastgeo_kernels/conv_table.py: for images of (B, H, W, N, C), and for those of
-(N, B, H, W, C), since a table of both would copy activations from the one to the other. The faster
-of the two in the whole step (`python -m benchmarks.step`) is to stay.
+as Python, ready for conv_table.py: for images of (B, H, W, N, C), and for those of (N, B, H, W, C),
+since a table of both would copy activations from the one to the other. The faster of the two in the
+whole step (`python -m benchmarks.step`) is to stay.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from fastgeo_kernels.conv_table import TABLE, Shape, Ways
-from fastgeo_kernels.stacked_conv import forward, input_gradient, weight_gradient
+from fastgeo_kernels.stacked.conv import forward, input_gradient, weight_gradient
+from fastgeo_kernels.stacked.conv_table import TABLE, Shape, Ways
 from torch import Tensor
 
 from benchmarks.harness import device_slug, environment, write_result

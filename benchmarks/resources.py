@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from fastgeo_kernels import channel_norm, conv_kernels, group_norm, jsd_launch
-from fastgeo_kernels.conv_table import TABLE
+from fastgeo_kernels.path_js_div import launch
+from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.stacked.conv_table import TABLE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -125,8 +126,8 @@ def path_variant(
     wide: bool = False,
 ) -> Variant:
     points, batch, classes = shape
-    blocks = jsd_launch.choose_blocks(points, batch, classes, chip.processors)
-    constants = jsd_launch.constants(
+    blocks = launch.choose_blocks(points, batch, classes, chip.processors)
+    constants = launch.constants(
         points,
         classes,
         blocks,
@@ -140,11 +141,11 @@ def path_variant(
         kernel=name,
         shape="{}, {}, {}".format(*shape),
         tile=f"{blocks.rows} x {blocks.block}, {blocks.segment} points",
-        function=jsd_launch.kernel_for(blocks),
+        function=launch.kernel_for(blocks),
         dtype=dtype,
         pointers={"value_ptr": "fp32", "upstream_ptr": "fp32", "carry_ptr": "fp32"},
         constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
-        options=jsd_launch.options(blocks, nvidia=chip.target.backend == "cuda"),
+        options=launch.options(blocks, nvidia=chip.target.backend == "cuda"),
         long=("stride_n", "stride_b") if wide else (),
         # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
         may_spill=wide,

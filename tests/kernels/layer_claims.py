@@ -8,7 +8,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
-from fastgeo_kernels.stacked_conv import conv_by
+from fastgeo_kernels.stacked.conv import conv_by
 
 EPS = 1e-5
 BEHIND = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu

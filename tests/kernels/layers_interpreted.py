@@ -4,8 +4,9 @@ process with TRITON_INTERPRET=1. Grids are small: a program takes the interprete
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import channel_norm, conv_kernels, group_norm, launching, stacked_conv
-from fastgeo_kernels.stacked_conv import OWN
+from fastgeo_kernels import launching, stacked_conv
+from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.stacked.conv import OWN
 
 assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -66,8 +67,6 @@ def test_norm_has_its_digits_saves_little_and_keeps_a_nan(kind):
 
 def test_norm_of_many_pixels_has_several_programs(monkeypatch):
     """Rows of LayerNorm's parameter gradients are summed over programs, the last one not full."""
-    from fastgeo_kernels import channel_norm
-
     monkeypatch.setattr(channel_norm, "PROGRAMS", 2)
     monkeypatch.setattr(channel_norm, "channel_tile", lambda c: group_norm.Tile(4, 8, 1, True))
     claims.check_norm("channel", (2, 3, 6, 2, 3), True, True)

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "torch-ext" / "fastgeo_kernels"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def run(code, cwd, **environment):
@@ -91,7 +92,7 @@ def test_importing_the_kernels_does_not_import_fastgeo(tmp_path):
     assert run(code, tmp_path) == "False\n"
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_files_are_python_3_9_and_import_relatively(file):
     tree = ast.parse(file.read_text(), feature_version=(3, 9))
     allowed = {"torch", "triton", *sys.stdlib_module_names}
@@ -103,6 +104,37 @@ def test_files_are_python_3_9_and_import_relatively(file):
         else:
             continue
         assert all(name.partition(".")[0] in allowed for name in names), names
+
+
+def test_no_room_hides_a_function_of_its_name(tmp_path):
+    """`path_js_div` and `path_update` are a folder and a file as well, loaded before or after."""
+    code = """
+import importlib
+from fastgeo_kernels import path_js_div, path_update
+for name in ("path_js_div.launch", "path_js_div", "path_update"):
+    importlib.import_module(f"fastgeo_kernels.{name}")
+import fastgeo_kernels
+from fastgeo_kernels.path_js_div import launch
+assert fastgeo_kernels.path_js_div is path_js_div and callable(path_js_div)
+assert fastgeo_kernels.path_update is path_update and callable(path_update)
+for name in fastgeo_kernels.__all__:
+    value = getattr(fastgeo_kernels, name)
+    assert callable(value) == (name != "layers"), name
+print("functions")
+"""
+    assert run(code, tmp_path) == "functions\n"
+
+
+def test_a_wheel_has_every_room():
+    import tomllib
+
+    from setuptools import find_packages
+
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    where, include = find["find"]["where"][1], find["find"]["include"]
+    found = set(find_packages(str(ROOT / where), include=include))
+    rooms = {file.parent.relative_to(PACKAGE.parent) for file in FILES}
+    assert found == {str(room).replace(os.sep, ".") for room in rooms}
 
 
 def test_the_folder_of_the_kernels_is_no_package():

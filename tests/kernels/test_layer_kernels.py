@@ -12,16 +12,14 @@ import layer_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import (
-    channel_norm,
-    conv_kernels,
-    group_norm,
     launching,
     path_update,
     stacked_channel_norm,
     stacked_conv,
     stacked_group_norm,
 )
-from fastgeo_kernels.conv_table import TABLE, Ways
+from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.stacked.conv_table import TABLE, Ways
 
 ROOT = Path(__file__).parents[2]
 X = torch.zeros(2, 3, 4, 5, 5)
@@ -179,7 +177,7 @@ def test_every_line_of_the_table_names_ways_that_exist():
 
 
 def test_doc_examples_run():
-    for name in ("path_update", "stacked_norm", "stacked_conv"):
+    for name in ("path_update", "stacked.norm", "stacked.conv"):
         module = importlib.import_module(f"fastgeo_kernels.{name}")
         results = doctest.testmod(module)
         assert results.failed == 0 and results.attempted >= 1, name

@@ -4,7 +4,7 @@ import layer_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
-from fastgeo_kernels.conv_table import TABLE, Ways
+from fastgeo_kernels.stacked.conv_table import TABLE, Ways
 
 pytestmark = [
     pytest.mark.gpu,

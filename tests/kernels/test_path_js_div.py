@@ -11,14 +11,13 @@ import pytest
 import torch
 from fastgeo_kernels import (
     js_div,
-    jsd_launch,
     launching,
     layers,
     path_fisher_rao,
     path_js_div,
     path_js_div_value_and_grad,
-    reference,
 )
+from fastgeo_kernels.path_js_div import launch, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("batch", [1, 64, 100_000])
 @pytest.mark.parametrize("processors", [1, 132])
 def test_a_row_is_tiled_only_where_no_tile_holds_it(classes, batch, processors):
-    blocks = jsd_launch.choose_blocks(25, batch, classes, processors)
-    assert blocks.tiled == (classes > jsd_launch.WHOLE_ROW)
+    blocks = launch.choose_blocks(25, batch, classes, processors)
+    assert blocks.tiled == (classes > launch.WHOLE_ROW)
     assert blocks.tiled or blocks.block >= classes
     assert blocks.rows == 1 or not blocks.tiled
 
@@ -241,6 +240,6 @@ def test_short_rows_need_no_other_thread():
 def test_doc_examples_run():
     import doctest
 
-    module = importlib.import_module("fastgeo_kernels.path_js_div")
+    module = importlib.import_module("fastgeo_kernels.path_js_div.public")
     results = doctest.testmod(module)
     assert results.failed == 0 and results.attempted >= 4

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fastgeo_kernels import reference as ops
+from fastgeo_kernels.path_js_div import reference as ops
 
 
 def logits(points, batch, classes, distance=1.0, seed=0):

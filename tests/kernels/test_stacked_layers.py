@@ -9,10 +9,10 @@ from fastgeo_kernels import (
     stacked_conv_transpose,
     stacked_group_norm,
     stacked_layer_norm,
-    stacked_layers,
     stacked_linear,
     stacked_rms_norm,
 )
+from fastgeo_kernels.stacked import plain
 
 
 def random(*shape, seed=1):
@@ -146,7 +146,7 @@ def test_weights_for_a_gpu_are_copied_once(size):
     rows = torch.randn(3, 1000)
     for flat in (rows[:, : 4 * 5 * size**2], rows.clone()[:, : 4 * 5 * size**2].contiguous()):
         weight = flat.unflatten(1, (4, size, size, 5)).movedim(-1, 2)
-        got = stacked_layers._innermost(weight).flatten(0, 1)
+        got = plain._innermost(weight).flatten(0, 1)
         assert torch.equal(got, weight.flatten(0, 1))
         assert got.is_contiguous(memory_format=torch.channels_last)
     assert got.data_ptr() == flat.data_ptr()
@@ -156,7 +156,7 @@ def test_weights_for_a_gpu_are_copied_once(size):
 @pytest.mark.parametrize("layer", ["conv", "conv_transpose", "linear"])
 def test_products_in_half_precision_are_rounded_once(monkeypatch, dtype, layer):
     """Against float64 of the same halves: half a unit in the last place, and fp32's own errors."""
-    monkeypatch.setattr(stacked_layers, "WIDENS", True)  # as on a CPU without AVX-512
+    monkeypatch.setattr(plain, "WIDENS", True)  # as on a CPU without AVX-512
     x, weight, bias = (
         random(*shape).detach().to(dtype).requires_grad_()
         for shape in {

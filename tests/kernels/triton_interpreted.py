@@ -5,12 +5,11 @@ import path_js_div_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import (
-    jsd_launch,
-    jsd_operators,
     launching,
     path_js_div,
     path_js_div_value_and_grad,
 )
+from fastgeo_kernels.path_js_div import launch, operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +23,7 @@ pytestmark = [
 @pytest.fixture
 def blocks(monkeypatch):
     """Sets the blocks of every launch."""
-    return lambda *cut: monkeypatch.setattr(
-        jsd_launch, "choose_blocks", lambda *_: jsd_launch.Blocks(*cut)
-    )
+    return lambda *cut: monkeypatch.setattr(launch, "choose_blocks", lambda *_: launch.Blocks(*cut))
 
 
 # rows, classes of a tile, points a program owns, warps, whether rows are longer than a tile
@@ -124,11 +121,11 @@ def test_energy_of_a_free_point_falls():
 
 def test_operators_pass_opcheck():
     logits, upstream = claims.path(3, 4, 5, 1.0), torch.rand(2, 4)
-    torch.library.opcheck(jsd_operators.rows_op, (logits, 2.0, False))
-    torch.library.opcheck(jsd_operators.rows_op, (logits, 2.0, True))
-    torch.library.opcheck(jsd_operators.grad_op, (logits, upstream, 2.0))
-    torch.library.opcheck(jsd_operators.value_and_grad_op, (logits, None, True, 1.0))
-    torch.library.opcheck(jsd_operators.value_and_grad_op, (logits, upstream, False, 1.0))
+    torch.library.opcheck(operators.rows_op, (logits, 2.0, False))
+    torch.library.opcheck(operators.rows_op, (logits, 2.0, True))
+    torch.library.opcheck(operators.grad_op, (logits, upstream, 2.0))
+    torch.library.opcheck(operators.value_and_grad_op, (logits, None, True, 1.0))
+    torch.library.opcheck(operators.value_and_grad_op, (logits, upstream, False, 1.0))
 
 
 def test_forward_saves_the_logits_and_nothing_else():

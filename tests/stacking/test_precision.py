@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import images, plain, tiny_resnet
-from fastgeo_kernels import stacked_layers
+from fastgeo_kernels.stacked import plain as stacked_layers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

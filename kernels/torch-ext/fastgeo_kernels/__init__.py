@@ -7,14 +7,15 @@ Needs torch alone, and triton on GPUs; the folder can be copied into another pro
 from . import layers
 from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
 from .path_update import inverse_path_laplacian, path_update
-from .stacked_conv import stacked_conv
-from .stacked_layers import (
+from .stacked import (
+    stacked_channel_norm,
+    stacked_conv,
     stacked_conv_transpose,
+    stacked_group_norm,
     stacked_layer_norm,
     stacked_linear,
     stacked_rms_norm,
 )
-from .stacked_norm import stacked_channel_norm, stacked_group_norm
 
 __all__ = [
     "inverse_path_laplacian",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
-    import triton.language as tl
+    import triton  # type: ignore[import-untyped]  # it ships no types
+    import triton.language as tl  # type: ignore[import-untyped]
 except ImportError:
     triton = tl = None
 

@@ -13,8 +13,8 @@ from typing import Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..launching import jit, on_device_of, power_of_two, tl
 from .group_norm import Tile, block_of_program, finish, grid, load, passed, units
-from .launching import jit, on_device_of, power_of_two, tl
 from .layout import empty_like
 
 PROGRAMS = 64  # of one network, at most, that share the pixels of a backward pass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .jsd_launch import launch
+from .launch import launch
 
 # The module's own name, so that two copies of this folder in one process do not collide.
 _NAMESPACE = __name__.replace(".", "_")

@@ -1,21 +1,21 @@
 """Normalisation layers of N stacked networks, with the residual sum and the ReLU behind them.
 
 On a GPU one kernel each way (`group_norm.py`, `channel_norm.py`), else plain PyTorch
-(`stacked_layers.py`). A network has one of these behind every convolution, so they are autograd
+(`plain.py`). A network has one of these behind every convolution, so they are autograd
 functions that launch by themselves: a registered operator would cost the host three times as much a
 call. The networks are the vectorisation; torch.func.vmap over a call raises.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import channel_norm, group_norm, stacked_layers
-from .launching import use_triton
+from ..launching import use_triton
+from . import channel_norm, group_norm, plain
 from .layout import channels_innermost, channels_third
 
 MOST_CHANNELS = 4096
@@ -125,7 +125,7 @@ def stacked_group_norm(
     unfit = _unfit(x, residual) or ("" if num_groups == 1 else f"it has {num_groups} groups, not 1")
     if not use_triton("stacked_group_norm", impl, x, unfit):
         given = (x, num_groups, weight, bias, eps, residual, relu)
-        return stacked_layers.group_norm(*given)
+        return plain.group_norm(*given)
     return _GroupNorm.apply(x, *_affine(x, weight, bias), residual, float(eps), relu)
 
 
@@ -157,7 +157,7 @@ def stacked_channel_norm(
     """
     _check("stacked_channel_norm", x, weight, bias, residual)
     if not use_triton("stacked_channel_norm", impl, x, _unfit(x, residual)):
-        return stacked_layers.channel_norm(x, weight, bias, eps, residual, relu)
+        return plain.channel_norm(x, weight, bias, eps, residual, relu)
     return _ChannelNorm.apply(x, *_affine(x, weight, bias), residual, float(eps), relu)
 
 
@@ -176,8 +176,8 @@ def _check(
 ) -> None:
     if x.ndim < 3:
         raise ValueError(f"{name}: x must be [N, B, C, ...], got {list(x.shape)}")
-    expected = {"weight": (x.shape[0], x.shape[2]), "bias": (x.shape[0], x.shape[2])}
-    expected["residual"] = tuple(x.shape)
+    affine = x.shape[0], x.shape[2]
+    expected: Dict[str, Tuple[int, ...]] = dict(weight=affine, bias=affine, residual=x.shape)
     for own, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and tuple(tensor.shape) != expected[own]:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .jsd_terms import (
+from ..launching import tl
+from .terms import (
     _close_row,
     _finish_value,
     _hellinger_term,
@@ -12,7 +13,6 @@ from .jsd_terms import (
     _terms,
     kernel,
 )
-from .launching import tl
 
 
 @kernel

@@ -16,12 +16,12 @@ loop (triton-lang/triton#10821), hence one product a loop here.
 from __future__ import annotations
 
 import os
-from typing import Dict, NamedTuple, Tuple
+from typing import Dict, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .launching import jit, on_device_of, power_of_two, tl
+from ..launching import jit, on_device_of, power_of_two, tl
 
 if tl is not None:
     # The interpreter takes bf16 for its bit pattern in a product.
@@ -191,13 +191,15 @@ def conv_weight_kernel(
 def units(x: Tensor) -> Tuple[int, int, int]:
     """Strides of points, images and pixels of [B, H, W, N, C], in channels."""
     batch, _, _, points, channels = x.shape
-    return tuple(
-        0 if size == 1 or stride == 0 else stride // channels
-        for size, stride in (
-            (points, x.stride(3)),
-            (batch, x.stride(0)),
-            (x.shape[1] * x.shape[2], x.stride(2) if x.shape[2] > 1 else x.stride(1)),
-        )
+
+    def unit(size: int, stride: int) -> int:
+        return 0 if size == 1 or stride == 0 else stride // channels
+
+    pixel = x.stride(2) if x.shape[2] > 1 else x.stride(1)
+    return (
+        unit(points, x.stride(3)),
+        unit(batch, x.stride(0)),
+        unit(x.shape[1] * x.shape[2], pixel),
     )
 
 
@@ -271,8 +273,8 @@ def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf3
 
 
 def constants(
-    source: Tuple[int, int],
-    target: Tuple[int, int],
+    source: Sequence[int],
+    target: Sequence[int],
     channels: int,
     out: int,
     size: int,

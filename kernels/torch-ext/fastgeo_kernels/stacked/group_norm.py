@@ -25,7 +25,7 @@ from typing import Dict, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .launching import jit, on_device_of, power_of_two, tl
+from ..launching import jit, on_device_of, power_of_two, tl
 from .layout import empty_like
 
 
@@ -243,7 +243,8 @@ def grid(points: int, blocks: int) -> Tuple[int, int, int]:
 
 def units(x: Tensor) -> Tuple[int, int, int]:
     """Strides of points, images and pixels of [B, S, N, C], in channels."""
-    return tuple(x.stride(axis) // x.shape[3] for axis in (2, 0, 1))
+    points, images, pixels = (x.stride(axis) // x.shape[3] for axis in (2, 0, 1))
+    return points, images, pixels
 
 
 def group_tile(pixels: int, channels: int, backward: bool, bytes_each: int) -> Tile:
@@ -308,7 +309,7 @@ def group_constants(
     pixels: int, channels: int, tile: Tile, residual: bool, relu: bool, eps: Optional[float] = None
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch; the backward kernel takes no eps."""
-    constants = dict(
+    constants: Dict[str, object] = dict(
         S=pixels,
         C=channels,
         RESIDUAL=residual,

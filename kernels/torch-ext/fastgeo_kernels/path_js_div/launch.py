@@ -9,9 +9,9 @@ from typing import Dict, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .jsd_rows import path_rows_kernel
-from .jsd_tiles import path_tiles_kernel
-from .launching import on_device_of, triton
+from ..launching import on_device_of, triton
+from .rows import path_rows_kernel
+from .tiles import path_tiles_kernel
 
 
 class Blocks(NamedTuple):
@@ -65,8 +65,9 @@ def launch(
     value: str,
     upstream: Optional[Tensor] = None,
     grad: bool = False,
-) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """One launch over [N, B, C] logits; `value` is "none", "rows", "mean" or "fisher"."""
+) -> Tuple[Tensor, Tensor]:
+    """One launch over [N, B, C] logits: values and gradient, empty where they are not asked for;
+    `value` is "none", "rows", "mean" or "fisher"."""
     points, batch, classes = logits.shape
     blocks = choose_blocks(points, batch, classes, _processors(logits.device))
     programs = -(-batch // blocks.rows)

@@ -27,9 +27,9 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..launching import use_triton
 from . import reference
-from .jsd_operators import PathJSDiv, rows_op, value_and_grad_op
-from .launching import use_triton
+from .operators import PathJSDiv, rows_op, value_and_grad_op
 
 
 def path_js_div(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .jsd_terms import (
+from ..launching import jit, tl
+from .terms import (
     _exp,
     _finish_value,
     _hellinger_term,
@@ -11,7 +12,6 @@ from .jsd_terms import (
     _terms,
     kernel,
 )
-from .launching import jit, tl
 
 
 @jit

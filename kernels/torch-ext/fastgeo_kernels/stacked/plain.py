@@ -1,7 +1,7 @@
 """Layers of N stacked networks in plain PyTorch: every network's weights in one operation.
 
-Convolutions, GroupNorm and LayerNorm over channels have kernels as well: `stacked_conv.py` and
-`stacked_norm.py` call what is here where those do not run.
+Convolutions, GroupNorm and LayerNorm over channels have kernels as well: `conv.py` and
+`norm.py` call what is here where those do not run.
 
 An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
 in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import conv_kernels, stacked_layers
+from ..launching import HALF_AND_SINGLE, triton, use_triton
+from . import conv_kernels, plain
 from .conv_table import DEFAULT, TABLE, Shape, Ways
-from .launching import HALF_AND_SINGLE, triton, use_triton
 from .layout import channels_innermost, channels_third, empty_like
 
 OWN = Ways("triton", "triton", "triton")
@@ -46,7 +46,8 @@ def _by_network(function, *tensors: Tensor) -> Tensor:
 
 
 def _tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made when torch is imported
+    return conv.fp32_precision == "tf32"
 
 
 def _tapped(weight: Tensor) -> Tensor:
@@ -119,8 +120,9 @@ def weight_gradient(
         return _by_network(
             lambda dy, x, w: _backward(dy, x, w, stride, padding, 1, 1), _each(dy), _each(x), weight
         )
-    given = _innermost(x), channels_innermost(dy)
-    dweight = conv_kernels.conv_weight(*given, weight.shape[3], stride, padding, _tf32())
+    dweight = conv_kernels.conv_weight(
+        *(_innermost(x), channels_innermost(dy)), weight.shape[3], stride, padding, _tf32()
+    )
     return dweight.movedim(-1, 2).to(weight.dtype)
 
 
@@ -191,15 +193,15 @@ def stacked_conv(
         >>> stacked_conv(x, weight, padding=1).shape
         torch.Size([3, 8, 6, 9, 9])
     """
-    stacked_layers.check_convolution("stacked_conv", x, weight)
+    plain.check_convolution("stacked_conv", x, weight)
     square = _square(weight, stride, padding, dilation, groups)
     if impl == "auto":
         ways = _measured(x, weight, square)
     else:
         unfit = "" if square else "it takes square kernels, one stride and padding, no dilation"
         ways = OWN if use_triton("stacked_conv", impl, x, unfit) else DEFAULT
-    if ways == DEFAULT:
-        return stacked_layers.conv(x, weight, bias, stride, padding, dilation, groups)
+    if ways == DEFAULT or square is None:
+        return plain.conv(x, weight, bias, stride, padding, dilation, groups)
     y = conv_by(ways, x, weight, *square)
     return y if bias is None else y + bias[:, None, :, None, None]
 
@@ -207,8 +209,9 @@ def stacked_conv(
 def _measured(x: Tensor, weight: Tensor, square: Optional[Tuple[int, int]]) -> Ways:
     """What the table has for a shape; what all networks share is one dense convolution."""
     _, out, channels, size, *_ = weight.shape
-    fits = square is not None and square[1] == size // 2 and x.shape[3] == x.shape[4]
-    if not (x.is_cuda and fits) or x.stride(0) == 0 or x.dtype not in HALF_AND_SINGLE:
+    if square is None or square[1] != size // 2 or x.shape[3] != x.shape[4]:
+        return DEFAULT
+    if not x.is_cuda or x.stride(0) == 0 or x.dtype not in HALF_AND_SINGLE:
         return DEFAULT
     ways = TABLE.get(Shape(size, square[0], channels, out, x.shape[3]), DEFAULT)
     return DEFAULT if triton is None and "triton" in ways else ways

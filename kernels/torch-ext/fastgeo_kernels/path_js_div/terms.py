@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .launching import jit, tl
+from ..launching import jit, tl
 
 # Numbers that change from call to call neither recompile nor turn into constants.
 kernel = jit(do_not_specialize=["N", "B", "stride_n", "stride_b", "stride_ue", "stride_ub"])
