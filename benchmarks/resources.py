@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import triton
 from fastgeo_kernels.path_js_div import launch
+from fastgeo_kernels.path_js_div.options import FORWARD, HALF, REVERSE, SKEW
 from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
 from fastgeo_kernels.stacked.conv_table import TABLE
 from triton.backends.compiler import GPUTarget
@@ -96,12 +97,22 @@ MODES = {
 
 # What else a caller can bring, for one chip of each maker and every tiling.
 BROUGHT = [
-    dict(dtype="bf16", temperature=2.0),
+    dict(dtype="bf16", kept=True),
     dict(dtype="fp16"),
+    dict(kind=SKEW),
+    dict(kind=REVERSE),
     dict(class_stride=25),
     dict(class_stride=25, wide=True),
     dict(wide=True),
 ]
+
+
+PATH_POINTERS = {
+    "value_ptr": "fp32",
+    "upstream_ptr": "fp32",
+    "carry_ptr": "fp32",
+    "kept_ptr": "i1",
+}
 
 
 def path_variants(chip: Chip) -> Iterator[Variant]:
@@ -121,7 +132,8 @@ def path_variant(
     name: str,
     mode: dict,
     dtype: str = "fp32",
-    temperature: float = 1.0,
+    kind: int = HALF,
+    kept: bool = False,
     class_stride: int = 1,
     wide: bool = False,
 ) -> Variant:
@@ -133,7 +145,8 @@ def path_variant(
         blocks,
         aligned=math.gcd(4 if dtype == "fp32" else 8, classes) if class_stride == 1 else 1,
         wide=wide,
-        temperature=temperature,
+        kind=kind,
+        kept=kept,
         mean=mode["value"] == "mean",
         **{"grad": False, "upstream": False, **mode},
     )
@@ -143,13 +156,44 @@ def path_variant(
         tile=f"{blocks.rows} x {blocks.block}, {blocks.segment} points",
         function=launch.kernel_for(blocks),
         dtype=dtype,
-        pointers={"value_ptr": "fp32", "upstream_ptr": "fp32", "carry_ptr": "fp32"},
+        pointers=PATH_POINTERS,
         constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
-        options=launch.options(blocks, nvidia=chip.target.backend == "cuda"),
+        options=launch.options(blocks, kind, nvidia=chip.target.backend == "cuda"),
         long=("stride_n", "stride_b") if wide else (),
         # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
         may_spill=wide,
     )
+
+
+# B, C: ImageNet's classes, and the tokens of a distillation over vocabularies
+PAIRS = [(4096, 10), (4096, 1000), (4096, 32768), (4096, 151_936)]
+
+
+def pair_variants(chip: Chip) -> Iterator[Variant]:
+    """Values, and the gradients to one argument and to both, of every formula."""
+    kinds = {"JSD": HALF, "JSD, beta": SKEW, "KL": FORWARD}
+    for (batch, classes), (words, kind), grads in itertools.product(PAIRS, kinds.items(), range(3)):
+        blocks = launch.choose_blocks(2, batch, classes, 1)
+        yield Variant(
+            kernel=f"pair, {words}, {('value', 'gradient', 'gradients')[grads]}",
+            shape=f"{batch}, {classes}",
+            tile=f"{blocks.rows} x {blocks.block}",
+            function=launch.kernel_for(blocks, pair=True),
+            dtype="bf16",
+            pointers=PATH_POINTERS,
+            constants=launch.pair_constants(
+                classes,
+                blocks,
+                aligned=[math.gcd(8, classes)] * 2,
+                kind=kind,
+                kept=True,
+                value=grads == 0,
+                p_grad=grads == 2,
+                q_grad=grads > 0,
+            ),
+            options=launch.options(blocks, kind, nvidia=chip.target.backend == "cuda"),
+            extra=chip.example == "A100",
+        )
 
 
 # --- Layers ---------------------------------------------------------------------------------------
@@ -261,6 +305,8 @@ def compile_variant(variant: Variant, chip: Chip):
         if name in variant.constants
         else f"*{variant.pointers.get(name, variant.dtype)}"
         if name.endswith("_ptr")
+        else "fp32"
+        if name in ("inv_t", "a", "b", "p_limit", "q_limit")
         else "i64"
         if name in variant.long
         else "i32"
@@ -309,7 +355,7 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
     }
 
 
-FAMILIES = (path_variants, norm_variants, conv_variants, update_variants)
+FAMILIES = (path_variants, pair_variants, norm_variants, conv_variants, update_variants)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The Triton kernels on a device, at real sizes: `pytest -m gpu`."""
 
+import js_div_claims as pairs
 import path_js_div_claims as claims
 import pytest
 import torch
@@ -122,3 +123,73 @@ def test_compiled_with_inductor():
     loss(a).backward()
     torch.compile(loss, fullgraph=True)(b).backward()
     torch.testing.assert_close(b.grad, a.grad)
+
+
+# --- Pairs, and every beta ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", pairs.BETAS)
+def test_pairs_have_their_digits(beta):
+    for name, (p, q) in pairs.cases(20, 10).items():
+        pairs.check_digits("triton", name, p, q, beta, device="cuda")
+        pairs.check_digits("triton", f"{name}, temperature 3", p, q, beta, 3.0, "cuda")
+    for classes in (700, 5000):
+        for distance in (1e-3, 1.0, 10.0):
+            given = pairs.rows(2, classes, distance)
+            pairs.check_digits("triton", f"distance {distance}", *given, beta, device="cuda")
+
+
+def test_paths_masks_labels_and_transforms_of_every_beta():
+    pairs.check_path_is_its_edges("triton", "cuda")
+    pairs.check_ends_are_kl("triton", "cuda")
+    pairs.check_masked_classes("triton", "cuda")
+    for classes in (9, 1000, 5000):
+        pairs.check_rows_of_weight_0_are_not_there("triton", "cuda", classes)
+    pairs.check_labels_and_normalizer("triton", "cuda")
+    pairs.check_functional_transforms("triton", "cuda")
+    pairs.check_compiles_as_one_graph("triton", "inductor", "cuda")
+    pairs.check_under_autocast("triton", "cuda")
+
+
+@pytest.mark.parametrize("classes", [1000, 32768])
+def test_a_distillation_loss_is_captured(classes):
+    """Labels, a device scalar as the normaliser, and both passes, without a wait for the device."""
+    teacher, student = (x.cuda() for x in pairs.rows(64, classes, 1.0))
+    student.requires_grad_()
+    labels = torch.arange(64, device="cuda")
+    labels[::3] = -100
+    count = torch.tensor(100.0, device="cuda")
+
+    def step():
+        value = js_div(teacher, student, beta=0.1, labels=labels, normalizer=count)
+        return value.detach(), torch.autograd.grad(value, student)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_new_temperature_or_beta_compiles_nothing():
+    from fastgeo_kernels.path_js_div.pairs import pair_rows_kernel
+
+    p, q = (x.cuda() for x in pairs.rows(64, 300, 1.0))
+    js_div(p, q, beta=0.1, temperature=1.0)
+    (compiled, *_) = pair_rows_kernel.device_caches[torch.cuda.current_device()]
+    before = len(compiled)
+    for number in (0.2, 0.3, 0.7):
+        js_div(p, q, beta=number, temperature=1 + number)
+    assert len(compiled) == before
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_a_bad_weight_makes_nan(bad):
+    p, q = (x.cuda() for x in pairs.rows(3, 10, 1.0))
+    assert js_div(p, q, sample_weight=torch.tensor([1.0, bad, 1.0], device="cuda")).isnan()

@@ -1,10 +1,19 @@
 """The plain PyTorch operations against float64 definitions, finite differences and the loop."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fastgeo_kernels.path_js_div import reference as ops
+from fastgeo_kernels import path_fisher_rao, path_js_div, path_js_div_value_and_grad
+
+ops = SimpleNamespace(
+    **{
+        op.__name__: partial(op, impl="torch")
+        for op in (path_fisher_rao, path_js_div, path_js_div_value_and_grad)
+    }
+)
 
 
 def logits(points, batch, classes, distance=1.0, seed=0):

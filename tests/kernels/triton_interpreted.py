@@ -1,10 +1,12 @@
 """The Triton kernels under the interpreter; `test_path_js_div.py` runs this file in a process
 with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
 
+import js_div_claims as pairs
 import path_js_div_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import (
+    js_div,
     launching,
     path_js_div,
     path_js_div_value_and_grad,
@@ -12,6 +14,7 @@ from fastgeo_kernels import (
 from fastgeo_kernels.path_js_div import launch, operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_claims import with_saved
 
 assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = [
@@ -121,11 +124,17 @@ def test_energy_of_a_free_point_falls():
 
 def test_operators_pass_opcheck():
     logits, upstream = claims.path(3, 4, 5, 1.0), torch.rand(2, 4)
-    torch.library.opcheck(operators.rows_op, (logits, 2.0, False))
-    torch.library.opcheck(operators.rows_op, (logits, 2.0, True))
-    torch.library.opcheck(operators.grad_op, (logits, upstream, 2.0))
-    torch.library.opcheck(operators.value_and_grad_op, (logits, None, True, 1.0))
-    torch.library.opcheck(operators.value_and_grad_op, (logits, upstream, False, 1.0))
+    kept = torch.tensor([True, False, True, True])
+    torch.library.opcheck(operators.rows_op, (logits, None, 2.0, 0.5, False))
+    torch.library.opcheck(operators.rows_op, (logits, kept, 2.0, 0.5, True))
+    torch.library.opcheck(operators.grad_op, (logits, upstream, kept, 2.0, 0.1))
+    torch.library.opcheck(operators.value_and_grad_op, (logits, None, None, True, 1.0, 0.5))
+    torch.library.opcheck(operators.value_and_grad_op, (logits, upstream, kept, False, 1.0, 0.0))
+    pair = (logits[0], logits[1])
+    torch.library.opcheck(operators.pair_values_op, (*pair, kept, 1.0, 0.5))
+    torch.library.opcheck(
+        operators.pair_grads_op, (*pair, upstream[0], kept, 1.0, 1.0, True, False)
+    )
 
 
 def test_forward_saves_the_logits_and_nothing_else():
@@ -139,3 +148,66 @@ def test_forward_saves_the_logits_and_nothing_else():
 def test_float64_is_not_for_triton():
     with pytest.raises(RuntimeError, match="takes float32, bfloat16, float16, got float64"):
         path_js_div(torch.zeros(2, 1, 3, dtype=torch.float64), impl="triton")
+
+
+# --- Pairs, and every beta ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", pairs.BETAS)
+def test_pairs_have_their_digits(beta):
+    for name, (p, q) in pairs.cases(20, 10).items():
+        pairs.check_digits("triton", name, p, q, beta)
+    pairs.check_digits("triton", "temperature 3", p, q, beta, 3.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5])
+def test_pairs_in_tiles_have_their_digits(blocks, beta):
+    blocks(1, 8, 2, 1, True)
+    cases = pairs.cases(1, 10)
+    for name in ("distance 0.01", "distance 3", "distance 30", "margin 20, two winners"):
+        pairs.check_digits("triton", name, *cases[name], beta)
+
+
+def test_paths_and_pairs_of_every_beta():
+    pairs.check_path_is_its_edges("triton", betas=(0.1, 1.0))
+    pairs.check_masked_classes("triton", betas=(0.0, 0.1))
+    pairs.check_rows_of_weight_0_are_not_there("triton", betas=(0.1,))
+
+
+def test_paths_and_masks_in_tiles(blocks):
+    blocks(1, 16, 2, 1, True)
+    pairs.check_path_is_its_edges("triton", count=1, betas=(0.1,))
+    p, q = pairs.rows(2, 9, 1.0)
+    dirty, kept = torch.stack([p, q]), torch.tensor([False, True])
+    dirty[1, 0] = torch.nan
+    value, grad = path_js_div_value_and_grad(dirty, sample_weight=kept, impl="triton")
+    student = dirty[1].clone().requires_grad_()
+    pair = js_div(dirty[0], student, sample_weight=kept, impl="triton")
+    expected = js_div(p[1:], q[1:], impl="torch")
+    torch.testing.assert_close(value[0], expected)
+    torch.testing.assert_close(pair.detach(), expected)
+    (student_grad,) = torch.autograd.grad(pair, student)
+    torch.testing.assert_close(student_grad, grad[1])
+    assert grad.isfinite().all() and torch.equal(grad[:, 0], torch.zeros(2, 9))
+
+
+def test_ends_labels_and_normalizer():
+    pairs.check_ends_are_kl("triton")
+    pairs.check_labels_and_normalizer("triton")
+
+
+def test_pairs_under_grad_vmap_one_graph_and_autocast():
+    pairs.check_functional_transforms("triton")
+    pairs.check_compiles_as_one_graph("triton")
+    pairs.check_other_derivatives_raise("triton")
+    pairs.check_under_autocast("triton")
+
+
+def test_pairs_keep_their_arguments_and_compute_what_is_wanted():
+    """No copy of either, and of two gradients the one that is asked for."""
+    p, q = pairs.rows(6, 50, 1.0)
+    q.requires_grad_()
+    rows, saved = with_saved(lambda p, q: js_div(p, q, reduction="none", impl="triton"), p, q)
+    assert [t.data_ptr() for t in saved] == [p.data_ptr(), q.data_ptr()]
+    p_grad, q_grad = operators.pair_grads_op(p, q, torch.ones(6), None, 1.0, 0.5, False, True)
+    assert p_grad.numel() == 0 and torch.equal(q_grad, torch.autograd.grad(rows.sum(), q)[0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..launching import on_device_of, triton
+from .options import SKEW, How
+from .pairs import pair_rows_kernel, pair_tiles_kernel
 from .rows import path_rows_kernel
 from .tiles import path_tiles_kernel
 
@@ -61,7 +63,8 @@ def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blo
 
 def launch(
     logits: Tensor,
-    temperature: float,
+    kept: Optional[Tensor],
+    how: How,
     value: str,
     upstream: Optional[Tensor] = None,
     grad: bool = False,
@@ -83,10 +86,12 @@ def launch(
             logits if upstream is None else upstream,
             values,
             dlogits,
+            logits if kept is None else kept,
             points,
             batch,
             *logits.stride(),
             *((0, 0) if upstream is None else upstream.stride()),
+            *numbers(how),
             *carry,
             **constants(
                 points,
@@ -94,32 +99,109 @@ def launch(
                 blocks,
                 aligned=_aligned(logits),
                 wide=_wide(logits, blocks.rows),
-                temperature=temperature,
+                kind=how.kind,
+                kept=kept is not None,
                 value=value,
                 grad=grad,
                 upstream=upstream is not None,
                 mean=value == "mean",
             ),
-            **options(blocks, nvidia=torch.version.hip is None),
+            **options(blocks, how.kind, nvidia=torch.version.hip is None),
         )
     if value == "mean":
         values = values[0] if programs == 1 else values.sum(0)
     return values, dlogits
 
 
-def kernel_for(blocks: Blocks):
+def launch_pair(
+    p_logits: Tensor,
+    q_logits: Tensor,
+    kept: Optional[Tensor],
+    how: How,
+    upstream: Optional[Tensor] = None,
+    p_grad: Optional[Tensor] = None,
+    q_grad: Optional[Tensor] = None,
+) -> Tensor:
+    """One launch over two [B, C]: the values [B], or with an upstream gradient [B] none but what is
+    written to the two gradients, contiguous, where they are given."""
+    batch, classes = p_logits.shape
+    blocks = choose_blocks(2, batch, classes, 1)
+    values = p_logits.new_empty((batch if upstream is None else 0,), dtype=torch.float32)
+    p_logits, q_logits = (x if x.stride(1) == 1 else x.contiguous() for x in (p_logits, q_logits))
+    with on_device_of(p_logits):
+        kernel_for(blocks, pair=True)[(-(-batch // blocks.rows),)](
+            p_logits,
+            q_logits,
+            p_logits if kept is None else kept,
+            p_logits if upstream is None else upstream,
+            values,
+            p_logits if p_grad is None else p_grad,
+            q_logits if q_grad is None else q_grad,
+            batch,
+            p_logits.stride(0),
+            q_logits.stride(0),
+            0 if upstream is None else upstream.stride(0),
+            *numbers(how),
+            **pair_constants(
+                classes,
+                blocks,
+                aligned=[_divisor(x, x.stride(0)) for x in (p_logits, q_logits)],
+                kind=how.kind,
+                kept=kept is not None,
+                value=upstream is None,
+                p_grad=p_grad is not None,
+                q_grad=q_grad is not None,
+            ),
+            **options(blocks, how.kind, nvidia=torch.version.hip is None),
+        )
+    return values
+
+
+def pair_constants(
+    classes: int,
+    blocks: Blocks,
+    *,
+    aligned: Sequence[int],
+    kind: int,
+    kept: bool,
+    value: bool,
+    p_grad: bool,
+    q_grad: bool,
+) -> Dict[str, object]:
+    """The constexpr arguments of a launch over a pair."""
+    rows = dict(ROWS=blocks.rows, AXIS=ROWS_BEFORE_CLASSES if blocks.block <= 16 else 1)
+    return dict(
+        P_ALIGNED=aligned[0],
+        Q_ALIGNED=aligned[1],
+        C=classes,
+        KIND=kind,
+        KEPT=kept,
+        VALUE=value,
+        P_GRAD=p_grad,
+        Q_GRAD=q_grad,
+        BLOCK=blocks.block,
+        **({} if blocks.tiled else rows),
+    )
+
+
+def kernel_for(blocks: Blocks, pair: bool = False):
+    if pair:
+        return pair_tiles_kernel if blocks.tiled else pair_rows_kernel
     return path_tiles_kernel if blocks.tiled else path_rows_kernel
 
 
-def options(blocks: Blocks, nvidia: bool) -> Dict[str, object]:
+def options(blocks: Blocks, kind: int, nvidia: bool) -> Dict[str, object]:
     """How a launch is compiled. Where a product may be fused with a sum is written out, so that
     the reversed path gives the same bits."""
     chosen: Dict[str, object] = {"num_warps": blocks.warps, "enable_fp_fusion": False}
-    if nvidia and blocks.warps in (2, 16):
-        # Or the assembler spills a few registers to fit one more program of this size.
-        chosen["maxnreg"] = 248 if blocks.warps == 2 else 128
-    if nvidia and blocks.block == 1024:
-        chosen["maxnreg"] = 168  # six programs on a multiprocessor in place of five
+    # Or the assembler spills a few registers to fit one more program on a multiprocessor.
+    most = {2: 248, 16: 128}.get(blocks.warps)
+    if kind == SKEW:
+        most = {4: 248}.get(blocks.warps, most)
+    elif blocks.block == 1024:
+        most = 168  # six programs on a multiprocessor in place of five
+    if nvidia and most:
+        chosen["maxnreg"] = most
     return chosen
 
 
@@ -130,7 +212,8 @@ def constants(
     *,
     aligned: int,
     wide: bool,
-    temperature: float,
+    kind: int,
+    kept: bool,
     value: str,
     grad: bool,
     upstream: bool,
@@ -148,7 +231,8 @@ def constants(
         ALIGNED=aligned,
         WIDE=wide,
         C=classes,
-        INV_T=1 / temperature,
+        KIND=kind,
+        KEPT=kept,
         VALUE={"none": 0, "mean": 2}.get(value, 1),
         FISHER=value == "fisher",
         GRAD=grad,
@@ -160,12 +244,21 @@ def constants(
     )
 
 
+def numbers(how: How) -> Tuple[float, ...]:
+    """What the kernels take as arguments, so that a new number compiles nothing."""
+    return (1 / how.temperature, *how.shares, *how.limits)
+
+
 def _aligned(logits: Tensor) -> int:
     """The power of two, 16 bytes at most, that divides the strides of points and rows; the
     compiler itself only sees multiples of 16 elements and would read 1,000 classes one by one."""
     if logits.stride(2) != 1:
         return 1
-    return math.gcd(16 // logits.element_size(), *logits.stride()[:2])
+    return _divisor(logits, *logits.stride()[:2])
+
+
+def _divisor(logits: Tensor, *strides: int) -> int:
+    return math.gcd(16 // logits.element_size(), *strides)
 
 
 def _wide(logits: Tensor, rows: int) -> bool:

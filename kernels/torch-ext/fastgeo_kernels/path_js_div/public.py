@@ -29,7 +29,22 @@ from torch import Tensor
 
 from ..launching import use_triton
 from . import reference
-from .operators import PathJSDiv, rows_op, value_and_grad_op
+from .operators import PairRows, PathRows, rows_op, value_and_grad_op
+from .options import (
+    How,
+    Normalizer,
+    check_floating,
+    check_how,
+    check_normalizer,
+    check_path,
+    check_weight,
+    reduce_fisher_rao,
+    reduce_rows,
+    row_weights,
+    shares,
+)
+
+NAME = "the path divergence"
 
 
 def path_js_div(
@@ -38,7 +53,9 @@ def path_js_div(
     reduction: str = "batchmean",
     edge_weight: Optional[Tensor] = None,
     sample_weight: Optional[Tensor] = None,
+    normalizer: Normalizer = None,
     temperature: float = 1.0,
+    beta: float = 0.5,
     impl: str = "auto",
 ) -> Tensor:
     """Jensen-Shannon divergence between neighbouring rows of a path of logits.
@@ -46,9 +63,9 @@ def path_js_div(
     In exact arithmetic the same as::
 
         p = (logits / temperature).softmax(-1)
-        m = (p[:-1] + p[1:]) / 2
+        m = beta * p[:-1] + (1 - beta) * p[1:]
         kl = lambda p: (p * (p / m).log()).sum(-1)
-        (kl(p[:-1]) + kl(p[1:])).div(2).mean(-1)
+        (beta * kl(p[:-1]) + (1 - beta) * kl(p[1:])).mean(-1)
 
     Args:
         logits: [N, B, C] with N >= 2, floating point, any strides. Computed in fp32 (fp64 for
@@ -57,39 +74,43 @@ def path_js_div(
             nothing but -inf counts as uniform.
         reduction: "batchmean" averages over B; "none" keeps every row.
         edge_weight: [E], multiplies the values.
-        sample_weight: [B], non-negative or bool: "batchmean" is then the weighted mean
-            (0 where all weights are 0); "none" multiplies every row by its weight.
-        temperature: divides the logits; between 1e-6 and 1e6. On a GPU each new value compiles the
-            kernel anew: divide the logits by one that changes at every step.
+        sample_weight: [B], bool, or finite and not negative: "batchmean" is then the weighted mean
+            (0 where all weights are 0); "none" multiplies every row by its weight. Logits of a
+            sample of weight 0 are not read, and may be NaN or inf.
+        normalizer: what the sum over the batch is divided by, in place of B or of the sum of the
+            weights: a number, or a tensor of one, which is not read by the host. Of the tokens of
+            several devices or micro-batches, their common number.
+        temperature: divides the logits; between 1e-6 and 1e6. No value compiles a kernel anew.
+        beta: weight of the first row of an edge in m. 0 gives KL(p || q) of an edge (p, q), 1 gives
+            KL(q || p): the limits of the divergence over beta, and over 1 - beta.
         impl: "triton" (on a GPU; on a CPU under TRITON_INTERPRET=1), "torch", or "auto": Triton
             for fp32, bf16 and fp16 logits on a GPU, else PyTorch.
 
     Returns:
-        [E] or [E, B] nats, E = N - 1, each within [0, ln 2] before the weights; fp32 (fp64 for
-        fp64 logits). Differentiable once, under any upstream gradient; second derivatives and
-        forward-mode differentiation raise.
+        [E] or [E, B] nats, E = N - 1, before the weights within [0, the entropy of (beta, 1 -
+        beta)], which is ln 2 for 1/2; of a KL divergence without bound, and inf where a logit is
+        -inf in the wrong row only. fp32 (fp64 for fp64 logits). Differentiable once, under any
+        upstream gradient; second derivatives and forward-mode differentiation raise.
 
     Raises:
         TypeError: logits or weights that are not real floating point tensors.
         ValueError: another shape than [N >= 2, B >= 1, C >= 1], weights of another shape or
-            device, a temperature out of range, an unknown reduction or impl.
+            device, a sample_weight that is negative or not finite (on a GPU, and while a graph is
+            traced, where looking is not possible, the result is NaN), a number out of range, an
+            unknown reduction or impl.
         RuntimeError: impl="triton" where it cannot run; the message says what is missing.
 
     Example:
         >>> path_js_div(torch.zeros(3, 5, 10))
         tensor([0., 0.])
     """
-    reference.check_options(logits, reduction, edge_weight, sample_weight, temperature)
-    if not use_triton("the path divergence", impl, logits):
-        return reference.path_js_div(
-            logits,
-            reduction=reduction,
-            edge_weight=edge_weight,
-            sample_weight=sample_weight,
-            temperature=temperature,
-        )
-    rows = PathJSDiv.apply(logits, float(temperature))
-    return reference.reduce_rows(rows, reduction, edge_weight, sample_weight)
+    how = How(temperature, beta)
+    check_path(logits, reduction, edge_weight, sample_weight, how)
+    check_normalizer(normalizer, reduction)
+    weights = row_weights(sample_weight, _value_dtype(logits))
+    rows = PathRows.apply if use_triton(NAME, impl, logits) else reference.PathRows.apply
+    values = rows(logits, weights.kept, *map(float, how))
+    return reduce_rows(values, reduction, edge_weight, weights, normalizer)
 
 
 def path_js_div_value_and_grad(
@@ -97,7 +118,9 @@ def path_js_div_value_and_grad(
     edge_weight: Optional[Tensor] = None,
     *,
     sample_weight: Optional[Tensor] = None,
+    normalizer: Normalizer = None,
     temperature: float = 1.0,
+    beta: float = 0.5,
     impl: str = "auto",
 ) -> Tuple[Tensor, Tensor]:
     """Divergence of every edge, and the gradient of their (weighted) sum, in one call.
@@ -113,8 +136,7 @@ def path_js_div_value_and_grad(
     Args:
         logits: [N, B, C] with N >= 2, floating point, any strides; -inf as in `path_js_div`.
         edge_weight: [E], one weight an edge; all 1 by default.
-        sample_weight: [B], non-negative or bool; the means over B are weighted means.
-        temperature, impl: as in `path_js_div`.
+        sample_weight, normalizer, temperature, beta, impl: as in `path_js_div`.
 
     Returns:
         [E] nats (fp32, or fp64 for fp64 logits), not multiplied by edge_weight; and [N, B, C] in
@@ -128,84 +150,107 @@ def path_js_div_value_and_grad(
         >>> value.shape, grad.shape
         (torch.Size([24]), torch.Size([25, 256, 10]))
     """
-    reference.check_options(logits, "batchmean", edge_weight, sample_weight, temperature)
-    if not use_triton("the path divergence", impl, logits):
-        return reference.path_js_div_value_and_grad(
-            logits, edge_weight, sample_weight=sample_weight, temperature=temperature
-        )
+    how = How(temperature, beta)
+    check_path(logits, "batchmean", edge_weight, sample_weight, how)
+    check_normalizer(normalizer, "batchmean")
+    triton = use_triton(NAME, impl, logits)
     with torch.no_grad():
-        if sample_weight is not None:
-            upstream = reference.row_weights(logits, edge_weight, sample_weight)
-            rows, grad = value_and_grad_op(logits, upstream, False, float(temperature))
-            return reference.reduce_rows(rows, "batchmean", None, sample_weight), grad
-        if edge_weight is None:
-            return value_and_grad_op(logits, None, True, float(temperature))
-        upstream = edge_weight.float()[:, None].expand(-1, logits.shape[1])
-        return value_and_grad_op(logits, upstream, True, float(temperature))
+        weights = row_weights(sample_weight, _value_dtype(logits))
+        plain = weights.weight is None and normalizer is None
+        if triton and plain:
+            upstream = None
+            if edge_weight is not None:
+                upstream = edge_weight.float()[:, None].expand(-1, logits.shape[1])
+            return value_and_grad_op(logits, upstream, None, True, *map(float, how))
+        upstream = shares(weights, normalizer, logits)
+        upstream = upstream.expand(logits.shape[0] - 1, logits.shape[1])
+        if edge_weight is not None:
+            upstream = upstream * edge_weight.to(upstream.dtype)[:, None]
+        if triton:
+            rows, grad = value_and_grad_op(logits, upstream, weights.kept, False, *map(float, how))
+        else:
+            rows, grad = reference.path_rows_and_grad(logits, weights.kept, how, upstream)
+        return reduce_rows(rows, "batchmean", None, weights, normalizer), grad
 
 
 def js_div(
     p_logits: Tensor,
     q_logits: Tensor,
     *,
+    beta: float = 0.5,
     reduction: str = "batchmean",
+    labels: Optional[Tensor] = None,
+    ignore_index: int = -100,
     sample_weight: Optional[Tensor] = None,
+    normalizer: Normalizer = None,
     temperature: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Jensen-Shannon divergence between two tensors of logits: a path of two points.
+    """Divergence between the softmax of two tensors of logits, as Jensen-Shannon or KL.
 
     In exact arithmetic the same as::
 
         p, q = p_logits.softmax(-1), q_logits.softmax(-1)
-        log_m = ((p + q) / 2).log()
+        log_m = (beta * p + (1 - beta) * q).log()
         kl = lambda p: F.kl_div(log_m, p, reduction="none").sum(-1)
-        (kl(p) + kl(q)).div(2).mean()
+        (beta * kl(p) + (1 - beta) * kl(q)).mean()
+
+    That is the generalised Jensen-Shannon divergence of Agarwal et al., "On-Policy Distillation of
+    Language Models" (ICLR 2024), with p the teacher and q the student, as TRL's `GKDTrainer` and
+    Liger-Kernel's `LigerJSD` have it, whose first argument is the student. As there beta = 0 gives
+    the forward divergence KL(p || q) and beta = 1 the reverse one KL(q || p), which are the limits
+    of the above divided by beta and by 1 - beta.
 
     Args:
-        p_logits, q_logits: [..., C], floating point, of one shape, dtype and device.
+        p_logits, q_logits: [..., C], floating point, of one shape and device; dtypes may differ.
+            What needs no gradient costs none, and on a GPU neither is copied.
+        beta: weight of p in m: 0, 1, or between 1e-6 and 1 - 1e-6.
         reduction: "batchmean" averages over everything but C; "none" keeps every row.
-        sample_weight: [...], non-negative or bool, as in `path_js_div`.
-        temperature, impl: as in `path_js_div`.
+        labels: [...], integers: rows whose label is `ignore_index` count nothing, like those of
+            weight 0.
+        sample_weight: [...], bool, or finite and not negative, as in `path_js_div`.
+        normalizer, temperature, impl: as in `path_js_div`.
 
     Returns:
-        A scalar, or [...], in nats within [0, ln 2]. Differentiable once, in both arguments.
+        A scalar, or [...], in nats, within the bounds that `path_js_div` has; fp32 (fp64 for fp64
+        logits). Differentiable once, in both arguments. Where q has no probability of a class of p
+        (a logit of -inf), KL(p || q) is inf, its gradient to q_logits still q - p, and that to
+        p_logits of the size 1e30.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `path_js_div`, and for arguments that differ in
-            shape, dtype or device.
+            shape or device.
 
     Example:
         >>> js_div(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
         tensor(0.6931)
     """
-    for name, logits in (("p_logits", p_logits), ("q_logits", q_logits)):
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{name} must be a floating point tensor, got {kind}")
-    p, q = ((list(x.shape), x.dtype, x.device) for x in (p_logits, q_logits))
-    if p != q:
-        raise ValueError(
-            f"p_logits and q_logits must have one shape, dtype and device, got {p} and {q}"
-        )
-    if p_logits.ndim < 1 or p_logits.numel() == 0:
-        raise ValueError(f"p_logits must be [..., C] and not empty, got {list(p_logits.shape)}")
+    how = How(temperature, beta)
+    check_how(reduction, how)
+    check_normalizer(normalizer, reduction)
+    _check_pair(p_logits, q_logits)
     leading = p_logits.shape[:-1]
-    if sample_weight is not None:
-        if tuple(sample_weight.shape) != tuple(leading):
-            raise ValueError(
-                f"sample_weight must be {list(leading)}, got {list(sample_weight.shape)}"
-            )
-        sample_weight = sample_weight.reshape(-1)
-    path = torch.stack([x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits)])
-    value = path_js_div(
-        path,
-        reduction=reduction,
-        sample_weight=sample_weight,
-        temperature=temperature,
-        impl=impl,
-    )[0]
+    p, q = (x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits))
+    for name, given in (("labels", labels), ("sample_weight", sample_weight)):
+        check_weight(name, given, "", leading, p_logits)
+    labels, sample_weight = (None if t is None else t.reshape(-1) for t in (labels, sample_weight))
+    weights = row_weights(sample_weight, _value_dtype(p, q), labels, ignore_index)
+    if _either_triton(impl, p, q):
+        rows = PairRows.apply(p, q, weights.kept, *map(float, how))
+    else:
+        rows = reference.pair_rows(p, q, weights.kept, how)
+    value = reduce_rows(rows, reduction, None, weights, normalizer)
     return value if reduction == "batchmean" else value.reshape(leading)
+
+
+def _value_dtype(*logits: Tensor) -> torch.dtype:
+    """What values are computed in and returned as."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in logits) else torch.float32
+
+
+def _either_triton(impl: str, p: Tensor, q: Tensor) -> bool:
+    """Whether a pair runs in Triton, which takes both or neither."""
+    return use_triton(NAME, impl, p) and use_triton(NAME, impl, q)
 
 
 @torch.no_grad()
@@ -230,8 +275,8 @@ def path_fisher_rao(
     Args:
         logits: [N, B, C] with N >= 2, floating point.
         reduction: "batchmean" gives the distance of the joint distributions p(x) p(y | x), the
-            root mean square over B; "none" the distance of every row, whatever its weight.
-        sample_weight: [B], non-negative or bool; the mean square is then the weighted one.
+            root mean square over B; "none" the distance of every row, 0 for one of weight 0.
+        sample_weight: [B], as in `path_js_div`; the mean square is then the weighted one.
         temperature, impl: as in `path_js_div`.
 
     Returns:
@@ -244,10 +289,21 @@ def path_fisher_rao(
         >>> path_fisher_rao(torch.tensor([[[1e4, 0.0]], [[0.0, 1e4]]]))
         tensor([3.1416])
     """
-    reference.check_options(logits, reduction, None, sample_weight, temperature)
-    if not use_triton("the path divergence", impl, logits):
-        return reference.path_fisher_rao(
-            logits, reduction=reduction, sample_weight=sample_weight, temperature=temperature
-        )
-    hellinger = rows_op(logits, float(temperature), True)
-    return reference.reduce_fisher_rao(hellinger, reduction, sample_weight)
+    how = How(temperature)
+    check_path(logits, reduction, None, sample_weight, how)
+    weights = row_weights(sample_weight, _value_dtype(logits))
+    if use_triton(NAME, impl, logits):
+        hellinger = rows_op(logits, weights.kept, *map(float, how), True)
+    else:
+        hellinger = reference.squared_hellinger(logits, weights.kept, how)
+    return reduce_fisher_rao(hellinger, reduction, weights)
+
+
+def _check_pair(p_logits: Tensor, q_logits: Tensor) -> None:
+    check_floating("p_logits", p_logits)
+    check_floating("q_logits", q_logits)
+    p, q = ((list(x.shape), x.device) for x in (p_logits, q_logits))
+    if p != q:
+        raise ValueError(f"p_logits and q_logits must have one shape and device, got {p} and {q}")
+    if p_logits.ndim < 1 or p_logits.numel() == 0:
+        raise ValueError(f"p_logits must be [..., C] and not empty, got {list(p_logits.shape)}")

@@ -1,14 +1,26 @@
-"""The plain PyTorch of every operation: the oracle, and what runs without Triton.
+"""The plain PyTorch of the path divergence: the oracle, and what runs without Triton.
 
-Divergence of neighbouring rows p = softmax(x), q = softmax(y), m = (p + q) / 2, written with
-d = log p - log q = (x - y) - (lse_x - lse_y):
+Divergence of rows p = softmax(x) and q = softmax(y) with m = a p + b q, a = beta and b = 1 - beta,
+written with d = log p - log q = (x - y) - (lse_x - lse_y):
 
-    log(p / m) = s + min(d, 0),  log(q / m) = s - max(d, 0),  s = -log1p(expm1(-|d|) / 2)
-    JSD        = 1/2 sum (p + q) h,   h = d / 2 tanh(d / 2) - log cosh(d / 2) >= 0
-    dJSD / dx  = 1/2 p (log(p / m) - KL(p || m))
+    D       = sum a p log(p / m) + b q log(q / m) = sum m h,    h >= 0
+    dD / dx = a p (log(p / m) - KL(p || m)),    dD / dy = b q (log(q / m) - KL(q || m))
 
-Every term of the sum is non-negative and nothing in it is the difference of two larger numbers, so
-the value is never negative, exactly 0 for equal rows, and never NaN for finite logits. JSD: Lin,
+For a = b = 1/2, with s = log1p(tanh(|d| / 2)):
+
+    log(p / m) = s + min(d, 0),    log(q / m) = s - max(d, 0),
+    h = d / 2 tanh(d / 2) - log cosh(d / 2)
+
+For other weights, with u = b expm1(-d), v = a expm1(d) and g(u) = u - log1p(u):
+
+    log(p / m) = -log1p(u),  log(q / m) = -log1p(v),  m h = a p g(u) + b q g(v)
+
+and for the KL divergence, which is the limit of D / a as a goes to 0:
+
+    KL(p || q) = sum p (d + expm1(-d)),  dKL / dx = p (d - KL),  dKL / dy = q - p
+
+Every term of a sum is non-negative and nothing in it is the difference of two larger numbers, so a
+value is never negative, exactly 0 for equal rows, and never NaN for finite logits. JSD: Lin,
 "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 37 (1991). Path energy
 and lengths: Tan et al., "Geodesic Mode Connectivity", ICLR 2023 Tiny Papers, Eqs. 1 and 2.
 """
@@ -16,180 +28,286 @@ and lengths: Tan et al., "Geodesic Mode Connectivity", ICLR 2023 Tiny Papers, Eq
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .options import FORWARD, HALF, REVERSE, SKEW, How
+
 LN2 = math.log(2.0)
 LOWEST = -1e30  # what a logit of -inf counts as
-CHUNK = 1 << 18  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
-
+CHUNK = 1 << 16  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
 CLASSES_INSIDE = 24  # above, a row's sum is faster where its classes lie side by side
 
-# -log cosh(z / 2) / z^2 and (z / 2 tanh(z / 2) - log cosh(z / 2)) / z^2 as polynomials of z^2 on
-# [0, 1], and log(1 + e) / e on [0, exp(-1)], least relative error; the highest coefficient first.
-LOG_COSH = (2.25386549e-05, -3.44929821e-04, 5.20788366e-03, -1.24999986e-01)
+# (z / 2 tanh(z / 2) - log cosh(z / 2)) / z^2 as a polynomial of z^2 on [0, 1], (2 atanh(s) - 2 s) /
+# s^3 of s^2 on [0, 0.218], (cosh z - 1) / z^2 and (sinh z / z - 1) / z^2 of z^2 on [0, 1]; least
+# relative error, the highest coefficient first.
 HALF_H = (1.49842075e-05, -1.80939836e-04, 1.73488049e-03, -1.56248474e-02, 1.24999997e-01)
-LOG1P = (
-    *(5.26536976e-02, -1.30238778e-01, 1.91842718e-01, -2.49017146e-01),
-    *(3.33275586e-01, -4.99998710e-01, 9.99999995e-01),
-)
+ATANH = (3.00498920e-01, 1.97099700e-01, 2.87770150e-01, 3.99942420e-01, 6.66666920e-01)
+COSH = (2.53558762e-05, 1.38854363e-03, 4.16667351e-02, 4.99999998e-01)
+SINH = (2.02570000e-04, 8.33178000e-03, 1.66666750e-01)
 
 
-# --- Divergence and length along a path of logits -------------------------------------------------
+# --- Rows of a path, and of a pair ----------------------------------------------------------------
 
 
-def path_js_div(
-    logits: Tensor,
-    *,
-    reduction: str = "batchmean",
-    edge_weight: Optional[Tensor] = None,
-    sample_weight: Optional[Tensor] = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """`fastgeo_kernels.path_js_div` in plain PyTorch; takes and gives float64 as well."""
-    check_options(logits, reduction, edge_weight, sample_weight, temperature)
-    rows = _PathJSDiv.apply(logits, float(temperature))
-    return reduce_rows(rows, reduction, edge_weight, sample_weight)
-
-
-def path_js_div_value_and_grad(
-    logits: Tensor,
-    edge_weight: Optional[Tensor] = None,
-    *,
-    sample_weight: Optional[Tensor] = None,
-    temperature: float = 1.0,
+def path_rows_and_grad(
+    logits: Tensor, kept: Optional[Tensor], how: How, upstream: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """`fastgeo_kernels.path_js_div_value_and_grad` in plain PyTorch; float64 as well."""
-    check_options(logits, "batchmean", edge_weight, sample_weight, temperature)
-    with torch.no_grad():
-        upstream = row_weights(logits, edge_weight, sample_weight)
-        rows, grad = _by_chunks(_rows_and_grad, logits, float(temperature), upstream)
-        return reduce_rows(rows, "batchmean", None, sample_weight), grad.contiguous()
+    """[E, B], and the gradient of (upstream * rows).sum(), [N, B, C]."""
+
+    def run(logits, kept, upstream):
+        points = _softmax(_path_logits(logits, kept), how)
+        edges = _edges(points, how)
+        grad = _path_grad(points.p, edges, how, upstream).to(logits.dtype)
+        return _by_edge(_value(edges, how), logits), grad
+
+    rows, grad = _by_chunks(run, logits, kept, _only(kept, upstream))
+    return rows, grad.contiguous()
 
 
-@torch.no_grad()
-def path_fisher_rao(
-    logits: Tensor,
-    *,
-    reduction: str = "batchmean",
-    sample_weight: Optional[Tensor] = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """`fastgeo_kernels.path_fisher_rao` in plain PyTorch; float64 as well."""
-    check_options(logits, reduction, None, sample_weight, temperature)
-    (hellinger,) = _by_chunks(_squared_hellinger, logits, float(temperature))
-    return reduce_fisher_rao(hellinger, reduction, sample_weight)
+def squared_hellinger(logits: Tensor, kept: Optional[Tensor], how: How) -> Tensor:
+    """|sqrt p - sqrt q|^2 = sum max(p, q) (1 - exp(-|d| / 2))^2, [E, B]."""
+
+    def run(logits, kept):
+        edges = _edges(_softmax(_path_logits(logits, kept), how), how)
+        larger = torch.maximum(edges.p, edges.q)
+        total = (larger * torch.expm1(edges.d.abs() / -2).square()).sum(-1, keepdim=True)
+        total = _without_the_gap(total, edges, how).clamp(min=0)
+        return (_by_edge(total, logits),)
+
+    return _by_chunks(run, logits, kept)[0]
 
 
-class _PathJSDiv(torch.autograd.Function):
-    """[N, B, C] logits -> [E, B] nats, any upstream gradient, first order only."""
+def pair_rows(p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How) -> Tensor:
+    """Two [B, C] -> [B], differentiable once; an argument without a gradient costs none."""
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
+    return _PairRows.apply(p_logits, q_logits, kept, *how, *wanted)[0]
+
+
+class PathRows(torch.autograd.Function):
+    """[N, B, C] logits -> [E, B]. Keeps the logits alone, and computes their gradient from them."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Tensor, temperature: float) -> Tensor:
-        return _by_chunks(_rows, logits, temperature)[0]
+    def forward(logits: Tensor, kept: Optional[Tensor], temperature: float, beta: float) -> Tensor:
+        how = How(temperature, beta)
+
+        def run(logits, kept):
+            edges = _edges(_softmax(_path_logits(logits, kept), how), how)
+            return (_by_edge(_value(edges, how), logits),)
+
+        return _by_chunks(run, logits, kept)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        logits, ctx.temperature = inputs
-        ctx.save_for_backward(logits)
+        logits, kept, *how = inputs
+        ctx.save_for_backward(logits, kept)
+        ctx.how = How(*how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        (logits,) = ctx.saved_tensors
-        return _by_chunks(_grad, logits, ctx.temperature, upstream)[0], None
+        logits, kept = ctx.saved_tensors
+        return path_rows_and_grad(logits, kept, ctx.how, upstream)[1], None, None, None
 
 
-def _by_chunks(function, logits: Tensor, temperature: float, upstream: Optional[Tensor] = None):
-    """Runs over slices of the batch that stay in a CPU's cache; every result has B second."""
-    points, batch, classes = logits.shape
-    size = max(1, CHUNK // (points * classes))
-    if logits.is_cuda or torch.compiler.is_compiling():
-        return function(logits, temperature, upstream)
+class _PairRows(torch.autograd.Function):
+    """Computes the gradients that will be wanted with the values, which on a CPU takes little more
+    time, and keeps nothing else."""
+
+    @staticmethod
+    def forward(p_logits, q_logits, kept, temperature, beta, p_wanted, q_wanted):
+        how = How(temperature, beta)
+
+        def run(p_logits, q_logits, kept):
+            edges = _edges(_softmax(_pair_logits(p_logits, q_logits, kept), how), how)
+            found = [_value(edges, how)]
+            if p_wanted:
+                found.append(_closed(_p_grad(edges, how), edges.p).to(p_logits.dtype))
+            if q_wanted:
+                found.append(_closed(_q_grad(edges, how), edges.q).to(q_logits.dtype))
+            return found
+
+        value, *grads = _by_chunks(run, p_logits, q_logits, kept, batch_axis=0)
+        return value, grads[0] if p_wanted else None, grads[-1] if q_wanted else None
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        grads = output[1:]
+        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
+        ctx.save_for_backward(*grads, inputs[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Optional[Tensor], *_):
+        *grads, kept = ctx.saved_tensors
+        scaled: List[Optional[Tensor]] = [None, None]
+        if upstream is not None:
+            upstream = _only(kept, upstream)[:, None]
+            scaled = [None if g is None else (g * upstream).to(g.dtype) for g in grads]
+        return (*scaled, None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, p_logits, q_logits, kept, temperature, beta, *wanted):
+        """The mapped dimension joins the batch. Gradients may be wanted inside of the map, or
+        outside, where the tensors tell."""
+        size = info.batch_size
+
+        def fold(tensor, dim):
+            if tensor is None:
+                return None
+            tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            return tensor.flatten(0, 1)
+
+        *logits, kept = (fold(*each) for each in zip((p_logits, q_logits, kept), in_dims))
+        either = [inside or x.requires_grad for inside, x in zip(wanted, logits)]
+        rows, *grads = _PairRows.apply(*logits, kept, temperature, beta, *either)
+        grads = [grad if inside else None for inside, grad in zip(wanted, grads)]
+        results = [None if x is None else x.unflatten(0, (size, -1)) for x in (rows, *grads)]
+        return tuple(results), tuple(None if x is None else 0 for x in results)
+
+
+def _by_edge(rows: Tensor, logits: Tensor) -> Tensor:
+    """[E, B], of a path of two points as well."""
+    return rows.reshape(len(logits) - 1, -1)
+
+
+def _only(kept: Optional[Tensor], upstream: Tensor) -> Tensor:
+    """[..., B] without what comes to rows that are not kept, which may be NaN."""
+    return upstream if kept is None else upstream.masked_fill(~kept, 0)
+
+
+def _by_chunks(
+    function: Callable, logits: Tensor, *others: Optional[Tensor], batch_axis: int = 1
+) -> List[Tensor]:
+    """Runs over slices of the batch that stay in a CPU's cache. The batch is that axis of every
+    argument and result, or the only one of what is kept [B]."""
+    batch = logits.shape[batch_axis]
+    size = max(1, CHUNK * batch // logits.numel())
+    if logits.is_cuda or torch.compiler.is_compiling() or size >= batch:
+        return list(function(logits, *others))
+
+    def part(tensor: Optional[Tensor], start: int) -> Optional[Tensor]:
+        if tensor is None:
+            return None
+        axis = min(batch_axis, tensor.ndim - 1)
+        return tensor.narrow(axis, start, min(size, batch - start))
+
     parts = [
-        function(
-            logits[:, start : start + size],
-            temperature,
-            None if upstream is None else upstream[:, start : start + size],
-        )
+        function(*(part(tensor, start) for tensor in (logits, *others)))
         for start in range(0, batch, size)
     ]
-    return tuple(torch.cat(part, 1) for part in zip(*parts))
+    return [torch.cat(part, batch_axis) for part in zip(*parts)]
+
+
+# --- Of each row, and of each edge ----------------------------------------------------------------
+
+
+class _Points(NamedTuple):
+    """Rows of logits and their softmax."""
+
+    x: Tensor  # [N, B, C], fp32 or fp64
+    top: Tensor  # [N, B, 1], the largest logit
+    lse: Tensor  # [N, B, 1], log sum exp((x - top) / T)
+    p: Tensor  # [N, B, C]
 
 
 class _Edges(NamedTuple):
-    """The edges of a path, each with its rows p and q: [N, B, C], [E, B, C] or [E, B, 1]."""
+    """Neighbouring rows p and q: [E, B, C] or [E, B, 1], without the first axis for a pair."""
 
-    p: Tensor  # of every point
+    p: Tensor
+    q: Tensor
     d: Tensor  # log p - log q
-    log_p: Tensor  # log(p / m) - shift
-    log_q: Tensor
-    kl_p: Tensor  # KL(p || m) - shift
-    kl_q: Tensor
-    # log 2 where most of p and of q is on classes that the other lacks, else 0. There every
-    # log(p / m) that counts is near log 2, and keeps its digits without it.
-    shift: Tensor
-    value: Tensor  # (p + q) h; where |d| is large, p log_p + q log_q
+    p_log: Tensor  # p (log(p / m) - shift); of a KL divergence p d, or q - p
+    q_log: Tensor
+    p_kl: Tensor  # sums of the two
+    q_kl: Tensor
+    # 1 where most of p and of q is on classes that the other lacks, else 0. There every log(p / m)
+    # that counts is near its limit, and keeps its digits without it.
+    shifted: Optional[Tensor]
+    term: (
+        Tensor  # (p + q) h, of other betas m h; where |d| is large a p log(p / m) + b q log(q / m)
+    )
 
 
-def _rows(logits: Tensor, temperature: float, _=None):
-    return (_jensen_shannon(_edges(logits, temperature)),)
-
-
-def _grad(logits: Tensor, temperature: float, upstream: Tensor):
-    edges = _edges(logits, temperature)
-    return (_jensen_shannon_grad(edges, upstream / temperature).to(logits.dtype),)
-
-
-def _rows_and_grad(logits: Tensor, temperature: float, upstream: Tensor):
-    edges = _edges(logits, temperature)
-    value = _jensen_shannon(edges)
-    return value, _jensen_shannon_grad(edges, upstream / temperature).to(logits.dtype)
-
-
-def _squared_hellinger(logits: Tensor, temperature: float, _=None):
-    """|sqrt p - sqrt q|^2 = sum max(p, q) (1 - exp(-|d| / 2))^2, [E, B]."""
-    edges = _edges(logits, temperature)
-    larger = torch.maximum(edges.p[:-1], edges.p[1:])
-    total = (larger * torch.expm1(edges.d.abs() / -2).square()).sum(-1)
-    return (_without_the_gap(total, edges).clamp(min=0),)
-
-
-def _edges(logits: Tensor, temperature: float) -> _Edges:
-    p, d = _softmax_and_log_ratio(logits, temperature)
-    first, second = p[:-1], p[1:]
-    overlap = torch.minimum(first, second).sum(-1, keepdim=True)
-    shift = (overlap < 0.25).to(d.dtype) * LN2
-    larger, half_h, far = _log_ratio_terms(d, shift)
-    log_p = larger + d.clamp(max=0)
-    log_q = larger.sub_(d.clamp(min=0))
-    near = half_h.mul_(first + second)
-    there, back = first * log_p, second * log_q
-    kl_p, kl_q = there.sum(-1, keepdim=True), back.sum(-1, keepdim=True)
-    return _Edges(p, d, log_p, log_q, kl_p, kl_q, shift, near.lerp(there.add_(back), far))
-
-
-def _softmax_and_log_ratio(logits: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
-    """Probabilities [N, B, C] and d = log p - log q of neighbouring rows [E, B, C]."""
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    if x.shape[2] <= CLASSES_INSIDE and not (x.is_cuda or torch.compiler.is_compiling()):
+def _path_logits(logits: Tensor, kept: Optional[Tensor]) -> Tensor:
+    x = _wide(logits)
+    if _side_by_side(x):
         x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    x = x.clamp(min=LOWEST)  # masked classes (-inf): finite, so that their differences are
+    return _readable(x, kept)
+
+
+def _pair_logits(p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor]) -> Tensor:
+    """[2, B, C]; of slices of the batch the copy stays in the cache."""
+    dtype = torch.promote_types(p_logits.dtype, q_logits.dtype)
+    p, q = (_wide(x.to(dtype)) for x in (p_logits, q_logits))
+    if _side_by_side(p):
+        return _readable(torch.stack((p.t(), q.t()), 1).permute(1, 2, 0), kept)
+    return _readable(torch.stack((p, q)), kept)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _side_by_side(x: Tensor) -> bool:
+    """Whether sums over classes are faster where those of one class lie side by side."""
+    return x.shape[-1] <= CLASSES_INSIDE and not (x.is_cuda or torch.compiler.is_compiling())
+
+
+def _readable(x: Tensor, kept: Optional[Tensor]) -> Tensor:
+    """Masked classes (-inf) finite, so that their differences are; rows that are not kept equal."""
+    x = x.clamp(min=LOWEST)
+    return x if kept is None else x.masked_fill_(~kept[:, None], 0)
+
+
+def _softmax(x: Tensor, how: How) -> _Points:
     top = x.amax(-1, keepdim=True)
-    p = _exp(x - top, 1 / temperature)
+    p = _divided(x - top, how).exp_()
     total = p.sum(-1, keepdim=True)
-    lse = total.log()
-    d, lost = _exact_difference(x[:-1], x[1:])
-    top_difference, top_lost = _exact_difference(top[:-1], top[1:])
-    offset = lse[:-1] - lse[1:] + top_lost / temperature
+    return _Points(x, top, total.log(), p.div_(total))
+
+
+def _divided(x: Tensor, how: How) -> Tensor:
+    return x if how.temperature == 1 else x.mul_(1 / how.temperature)
+
+
+def _neighbours(x: Tensor) -> Tuple[Tensor, Tensor]:
+    return (x[0], x[1]) if len(x) == 2 else (x[:-1], x[1:])
+
+
+def _edges(points: _Points, how: How) -> _Edges:
+    p, q = _neighbours(points.p)
+    d = _log_ratio(points, how)
+    shifted = None
+    if how.kind == FORWARD:
+        p_log, q_log, term = _kl_terms(d, p, q)
+    elif how.kind == REVERSE:
+        q_log, p_log, term = _kl_terms(-d, q, p)
+    else:
+        shifted = (torch.minimum(p, q).sum(-1, keepdim=True) < 0.25).to(d.dtype)
+        if how.kind == HALF:
+            p_log, q_log, term = _half_terms(d, p, q, shifted)
+        else:
+            p_log, q_log, term = _skew_terms(d, p, q, shifted, how)
+    p_kl, q_kl = p_log.sum(-1, keepdim=True), q_log.sum(-1, keepdim=True)
+    return _Edges(p, q, d, p_log, q_log, p_kl, q_kl, shifted, term)
+
+
+def _log_ratio(points: _Points, how: How) -> Tensor:
+    """d = log p - log q."""
+    d, lost = _exact_difference(*_neighbours(points.x))
+    top, top_lost = _exact_difference(*_neighbours(points.top))
+    first, second = _neighbours(points.lse)
+    offset = first - second + _divided(top_lost, how)
     # A CPU rounds the tail of a tensor differently, so that sums of equal rows may differ.
     offset *= d.abs().amax(-1, keepdim=True) > 0
-    return p.div_(total), d.sub_(top_difference).add_(lost).div_(temperature).sub_(offset)
+    return _divided(d.sub_(top).add_(lost), how).sub_(offset)
 
 
 def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
@@ -200,28 +318,75 @@ def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
     return difference, lost.add_(y_seen.sub_(y))
 
 
-def _exp(x: Tensor, scale: float) -> Tensor:
-    """exp(scale x); the fp32 exp2 of a CPU takes a quarter of its time."""
-    return x.mul_(scale).exp_() if x.dtype == torch.float64 else x.mul_(scale / LN2).exp2_()
+Terms = Tuple[Tensor, Tensor, Tensor]  # p_log, q_log and term of `_Edges`
 
 
-def _log_ratio_terms(d: Tensor, shift: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """log(max(p, q) / m) - shift; h where |d| is small; and where it is not, 1 there and 0
-    elsewhere. Each [E, B, C] like d."""
+def _half_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor) -> Terms:
     a = d.abs()
+    less = a.neg().sigmoid_().neg_()  # (tanh(a / 2) - 1) / 2
+    larger = (a * 0.5).tanh_().lerp_(less, shifted).log1p_()
+    p_log = d.clamp(max=0).add_(larger).mul_(p)
+    q_log = larger.sub_(d.clamp(min=0)).mul_(q)
     if d.dtype == torch.float64:
         z = a.clamp(max=2) / 2
         h = z * torch.tanh(z) - torch.log1p(2 * torch.sinh(z / 2).square())
-        return -torch.log1p(torch.expm1(-a) / 2) - shift, h, (a >= 2).to(d.dtype)
-    # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly, in
-    # a tenth of the time of a CPU's `where`; so do rounded numbers in place of comparisons.
-    z = a.clamp(max=1)
-    u = z.square()
-    near = _polynomial(u, LOG_COSH).mul_(u).sub_(shift).add_(a, alpha=0.5)
-    e = _exp(a, -1)
-    far = _polynomial(e, LOG1P).mul_(e).neg_().add_(LN2 - shift)
-    picks_far = z.floor_()
-    return near.lerp(far, picks_far), _polynomial(u, HALF_H).mul_(u), picks_far
+        picks_far = (a >= 2).to(d.dtype)
+    else:
+        # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly,
+        # in a tenth of the time of a CPU's `where`; so do rounded numbers instead of comparisons.
+        z = a.clamp_(max=1)
+        u = z.square()
+        h = _polynomial(u, HALF_H).mul_(u)
+        picks_far = z.floor_()
+    return p_log, q_log, h.mul_(p + q).lerp_(p_log + q_log, picks_far)
+
+
+def _skew_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor, how: How) -> Terms:
+    (a, b), (p_limit, q_limit) = how.shares, how.limits
+    s, positive = d.abs(), d > 0
+
+    def by_sign(above: float, below: float) -> Tensor:
+        return torch.where(positive, d.new_full((), above), d.new_full((), below))
+
+    small, large = by_sign(b, a), by_sign(a, b)  # weights of the smaller and of the larger of p, q
+    limit = by_sign(p_limit, q_limit)
+    rest = torch.log1p(small / large * torch.exp(-s))
+    larger = torch.where(s < 1, -torch.log1p(small * torch.expm1(-s)), limit - rest)
+    smaller = -torch.log1p(large * torch.expm1(s.clamp(max=80))) - (s - 80).clamp(min=0)
+    # Of shifted rows the limit is left out, by which far classes lose their digits.
+    larger = torch.where(shifted > 0, -rest, larger)
+    p_shift, q_shift = p_limit * shifted, q_limit * shifted
+    p_log = p * torch.where(positive, larger, smaller - p_shift)
+    q_log = q * torch.where(positive, smaller - q_shift, larger)
+    near = d.clamp(min=-1, max=1)
+    g = a * p * _less_log1p(b * torch.expm1(-near)) + b * q * _less_log1p(a * torch.expm1(near))
+    return p_log, q_log, torch.where(s < 1, g, a * p_log + b * q_log)
+
+
+def _less_log1p(u: Tensor) -> Tensor:
+    """u - log1p(u) for |log1p(u)| <= 1, without cancellation in fp32."""
+    if u.dtype == torch.float64:
+        return u - torch.log1p(u)
+    s = u / (2 + u)  # log1p(u) = 2 atanh(s)
+    square = s.square()
+    return s * (u - square * _polynomial(square, ATANH))
+
+
+def _kl_terms(d: Tensor, p: Tensor, q: Tensor) -> Terms:
+    """Of KL(p || q): p d, q - p, and p (d + expm1(-d))."""
+    p_log = p * d
+    q_log = torch.maximum(p, q).mul_(torch.expm1(-d.abs())).mul_(d.sign())
+    if d.dtype == torch.float64:
+        near, picks_far = d + torch.expm1(-d), (d.abs() >= 1).to(d.dtype)
+        near = near.clamp(max=1) * p
+    else:
+        z = d.clamp(min=-1, max=1)
+        u = z.square()
+        near = _polynomial(u, COSH).sub_(_polynomial(u, SINH).mul_(z)).mul_(u).mul_(p)
+        picks_far = z.abs_().floor_()
+    # A class that q lacks altogether; p d is finite, since -inf counts as a very low logit.
+    term = near.lerp_(p_log + q_log, picks_far)
+    return p_log, q_log, term.masked_fill_((d > 1e20) & (p > 0), math.inf)
 
 
 def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -232,112 +397,59 @@ def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
     return result.add_(coefficients[-1])
 
 
-def _jensen_shannon(edges: _Edges) -> Tensor:
+def _value(edges: _Edges, how: How) -> Tensor:
     """[E, B] nats."""
-    value = _without_the_gap(edges.value.sum(-1), edges)
-    apart = (edges.kl_p + edges.kl_q).squeeze(-1) + 2 * LN2
-    return torch.where(edges.shift.squeeze(-1) > 0, apart, value).div(2).clamp(0, LN2)
+    value = _without_the_gap(edges.term.sum(-1, keepdim=True), edges, how)
+    if edges.shifted is None:
+        return value.clamp(min=0).squeeze(-1)
+    (a, b), (p_limit, q_limit) = how.shares, how.limits
+    most = a * p_limit + b * q_limit
+    if how.kind == HALF:
+        value = value * 0.5
+    apart = edges.p_kl * a + edges.q_kl * b + most
+    return value.lerp_(apart, edges.shifted).clamp_(0, most).squeeze(-1)
 
 
-def _without_the_gap(total: Tensor, edges: _Edges) -> Tensor:
+def _without_the_gap(total: Tensor, edges: _Edges, how: How) -> Tensor:
     """The rounding of the two log-sum-exps shifts a whole row of d, which would ruin the value of
-    near-equal rows: there KL(p || m) - KL(q || m), otherwise of third order in d, is that shift."""
-    gap = (edges.kl_p - edges.kl_q).squeeze(-1) / 2
-    return torch.where(total < 1e-6, total - gap.square(), total)
+    near-equal rows: its square is taken off there. What the shift is shows in a combination of the
+    two sums that is otherwise of third order in d."""
+    p_kl, q_kl = edges.p_kl, edges.q_kl
+    a, b = how.shares
+    if how.kind == HALF:
+        gap, scale, near = p_kl - q_kl, 0.25, 1e-6
+    elif how.kind == SKEW:
+        gap, scale, near = a / b * p_kl - b / a * q_kl, a * b / 2, 2e-6 * a * b
+    else:
+        gap, scale, near = (q_kl if how.kind == FORWARD else p_kl), 0.5, 2e-6
+    return torch.where(total < near, total.addcmul(gap, gap, value=-scale), total)
 
 
-def _jensen_shannon_grad(edges: _Edges, upstream: Tensor) -> Tensor:
-    """upstream [E, B] -> d(sum upstream * JSD) / dlogits [N, B, C]; overwrites log_p, log_q."""
-    scale = (upstream / 2)[..., None]
-    grad = torch.zeros_like(edges.p)
-    grad[:-1].add_(edges.log_p.sub_(edges.kl_p).mul_(scale))
-    grad[1:].add_(edges.log_q.sub_(edges.kl_q).mul_(scale))
-    grad.mul_(edges.p)
-    # The class with more than half of a row takes what makes the row sum to 0: its own closed
-    # form is the difference of two numbers near log 2.
-    leads = edges.p.round()
+def _path_grad(p: Tensor, edges: _Edges, how: How, upstream: Tensor) -> Tensor:
+    """d(sum upstream * rows) / dlogits, [N, B, C]; overwrites p_log and q_log."""
+    upstream = (upstream[0] if len(p) == 2 else upstream)[..., None]
+    grad = torch.zeros_like(p)
+    grad[:-1].add_(_p_grad(edges, how).mul_(upstream))
+    grad[1:].add_(_q_grad(edges, how).mul_(upstream))
+    return _closed(grad, p)
+
+
+def _p_grad(edges: _Edges, how: How) -> Tensor:
+    """What every edge gives to its first row; overwrites p_log."""
+    return _row_grad(edges.p_log, edges.p, edges.p_kl, how.shares[0] / how.temperature)
+
+
+def _q_grad(edges: _Edges, how: How) -> Tensor:
+    return _row_grad(edges.q_log, edges.q, edges.q_kl, how.shares[1] / how.temperature)
+
+
+def _row_grad(log: Tensor, p: Tensor, kl: Tensor, share: float) -> Tensor:
+    return log.addcmul_(p, kl, value=-1).mul_(share)
+
+
+def _closed(grad: Tensor, p: Tensor) -> Tensor:
+    """The class with more than half of a row takes what makes the row sum to 0: its own closed form
+    is the difference of two nearly equal numbers."""
+    leads = p.round()
     grad.addcmul_(grad, leads, value=-1)
     return grad.addcmul_(leads, grad.sum(-1, keepdim=True), value=-1)
-
-
-def reduce_rows(
-    rows: Tensor, reduction: str, edge_weight: Optional[Tensor], sample_weight: Optional[Tensor]
-) -> Tensor:
-    """[E, B] nats, weighted; averaged over B for "batchmean"."""
-    if edge_weight is not None:
-        rows = rows * edge_weight.to(rows.dtype)[:, None]
-    if reduction == "none":
-        return rows if sample_weight is None else rows * sample_weight.to(rows.dtype)
-    return _batch_mean(rows, sample_weight)
-
-
-def reduce_fisher_rao(hellinger: Tensor, reduction: str, sample_weight: Optional[Tensor]) -> Tensor:
-    """[E, B] of |sqrt p - sqrt q|^2 -> radians: 4 asin(|sqrt p - sqrt q| / 2), [E, B] or [E]."""
-    distance = 4 * torch.asin((hellinger.sqrt() / 2).clamp(max=math.sqrt(0.5)))
-    if reduction == "none":
-        return distance
-    return _batch_mean(distance.square(), sample_weight).sqrt()
-
-
-def row_weights(
-    logits: Tensor, edge_weight: Optional[Tensor], sample_weight: Optional[Tensor]
-) -> Tensor:
-    """[E, B]: what the gradient of the weighted sum of the batch means gives every row."""
-    edges, batch = logits.shape[0] - 1, logits.shape[1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    if sample_weight is None:
-        weight = torch.full((1, batch), 1 / batch, dtype=dtype, device=logits.device)
-    else:
-        weight = _normalised(sample_weight, dtype)[None]
-    if edge_weight is not None:
-        weight = weight * edge_weight.to(dtype)[:, None]
-    return weight.expand(edges, batch)
-
-
-def _batch_mean(rows: Tensor, sample_weight: Optional[Tensor]) -> Tensor:
-    if sample_weight is None:
-        return rows.mean(-1)
-    return (rows * _normalised(sample_weight, rows.dtype)).sum(-1)
-
-
-def _normalised(sample_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = sample_weight.to(dtype)
-    return weight / weight.sum().clamp(min=torch.finfo(dtype).tiny)
-
-
-def check_options(
-    logits: Tensor,
-    reduction: str,
-    edge_weight: Optional[Tensor],
-    sample_weight: Optional[Tensor],
-    temperature: float,
-) -> None:
-    """Raises TypeError or ValueError that says what was expected and what came."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a floating point tensor, got {kind}")
-    if logits.ndim != 3 or logits.shape[0] < 2 or 0 in logits.shape:
-        raise ValueError(
-            f"logits must be [N, B, C] with N >= 2, B >= 1, C >= 1, got {list(logits.shape)}"
-        )
-    if reduction not in ("batchmean", "none"):
-        raise ValueError(f"reduction must be 'batchmean' or 'none', got {reduction!r}")
-    if isinstance(temperature, (bool, Tensor)) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a Python number, got {type(temperature).__name__}")
-    if not 1e-6 <= temperature <= 1e6:
-        raise ValueError(f"temperature must be between 1e-6 and 1e6, got {temperature}")
-    for name, weight, letter, size in (
-        ("edge_weight", edge_weight, "E", logits.shape[0] - 1),
-        ("sample_weight", sample_weight, "B", logits.shape[1]),
-    ):
-        if weight is None:
-            continue
-        if not isinstance(weight, Tensor) or weight.is_complex():
-            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"{name} must be a tensor of real numbers, got {kind}")
-        if tuple(weight.shape) != (size,):
-            raise ValueError(f"{name} must be [{letter}] = [{size}], got {list(weight.shape)}")
-        if weight.device != logits.device:
-            raise ValueError(
-                f"{name} must be on the logits' device {logits.device}, got {weight.device}"
-            )

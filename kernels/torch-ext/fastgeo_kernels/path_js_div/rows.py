@@ -11,6 +11,7 @@ from .terms import (
     _log_ratio,
     _softmax,
     _terms,
+    _without_overlap,
     kernel,
 )
 
@@ -21,6 +22,7 @@ def path_rows_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [blocks of rows, E]
     grad_ptr,  # [N, B, C], contiguous
+    kept_ptr,  # [B], whether a row is read
     N,
     B,
     stride_n,
@@ -28,10 +30,16 @@ def path_rows_kernel(
     stride_c,
     stride_ue,
     stride_ub,
+    inv_t,  # 1 / temperature
+    a,  # weights of p and q in m; for KL 1
+    b,
+    p_limit,  # -log of them; for KL 0
+    q_limit,
     ALIGNED: tl.constexpr,  # divides stride_n and stride_b
     WIDE: tl.constexpr,  # offsets within a program's rows need 64 bits
     C: tl.constexpr,
-    INV_T: tl.constexpr,
+    KIND: tl.constexpr,  # of divergence, see `_terms`
+    KEPT: tl.constexpr,  # whether some rows are not read
     VALUE: tl.constexpr,  # 0: none, 1: a row each, 2: the block's share of the batch mean
     FISHER: tl.constexpr,
     GRAD: tl.constexpr,
@@ -48,6 +56,7 @@ def path_rows_kernel(
     where it is 1. Of up to 16 classes a thread holds whole rows, whose sums need no other one."""
     if BLOCK <= 16:
         stride_c *= tl.minimum(N, 1)  # 1, unknown to the compiler: it would split rows to load them
+    how = (inv_t, a, b, p_limit, q_limit)
     start = tl.program_id(0).to(tl.int64) * ROWS
     first = tl.program_id(1) * SEGMENT - HALO
     local = tl.arange(0, ROWS)
@@ -55,6 +64,10 @@ def path_rows_kernel(
     row = start + local
     row_ok = row < B
     mask = tl.expand_dims(row_ok, AXIS) & tl.expand_dims(col < C, 1 - AXIS)
+    read, read_row = mask, row_ok
+    if KEPT:
+        read_row = row_ok & (tl.load(kept_ptr + row, mask=row_ok, other=0) != 0)
+        read = tl.expand_dims(read_row, AXIS) & mask
     floor = tl.expand_dims(tl.where(col < C, -1e30, -3e38), 1 - AXIS)
     grad_ptr += start * C
     grad_at = tl.expand_dims(local, AXIS) * C + tl.expand_dims(col, 1 - AXIS)
@@ -67,29 +80,28 @@ def path_rows_kernel(
     at = tl.expand_dims(local * (stride_b // ALIGNED * ALIGNED), AXIS)
     at = at + tl.expand_dims(col * stride_c, 1 - AXIS)
 
-    x = _load(logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n + at, mask, floor)
-    y = _load(logits_ptr + (first + 1).to(tl.int64) * stride_n + at, mask, floor)
-    x_top, x_lse, p = _softmax(x, INV_T, AXIS)
+    x = _load(logits_ptr + tl.maximum(first, 0).to(tl.int64) * stride_n + at, read, floor)
+    y = _load(logits_ptr + (first + 1).to(tl.int64) * stride_n + at, read, floor)
+    x_top, x_lse, p = _softmax(x, inv_t, AXIS)
     grad = tl.zeros_like(p)
     # Of a point by itself the first edge only begins its gradient; unrolled, nothing else is left.
     for i in (tl.static_range if EDGES == 2 else tl.range)(EDGES):
         edge = first + i
         # The row after next is on its way while this edge is computed.
         ahead = tl.minimum(edge + 2, N - 1).to(tl.int64)
-        following = _load(logits_ptr + ahead * stride_n + at, mask, floor)
-        y_top, y_lse, q = _softmax(y, INV_T, AXIS)
-        d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T)
-        # Less than 1/4: most of p and of q is on classes that the other lacks.
-        overlap = tl.sum(tl.minimum(p, q), AXIS, keep_dims=True)
-        shift = tl.where(overlap < 0.25, 0.6931471805599453, 0.0)
-        log_p, log_q, h = _terms(d, p, q, shift)
-        kl_p = tl.sum(p * log_p, AXIS, keep_dims=True)
-        kl_q = tl.sum(q * log_q, AXIS, keep_dims=True)
+        following = _load(logits_ptr + ahead * stride_n + at, read, floor)
+        y_top, y_lse, q = _softmax(y, inv_t, AXIS)
+        d = _log_ratio(x, y, x_top, y_top, x_lse, y_lse, inv_t)
+        shifted = _without_overlap(p, q, AXIS)
+        p_log, q_log, h = _terms(d, p, q, shifted, how, KIND)
+        p_kl = tl.sum(p_log, AXIS, keep_dims=True)
+        q_kl = tl.sum(q_log, AXIS, keep_dims=True)
         is_edge = (edge >= 0) & (edge < N - 1)
         if VALUE:
             if FISHER:
                 h = _hellinger_term(d, p, q)
-            value = _finish_value(tl.sum(h, AXIS, keep_dims=True), kl_p, kl_q, shift, FISHER)
+            total = tl.sum(h, AXIS, keep_dims=True)
+            value = _finish_value(total, p_kl, q_kl, shifted, how, KIND, FISHER)
             value = tl.reshape(value, [ROWS])
             if is_edge & (i >= HALO):
                 if VALUE == 1:
@@ -98,21 +110,21 @@ def path_rows_kernel(
                     share = tl.sum(tl.where(row_ok, value, 0.0), 0) / B
                     tl.store(value_ptr + tl.program_id(0).to(tl.int64) * (N - 1) + edge, share)
         if GRAD:
-            scale = tl.where(is_edge, 0.5 * INV_T, 0.0)
+            scale = tl.where(is_edge, inv_t, 0.0)
             if UPSTREAM:
                 weights = tl.minimum(tl.maximum(edge, 0), N - 2).to(tl.int64) * stride_ue
                 weights = weights + row * stride_ub
-                weight = tl.load(upstream_ptr + weights, mask=row_ok, other=0.0)
+                weight = tl.load(upstream_ptr + weights, mask=read_row, other=0.0)
                 scale *= tl.expand_dims(weight, AXIS)
             if MEAN:
                 scale /= B
             if i >= HALO:
-                grad = tl.fma(p, tl.fma(log_p, scale, -scale * kl_p), grad)
+                grad = tl.fma(tl.fma(-p, p_kl, p_log), scale * a, grad)
                 if edge < N:
                     here = grad_ptr + edge.to(tl.int64) * B * C + grad_at
                     closed = _close_row(grad, p, AXIS).to(grad_ptr.dtype.element_ty)
                     tl.store(here, closed, mask=mask)
-            grad = q * tl.fma(log_q, scale, -scale * kl_q)
+            grad = tl.fma(-q, q_kl, q_log) * (scale * b)
         x, x_top, x_lse, p = y, y_top, y_lse, q
         y = following
     if GRAD and not HALO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..launching import jit, tl
 from .terms import (
     _exp,
+    _far_apart,
     _finish_value,
     _hellinger_term,
     _load,
@@ -15,67 +16,72 @@ from .terms import (
 
 
 @jit
-def _tile(row_ptr, start, stride_c, C: tl.constexpr, TILE: tl.constexpr):
-    """[TILE] logits of one row from class `start` on, and which classes they are."""
+def _tile(row_ptr, start, stride_c, read, C: tl.constexpr, TILE: tl.constexpr):
+    """[TILE] logits of one row from class `start` on, if it is to be read, and which classes they
+    are."""
     col = start + tl.arange(0, TILE)
     floor = tl.where(col < C, -1e30, -3e38)
-    return _load(row_ptr + col * stride_c, col < C, floor), col
+    return _load(row_ptr + col * stride_c, (col < C) & read, floor), col
 
 
 @jit
-def _row(row_ptr, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
+def _row(row_ptr, stride_c, read, inv_t, C: tl.constexpr, TILE: tl.constexpr):
     """A row as the sweeps below take it: its pointer, its largest logit, log sum exp(x / T) without
     that, and 1 / sum."""
     top = tl.full([TILE], -3.3e38, tl.float32)
     total = tl.zeros([TILE], tl.float32)
     for start in range(0, C, TILE):
-        x, _ = _tile(row_ptr, start, stride_c, C, TILE)
-        rise = (x - top) * INV_T
+        x, _ = _tile(row_ptr, start, stride_c, read, C, TILE)
+        rise = (x - top) * inv_t
         e = _exp(-tl.abs(rise))
         total = tl.where(rise > 0, total * e + 1.0, total + e)
         top = tl.maximum(top, x)
     best = tl.max(top, 0)
-    total = tl.sum(total * _exp((top - best) * INV_T), 0)
+    total = tl.sum(total * _exp((top - best) * inv_t), 0)
     return row_ptr, best, tl.log(total), 1.0 / total
 
 
 @jit
-def _edge_tile(x, y, start, stride_c, C: tl.constexpr, INV_T: tl.constexpr, TILE: tl.constexpr):
+def _edge_tile(x, y, start, stride_c, read, inv_t, C: tl.constexpr, TILE: tl.constexpr):
     """p, q and d = log p - log q of two rows in a tile, and which classes they are."""
     x_ptr, x_top, x_lse, x_inv = x
     y_ptr, y_top, y_lse, y_inv = y
-    x, col = _tile(x_ptr, start, stride_c, C, TILE)
-    y, _ = _tile(y_ptr, start, stride_c, C, TILE)
-    p = _exp((x - x_top) * INV_T) * x_inv
-    q = _exp((y - y_top) * INV_T) * y_inv
-    return p, q, _log_ratio(x, y, x_top, y_top, x_lse, y_lse, INV_T), col
+    x, col = _tile(x_ptr, start, stride_c, read, C, TILE)
+    y, _ = _tile(y_ptr, start, stride_c, read, C, TILE)
+    exponent = inv_t * 1.4426950408889634
+    p = tl.exp2((x - x_top) * exponent) * x_inv
+    q = tl.exp2((y - y_top) * exponent) * y_inv
+    return p, q, _log_ratio(x, y, x_top, y_top, x_lse, y_lse, inv_t), col
 
 
 @jit
 def _sums(
     x,
     y,
-    shift,
+    shifted,
     stride_c,
-    C: tl.constexpr,
-    INV_T: tl.constexpr,
+    read,
+    how,
+    KIND: tl.constexpr,
     FISHER: tl.constexpr,
+    C: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Sums of the value's terms, KL(p || m) and KL(q || m) of two rows, the two less `shift`."""
+    """Sums of the value's terms and of the two logs' over classes, of two rows."""
     total = tl.zeros([TILE], tl.float32)
-    kl_p = tl.zeros([TILE], tl.float32)
-    kl_q = tl.zeros([TILE], tl.float32)
+    p_kl = tl.zeros([TILE], tl.float32)
+    q_kl = tl.zeros([TILE], tl.float32)
     # Backwards: what the sweep before this one read last is still in the cache.
     for back in range(0, C, TILE):
-        p, q, d, _ = _edge_tile(x, y, (C - 1) // TILE * TILE - back, stride_c, C, INV_T, TILE)
-        log_p, log_q, h = _terms(d, p, q, shift)
+        start = (C - 1) // TILE * TILE - back
+        p, q, d, _ = _edge_tile(x, y, start, stride_c, read, how[0], C, TILE)
+        p_log, q_log, h = _terms(d, p, q, shifted, how, KIND)
         if FISHER:
             h = _hellinger_term(d, p, q)
         total += h
-        kl_p += p * log_p
-        kl_q += q * log_q
-    return tl.sum(total, 0), tl.sum(kl_p, 0), tl.sum(kl_q, 0)
+        p_kl += p_log
+        q_kl += q_log
+    return tl.sum(total, 0), tl.sum(p_kl, 0), tl.sum(q_kl, 0)
 
 
 @jit
@@ -85,32 +91,35 @@ def _sweep_grad(
     carry_ptr,
     x,
     y,
-    weight,
-    kl_p,
-    kl_q,
-    shift,
+    weight,  # of the row, over the temperature
+    p_kl,
+    q_kl,
+    shifted,
     begun,
     owned,
     last,
     last_owned,
     stride_c,
+    read,
+    how,
+    KIND: tl.constexpr,
     C: tl.constexpr,
-    INV_T: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Adds what the edge (x, y) gives to both its rows. x, if `begun` in `carry_ptr`, is then done,
     and y where no edge follows: they are written if owned. Else y is left in `carry_ptr`."""
+    inv_t, a, b = how[0], how[1], how[2]
     x_rest = tl.zeros([TILE], tl.float32)
     y_rest = tl.zeros([TILE], tl.float32)
     x_leader = tl.full([TILE], -1, tl.int32)
     y_leader = tl.full([TILE], -1, tl.int32)
     for start in range(0, C, TILE):
-        p, q, d, col = _edge_tile(x, y, start, stride_c, C, INV_T, TILE)
+        p, q, d, col = _edge_tile(x, y, start, stride_c, read, inv_t, C, TILE)
         inside = col < C
         grad = tl.load(carry_ptr + col, mask=inside & begun, other=0.0)
-        log_p, log_q, _ = _terms(d, p, q, shift)
-        grad_y = q * tl.fma(log_q, weight, -weight * kl_q)
-        grad = tl.fma(p, tl.fma(log_p, weight, -weight * kl_p), grad)
+        p_log, q_log, _ = _terms(d, p, q, shifted, how, KIND)
+        grad_y = tl.fma(-q, q_kl, q_log) * (weight * b)
+        grad = tl.fma(tl.fma(-p, p_kl, p_log), weight * a, grad)
         if last:
             y_rest, y_leader = _write(
                 y_grad_ptr, grad_y, q, col, inside & last_owned, y_rest, y_leader
@@ -149,6 +158,7 @@ def path_tiles_kernel(
     upstream_ptr,  # [E, B]
     value_ptr,  # [E, B], or [B, E]
     grad_ptr,  # [N, B, C], contiguous
+    kept_ptr,
     N,
     B,
     stride_n,
@@ -156,11 +166,17 @@ def path_tiles_kernel(
     stride_c,
     stride_ue,
     stride_ub,
+    inv_t,
+    a,
+    b,
+    p_limit,
+    q_limit,
     carry_ptr,  # [programs, C], fp32: the gradient of a row as far as its first edge gives it
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     C: tl.constexpr,
-    INV_T: tl.constexpr,
+    KIND: tl.constexpr,
+    KEPT: tl.constexpr,
     VALUE: tl.constexpr,
     FISHER: tl.constexpr,
     GRAD: tl.constexpr,
@@ -176,6 +192,7 @@ def path_tiles_kernel(
     """
     if WIDE:
         stride_c = tl.cast(stride_c, tl.int64)
+    how = (inv_t, a, b, p_limit, q_limit)
     stride_n = tl.multiple_of(stride_n.to(tl.int64), ALIGNED)
     stride_b = tl.multiple_of(stride_b.to(tl.int64), ALIGNED)
     row = tl.program_id(0).to(tl.int64)
@@ -185,26 +202,34 @@ def path_tiles_kernel(
     carry_ptr += (tl.program_id(1) * tl.num_programs(0) + row) * C
     grad_ptr += row * C
     logits_ptr += row * stride_b + start.to(tl.int64) * stride_n
-    x = _row(logits_ptr, stride_c, C, INV_T, BLOCK)
+    read = row >= 0
+    if KEPT:
+        read = tl.load(kept_ptr + row) != 0
+    x = _row(logits_ptr, stride_c, read, inv_t, C, BLOCK)
     for i in range(end - start):
         edge = start + i
         logits_ptr += stride_n
-        y = _row(logits_ptr, stride_c, C, INV_T, BLOCK)
-        total, kl_p, kl_q = _sums(x, y, 0.0, stride_c, C, INV_T, FISHER, BLOCK)
+        y = _row(logits_ptr, stride_c, read, inv_t, C, BLOCK)
+        shifted = edge < 0
+        total, p_kl, q_kl = _sums(x, y, shifted, stride_c, read, how, KIND, FISHER, C, BLOCK)
+        value = _finish_value(total, p_kl, q_kl, shifted, how, KIND, FISHER)
         if VALUE:
-            value = _finish_value(total, kl_p, kl_q, 0.0, FISHER)
             if edge >= owned:
                 if VALUE == 1:
                     tl.store(value_ptr + edge.to(tl.int64) * B + row, value)
                 else:
                     tl.store(value_ptr + row * (N - 1) + edge, value / B)
         if GRAD:
-            shift = tl.where(kl_p + kl_q > 1.0, 0.6931471805599453, 0.0)
-            if shift > 0.0:
-                _, kl_p, kl_q = _sums(x, y, shift, stride_c, C, INV_T, FISHER, BLOCK)
-            weight = 0.5 * INV_T
+            if KIND < 2:
+                shifted = _far_apart(value, how, KIND)
+                if shifted:
+                    _, p_kl, q_kl = _sums(
+                        x, y, shifted, stride_c, read, how, KIND, FISHER, C, BLOCK
+                    )
+            weight = inv_t
             if UPSTREAM:
-                weight *= tl.load(upstream_ptr + edge.to(tl.int64) * stride_ue + row * stride_ub)
+                upstream = upstream_ptr + edge.to(tl.int64) * stride_ue + row * stride_ub
+                weight *= tl.load(upstream, mask=read, other=0.0)
             if MEAN:
                 weight /= B
             _sweep_grad(
@@ -214,16 +239,18 @@ def path_tiles_kernel(
                 x,
                 y,
                 weight,
-                kl_p,
-                kl_q,
-                shift,
+                p_kl,
+                q_kl,
+                shifted,
                 i > 0,
                 edge >= owned,
                 edge == N - 2,
                 owned + SEGMENT >= N,
                 stride_c,
+                read,
+                how,
+                KIND,
                 C,
-                INV_T,
                 BLOCK,
             )
         x = y
