@@ -1,5 +1,6 @@
 """The Triton kernels on a device, at real sizes: `pytest -m gpu`."""
 
+import fused_claims as heads
 import js_div_claims as pairs
 import path_js_div_claims as claims
 import pytest
@@ -193,3 +194,13 @@ def test_a_new_temperature_or_beta_compiles_nothing():
 def test_a_bad_weight_makes_nan(bad):
     p, q = (x.cuda() for x in pairs.rows(3, 10, 1.0))
     assert js_div(p, q, sample_weight=torch.tensor([1.0, bad, 1.0], device="cuda")).isnan()
+
+
+def test_a_fused_head(monkeypatch):
+    from fastgeo_kernels.path_js_div import fused
+
+    heads.check_is_the_unfused("triton", torch.float32, "cuda")
+    monkeypatch.setattr(fused, "LOGITS", 50)
+    heads.check_is_the_unfused("triton", torch.float32, "cuda")
+    heads.check_tokens_that_count_nothing("triton", "cuda")
+    heads.check_compiles_as_one_graph("triton", "inductor", "cuda")

@@ -1,6 +1,7 @@
 """The Triton kernels under the interpreter; `test_path_js_div.py` runs this file in a process
 with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
 
+import fused_claims as heads
 import js_div_claims as pairs
 import path_js_div_claims as claims
 import pytest
@@ -211,3 +212,12 @@ def test_pairs_keep_their_arguments_and_compute_what_is_wanted():
     assert [t.data_ptr() for t in saved] == [p.data_ptr(), q.data_ptr()]
     p_grad, q_grad = operators.pair_grads_op(p, q, torch.ones(6), None, 1.0, 0.5, False, True)
     assert p_grad.numel() == 0 and torch.equal(q_grad, torch.autograd.grad(rows.sum(), q)[0])
+
+
+def test_a_fused_head(monkeypatch):
+    from fastgeo_kernels.path_js_div import fused
+
+    monkeypatch.setattr(fused, "LOGITS", 50)
+    heads.check_is_the_unfused("triton", torch.float32)
+    heads.check_tokens_that_count_nothing("triton")
+    heads.check_compiles_as_one_graph("triton")

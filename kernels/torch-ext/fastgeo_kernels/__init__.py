@@ -5,7 +5,13 @@ Needs torch alone, and triton on GPUs; the folder can be copied into another pro
 """
 
 from . import layers
-from .path_js_div import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
+from .path_js_div import (
+    fused_linear_js_div,
+    js_div,
+    path_fisher_rao,
+    path_js_div,
+    path_js_div_value_and_grad,
+)
 from .path_update import inverse_path_laplacian, path_update
 from .stacked import (
     stacked_channel_norm,
@@ -18,6 +24,7 @@ from .stacked import (
 )
 
 __all__ = [
+    "fused_linear_js_div",
     "inverse_path_laplacian",
     "js_div",
     "layers",

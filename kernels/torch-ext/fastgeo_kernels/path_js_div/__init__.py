@@ -5,6 +5,13 @@ path into programs, `rows` and `tiles` are the two kernels, `terms` is what they
 class, and `reference` is all of it in plain PyTorch.
 """
 
+from .fused import fused_linear_js_div
 from .public import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
 
-__all__ = ["js_div", "path_fisher_rao", "path_js_div", "path_js_div_value_and_grad"]
+__all__ = [
+    "fused_linear_js_div",
+    "js_div",
+    "path_fisher_rao",
+    "path_js_div",
+    "path_js_div_value_and_grad",
+]

@@ -124,17 +124,17 @@ def row_weights(
     weight = sample_weight.to(dtype)
     if sample_weight.dtype != torch.bool:
         sound = (weight >= 0) & (weight < math.inf)
-        known = _known(sound.all())
-        if known is False:
+        seen = known(sound.all())
+        if seen is False:
             raise ValueError("sample_weight must be finite and not negative")
-        if known is None:
+        if seen is None:
             weight = weight.masked_fill(~sound, math.nan)
     if kept is not None:
         weight = weight.masked_fill(~kept, 0)
     return Weights(weight, weight != 0)
 
 
-def _known(flag: Tensor) -> Optional[bool]:
+def known(flag: Tensor) -> Optional[bool]:
     """What a flag says, or None where asking would wait for a device or end a trace."""
     if flag.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -148,13 +148,12 @@ Normalizer = Optional[Union[float, Tensor]]
 
 
 def shares(weights: Weights, normalizer: Normalizer, rows: Tensor) -> Tensor:
-    """What each row's value is multiplied with in the mean over the batch, [B] or [1]; the batch is
-    the second axis of `rows`, or the only one."""
+    """What each of some rows [..., B] counts in the mean over the batch, [B] or [1]."""
     weight = weights.weight
     if weight is None:
         weight = rows.new_ones(1, dtype=torch.promote_types(rows.dtype, torch.float32))
         if normalizer is None:
-            return weight / rows.shape[min(1, rows.ndim - 1)]
+            return weight / rows.shape[-1]
     if normalizer is None:
         normalizer = weight.sum()
     if isinstance(normalizer, Tensor):

@@ -162,7 +162,7 @@ def path_js_div_value_and_grad(
             if edge_weight is not None:
                 upstream = edge_weight.float()[:, None].expand(-1, logits.shape[1])
             return value_and_grad_op(logits, upstream, None, True, *map(float, how))
-        upstream = shares(weights, normalizer, logits)
+        upstream = shares(weights, normalizer, logits[..., 0])
         upstream = upstream.expand(logits.shape[0] - 1, logits.shape[1])
         if edge_weight is not None:
             upstream = upstream * edge_weight.to(upstream.dtype)[:, None]
@@ -230,7 +230,7 @@ def js_div(
     check_normalizer(normalizer, reduction)
     _check_pair(p_logits, q_logits)
     leading = p_logits.shape[:-1]
-    p, q = (x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits))
+    p, q = (x if x.ndim == 2 else x.reshape(-1, x.shape[-1]) for x in (p_logits, q_logits))
     for name, given in (("labels", labels), ("sample_weight", sample_weight)):
         check_weight(name, given, "", leading, p_logits)
     labels, sample_weight = (None if t is None else t.reshape(-1) for t in (labels, sample_weight))

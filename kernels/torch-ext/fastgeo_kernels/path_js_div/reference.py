@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .options import FORWARD, HALF, REVERSE, SKEW, How
+from .options import FORWARD, HALF, REVERSE, SKEW, How, known
 
 LN2 = math.log(2.0)
 LOWEST = -1e30  # what a logit of -inf counts as
@@ -87,6 +87,29 @@ def pair_rows(p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: H
     return _PairRows.apply(p_logits, q_logits, kept, *how, *wanted)[0]
 
 
+def pair_rows_and_grads(
+    p_logits: Tensor,
+    q_logits: Tensor,
+    kept: Optional[Tensor],
+    how: How,
+    p_wanted: bool,
+    q_wanted: bool,
+) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    """[B], and the gradients of each row's own value, [B, C], that are wanted."""
+
+    def run(p_logits, q_logits, kept):
+        edges = _edges(_softmax(_pair_logits(p_logits, q_logits, kept), how), how)
+        found = [_value(edges, how)]
+        if p_wanted:
+            found.append(_closed(_p_grad(edges, how), edges.p).to(p_logits.dtype))
+        if q_wanted:
+            found.append(_closed(_q_grad(edges, how), edges.q).to(q_logits.dtype))
+        return found
+
+    value, *grads = _by_chunks(run, p_logits, q_logits, kept, batch_axis=0)
+    return value, grads[0] if p_wanted else None, grads[-1] if q_wanted else None
+
+
 class PathRows(torch.autograd.Function):
     """[N, B, C] logits -> [E, B]. Keeps the logits alone, and computes their gradient from them."""
 
@@ -122,18 +145,7 @@ class _PairRows(torch.autograd.Function):
     @staticmethod
     def forward(p_logits, q_logits, kept, temperature, beta, p_wanted, q_wanted):
         how = How(temperature, beta)
-
-        def run(p_logits, q_logits, kept):
-            edges = _edges(_softmax(_pair_logits(p_logits, q_logits, kept), how), how)
-            found = [_value(edges, how)]
-            if p_wanted:
-                found.append(_closed(_p_grad(edges, how), edges.p).to(p_logits.dtype))
-            if q_wanted:
-                found.append(_closed(_q_grad(edges, how), edges.q).to(q_logits.dtype))
-            return found
-
-        value, *grads = _by_chunks(run, p_logits, q_logits, kept, batch_axis=0)
-        return value, grads[0] if p_wanted else None, grads[-1] if q_wanted else None
+        return pair_rows_and_grads(p_logits, q_logits, kept, how, p_wanted, q_wanted)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -228,7 +240,7 @@ class _Edges(NamedTuple):
     p_kl: Tensor  # sums of the two
     q_kl: Tensor
     # 1 where most of p and of q is on classes that the other lacks, else 0. There every log(p / m)
-    # that counts is near its limit, and keeps its digits without it.
+    # that counts is near its limit, and keeps its digits without it. None where there is none.
     shifted: Optional[Tensor]
     term: (
         Tensor  # (p + q) h, of other betas m h; where |d| is large a p log(p / m) + b q log(q / m)
@@ -278,7 +290,8 @@ def _divided(x: Tensor, how: How) -> Tensor:
 
 
 def _neighbours(x: Tensor) -> Tuple[Tensor, Tensor]:
-    return (x[0], x[1]) if len(x) == 2 else (x[:-1], x[1:])
+    first, second = x.unbind(0) if len(x) == 2 else (x[:-1], x[1:])
+    return first, second
 
 
 def _edges(points: _Points, how: How) -> _Edges:
@@ -290,7 +303,9 @@ def _edges(points: _Points, how: How) -> _Edges:
     elif how.kind == REVERSE:
         q_log, p_log, term = _kl_terms(-d, q, p)
     else:
-        shifted = (torch.minimum(p, q).sum(-1, keepdim=True) < 0.25).to(d.dtype)
+        apart = torch.minimum(p, q).sum(-1, keepdim=True) < 0.25
+        if known(apart.any()) is not False:
+            shifted = apart.to(d.dtype)
         if how.kind == HALF:
             p_log, q_log, term = _half_terms(d, p, q, shifted)
         else:
@@ -321,10 +336,12 @@ def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
 Terms = Tuple[Tensor, Tensor, Tensor]  # p_log, q_log and term of `_Edges`
 
 
-def _half_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor) -> Terms:
+def _half_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Optional[Tensor]) -> Terms:
     a = d.abs()
-    less = a.neg().sigmoid_().neg_()  # (tanh(a / 2) - 1) / 2
-    larger = (a * 0.5).tanh_().lerp_(less, shifted).log1p_()
+    larger = (a * 0.5).tanh_()
+    if shifted is not None:
+        larger.lerp_(a.neg().sigmoid_().neg_(), shifted)  # to (tanh(a / 2) - 1) / 2
+    larger.log1p_()
     p_log = d.clamp(max=0).add_(larger).mul_(p)
     q_log = larger.sub_(d.clamp(min=0)).mul_(q)
     if d.dtype == torch.float64:
@@ -341,7 +358,7 @@ def _half_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor) -> Terms:
     return p_log, q_log, h.mul_(p + q).lerp_(p_log + q_log, picks_far)
 
 
-def _skew_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor, how: How) -> Terms:
+def _skew_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Optional[Tensor], how: How) -> Terms:
     (a, b), (p_limit, q_limit) = how.shares, how.limits
     s, positive = d.abs(), d > 0
 
@@ -350,6 +367,7 @@ def _skew_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Tensor, how: How) -> T
 
     small, large = by_sign(b, a), by_sign(a, b)  # weights of the smaller and of the larger of p, q
     limit = by_sign(p_limit, q_limit)
+    shifted = torch.zeros_like(d[..., :1]) if shifted is None else shifted
     rest = torch.log1p(small / large * torch.exp(-s))
     larger = torch.where(s < 1, -torch.log1p(small * torch.expm1(-s)), limit - rest)
     smaller = -torch.log1p(large * torch.expm1(s.clamp(max=80))) - (s - 80).clamp(min=0)
@@ -400,14 +418,15 @@ def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
 def _value(edges: _Edges, how: How) -> Tensor:
     """[E, B] nats."""
     value = _without_the_gap(edges.term.sum(-1, keepdim=True), edges, how)
-    if edges.shifted is None:
+    if how.kind in (FORWARD, REVERSE):
         return value.clamp(min=0).squeeze(-1)
     (a, b), (p_limit, q_limit) = how.shares, how.limits
     most = a * p_limit + b * q_limit
     if how.kind == HALF:
         value = value * 0.5
-    apart = edges.p_kl * a + edges.q_kl * b + most
-    return value.lerp_(apart, edges.shifted).clamp_(0, most).squeeze(-1)
+    if edges.shifted is not None:
+        value = value.lerp(edges.p_kl * a + edges.q_kl * b + most, edges.shifted)
+    return value.clamp(0, most).squeeze(-1)
 
 
 def _without_the_gap(total: Tensor, edges: _Edges, how: How) -> Tensor:
