@@ -1,6 +1,8 @@
 """The Triton kernels under the interpreter; `test_path_js_div.py` runs this file in a process
 with TRITON_INTERPRET=1. Grids are small: a program takes the interpreter 40 ms and more."""
 
+from pathlib import Path
+
 import fused_claims as heads
 import js_div_claims as pairs
 import path_js_div_claims as claims
@@ -221,3 +223,48 @@ def test_a_fused_head(monkeypatch):
     heads.check_is_the_unfused("triton", torch.float32)
     heads.check_tokens_that_count_nothing("triton")
     heads.check_compiles_as_one_graph("triton")
+
+
+# --- In place of other projects' ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_kernelize_puts_the_layers_in_place_of_liger_s(beta, monkeypatch):
+    """Its values and gradients, of modules with their own settings, mapped by their names."""
+    kernels = pytest.importorskip("kernels")
+    liger = pytest.importorskip("liger_kernel.transformers")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.jsd = liger.LigerJSD(beta=beta, ignore_index=-1)
+            self.fused = liger.LigerFusedLinearJSD(jsd_beta=beta, temperature=2.0, ignore_index=-1)
+
+        def forward(self, x, w, teacher_x, teacher_w, labels):
+            student, teacher = (h @ v.T for h, v in ((x, w), (teacher_x, teacher_w)))
+            logs = student.log_softmax(-1), teacher.log_softmax(-1)
+            fused = self.fused(x, w, teacher_x, teacher_w, labels)
+            return self.jsd(*logs, labels) + 3 * fused
+
+    for layer in (liger.LigerJSD, liger.LigerFusedLinearJSD):
+        kernels.replace_kernel_forward_from_hub(layer, layer.__name__)
+    (x, w, _), (t, v, _) = heads.heads(dtype=torch.float32)
+    labels = torch.tensor([0, -1, 1, 2, -1, 3, 4])
+    folder = Path(launching.__file__).parent
+    mapping = {
+        name: {"cpu": kernels.LocalLayerRepository(folder, layer_name=name)}
+        for name in ("LigerJSD", "LigerFusedLinearJSD")
+    }
+    results = []
+    for ours in (False, True):
+        model = Model()
+        if ours:
+            with kernels.use_kernel_mapping(mapping):
+                model = kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu")
+            for name in ("jsd.LigerJSDFunction", "fused_linear_jsd.LigerFusedLinearJSDFunction"):
+                monkeypatch.setattr(f"liger_kernel.transformers.{name}", None)
+        leaves = [z.clone().requires_grad_() for z in (x, w)]
+        value = model(*leaves, t, v, labels)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)

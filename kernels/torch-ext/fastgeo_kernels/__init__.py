@@ -11,6 +11,7 @@ from .path_js_div import (
     path_fisher_rao,
     path_js_div,
     path_js_div_value_and_grad,
+    top_k_js_div,
 )
 from .path_update import inverse_path_laplacian, path_update
 from .stacked import (
@@ -39,4 +40,5 @@ __all__ = [
     "stacked_layer_norm",
     "stacked_linear",
     "stacked_rms_norm",
+    "top_k_js_div",
 ]
