@@ -96,8 +96,10 @@ def batched(function: Callable, n: int, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         with _Batching(n) as vmap:
-            own_kwargs = {name: vmap.own(value) for name, value in kwargs.items()}
-            return vmap.joined(function(*map(vmap.own, args), **own_kwargs))
+            own = [arg if type(arg) in PLAIN else vmap.own(arg) for arg in args]
+            if kwargs:
+                kwargs = {name: vmap.own(value) for name, value in kwargs.items()}
+            return vmap.joined(function(*own, **kwargs))
     except (RuntimeError, ValueError) as error:
         if "fallback" in str(error):
             raise NoForm("it has no stacked form") from error
@@ -139,11 +141,11 @@ class _Batching:
         """A network's part of a value."""
         if type(value) is Stacked:
             return _functorch._add_batch_dim(value.tensor, 0, self.level)
-        return value if type(value) in PLAIN or torch.is_tensor(value) else mapped(self.own, value)
+        return value if issubclass(type(value), Tensor) else mapped(self.own, value)
 
     def joined(self, value: Any) -> Any:
         """The values of all networks, of what one gave."""
-        if torch.is_tensor(value):
+        if issubclass(type(value), Tensor):
             return Stacked(_functorch._remove_batch_dim(value, self.level, self.n, 0))
         return mapped(self.joined, value)
 

@@ -126,24 +126,33 @@ def of_one(t: Tensor) -> Tensor:
 
 def regrouped(function: Callable, n: int, input: Any, *args: Any, **kwargs: Any) -> Any:
     """view, flatten, ...: a view, or a copy where N lies between the axes of a network."""
-    if isinstance(input, Stacked) and input.tensor.is_contiguous():
-        if function is Tensor.view and all(type(size) is int for size in args) and not kwargs:
-            return Stacked(input.tensor.view(n, *args))
-        return batched(function, n, input, *args, **kwargs)
     args, kwargs = mapped(  # of view_as only the shape counts
         lambda t: of_one(t.tensor) if isinstance(t, Stacked) else t, (args, kwargs)
     )
-    with torch._C.DisableTorchFunctionSubclass():
-        if not isinstance(input, Stacked):
-            return function(input, *args, **kwargs)
-        t, one = input.tensor, of_one(input.tensor)
-        one_out = function(one, *args, **kwargs)
-    if one_out.dtype != t.dtype:
-        raise NoForm("it is another dtype's view")
-    out = Stacked(t.reshape(n, *one_out.shape))
-    if out.tensor.data_ptr() != t.data_ptr() and one_out._base is one:
-        part((input, out))  # which are one memory in a network
+    if not isinstance(input, Stacked):
+        return function(input, *args, **kwargs)
+    t, sizes = input.tensor, args
+    if function not in VIEWS or kwargs or not all(type(size) is int for size in args):
+        if t.is_contiguous():
+            return batched(function, n, input, *args, **kwargs)
+        sizes = _regrouped_one(function, t, args, kwargs).shape
+    out = Stacked(t.reshape(n, *sizes))
+    if out.tensor.data_ptr() != t.data_ptr():
+        one = _regrouped_one(function, t, args, kwargs)
+        if one._base is not None:
+            part((input, out))  # which are one memory in a network
     return out
+
+
+VIEWS = (Tensor.view, Tensor.reshape)
+
+
+def _regrouped_one(function: Callable, t: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        one = function(of_one(t), *args, **kwargs)
+    if one.dtype != t.dtype:
+        raise NoForm("it is another dtype's view")
+    return one
 
 
 def transpose(n, input, dim0, dim1):
