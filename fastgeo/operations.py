@@ -75,6 +75,8 @@ row("empty_like full_like ones_like zeros_like", form_of=arithmetic.alike, rule=
 row("new_tensor", form_of=arithmetic.alike)
 row("_to_copy clone alias copy fill zero lift_fresh", rule=rules.elementwise)
 row("dropout", arithmetic.dropout)
+row("masked_fill", form_of=arithmetic.masked_fill)
+row("count_nonzero", arithmetic.count_nonzero)
 
 row("matmul bmm mm mv dot", arithmetic.matmul, rules.matmul)
 row("addmm", arithmetic.addmm)

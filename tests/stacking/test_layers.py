@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_equals_the_loop, assert_trains_like_the_loop, clones
+from conftest import assert_equals_the_loop, assert_trains_like_the_loop, clones, settings
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
@@ -220,9 +220,10 @@ def test_a_path_of_sparse_and_bounded_embeddings_is_optimized(engine, options):
     a, b = (nn.Sequential(nn.Embedding(7, 4, **options), nn.Linear(4, 3)) for _ in range(2))
     a[1].weight.data *= 5
     tokens = torch.tensor([0, 2, 1, 6, 3])
-    found = optimize(Path.linear(a, b, 4), a, [tokens], steps=2, engine=engine)
+    found = optimize(Path.linear(a, b, 4), a, [tokens], steps=2, **settings(engine=engine))
     plain = nn.Sequential(nn.Embedding(7, 4, max_norm=options.get("max_norm")), nn.Linear(4, 3))
-    expected = optimize(Path.linear(a, b, 4), plain, [tokens], steps=2, engine="loop")
+    loop = settings(engine="loop")
+    expected = optimize(Path.linear(a, b, 4), plain, [tokens], steps=2, **loop)
     got, wanted = (stack(plain)(path.stacked(), torch.arange(7)) for path in (found, expected))
     torch.testing.assert_close(got, wanted)
 

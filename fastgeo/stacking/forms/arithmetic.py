@@ -99,6 +99,18 @@ def dropout(n, input, p=0.5, training=True, inplace=False):
     return Stacked(F.dropout(each(input, n), p)) if training else input
 
 
+def masked_fill(function: Callable, n: int, input: Any, mask: Any, value: Any) -> Stacked:
+    """Before torch 2.12 its batching rule takes no number of each network's own."""
+    if isinstance(value, Stacked):
+        return elementwise(torch.where, n, mask, value, input)
+    return elementwise(function, n, input, mask, value)
+
+
+def count_nonzero(n, input, dim=None):
+    """It has no batching rule before torch 2.12."""
+    return batched(torch.sum, n, Stacked(input.tensor != 0), dim)
+
+
 def matmul(n, input, other):
     if rank_of(other) == 1:
         return Stacked(matmul(n, input, Stacked(each(other, n)[..., None])).tensor.squeeze(-1))
