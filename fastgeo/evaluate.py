@@ -16,7 +16,7 @@ from fastgeo.data.inputs import Inputs, each_tensor, is_inputs, on_device, tenso
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.modes import evaluation_mode
 from fastgeo.forward.options import Forward
-from fastgeo.path import Path, check_path_of
+from fastgeo.path import Path, check_buffers, check_path_of
 from fastgeo.recalibrate import recalibrate
 from fastgeo.step.engines import EngineChoice
 
@@ -148,7 +148,7 @@ def evaluate(
         >>> evaluate(path, module, {"test": (images, labels)}).splits["test"].barrier
         0.0123
     """
-    check_path_of(path, module)
+    module = check_path_of(path, module)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not splits:
@@ -158,6 +158,8 @@ def evaluate(
         name, data = next(iter(splits.items()))
         inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
         path = recalibrate(path, module, inputs, forward=forward)
+    else:
+        check_buffers(path.start, path.end, module, interpolated=path.interpolated)
     stacked = path.stacked()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
     results, lengths = {}, None

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.data.inputs import Passes
-from fastgeo.forward.modes import batch_statistics, evaluation_mode
+from fastgeo.data.inputs import Passes, on_device
+from fastgeo.forward.modes import batch_statistics, evaluation_mode, statistics
 from fastgeo.forward.options import Forward
-from fastgeo.path import Path, check_path_of
+from fastgeo.path import Path, check_buffers, check_path_of
+from fastgeo.recalibrate import settled
 from fastgeo.stacking.precision import matmul_precision
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite
@@ -30,6 +31,7 @@ FALLEN = 0.99  # of the energy, if it fell
 SECONDS = 5.0  # to the next look at them, about, if states are saved
 
 
+@torch.inference_mode(False)
 def optimize(
     path: Path,
     module: nn.Module,
@@ -95,8 +97,8 @@ def optimize(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    check_path_of(path, module)
-    order = Passes(batches, repeat=steps is not None)
+    module, recalibrated = check_path_of(path, module), forward.batchnorm == "recalibrate"
+    order = Passes(batches, repeat=steps is not None, alone=not recalibrated)
     if steps is None and descent.needs_steps:
         if not isinstance(batches, Sized):
             raise ValueError(
@@ -108,13 +110,17 @@ def optimize(
     taken = 0
     history: list[dict] = []
     velocity: dict[str, Tensor] = {}
-    if checkpoints is not None and (saved := checkpoints.load("optimize")) is not None:
+    saved = None if checkpoints is None else checkpoints.load("optimize")
+    if saved is not None:
         taken, (path, velocity) = saved.step, _restored(path, saved, sizes)
         order.load_state_dict(saved.tensors["state"]["order"])
         saved.set_generators()
-    mode = evaluation_mode(module)
-    if forward.batchnorm == "recalibrate":
-        mode = batch_statistics(module, update=False)
+    mode, updated = evaluation_mode(module), frozenset[str]()
+    if recalibrated and (first := order.peek()) is not None:
+        inputs = on_device(first[0], path.device)
+        own = statistics(module, path.start, inputs)
+        mode, updated = batch_statistics(module, own), own.names
+        path = settled(path, module, inputs, own, forward) if saved is None else path
     watched = checkpoints is not None or on_step is not None
     moving = Steps(
         module,
@@ -126,6 +132,7 @@ def optimize(
         most=max(sizes.values()) - 2,
         on_choice=on_choice,
     )
+    check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=updated)
     with (
         mode,
         matmul_precision(forward.precision),

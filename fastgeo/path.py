@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 StateDict = Mapping[str, Tensor]
+WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
 
 
 class Path:
@@ -25,6 +30,7 @@ class Path:
         start, end: name -> tensor, as in `state_dict()`.
         interior: name -> [N - 2, ...], the floating point entries. Integer entries are the same in
             all points and live in `start` and `end` only.
+        interpolated: names of buffers that differ between the ends and are interpolated knowingly.
         history: of a path that `fastgeo.optimize` returned, a mapping for each step of that call
             with "step", "points" (N), "energy" (nats), "sqrt_jsd" and "euclidean" before it and
             "seconds" since the first one, and a last one for the path itself, whose energy is that
@@ -36,9 +42,16 @@ class Path:
         <All keys matched successfully>
     """
 
-    def __init__(self, start: StateDict, interior: Mapping[str, Tensor], end: StateDict):
+    def __init__(
+        self,
+        start: StateDict,
+        interior: Mapping[str, Tensor],
+        end: StateDict,
+        interpolated: Iterable[str] = (),
+    ):
         self.start, self.interior, self.end = dict(start), dict(interior), dict(end)
         self.history: list[dict[str, float]] = []
+        self.interpolated = frozenset(interpolated)
 
     @classmethod
     def linear(
@@ -49,6 +62,7 @@ class Path:
         *,
         spacing: str = "even",
         batchnorm: str = "refuse",
+        interpolate_buffers: Collection[str] = (),
     ) -> "Path":
         """The straight line from a to b.
 
@@ -58,13 +72,26 @@ class Path:
             spacing: "even" places point i at i / (N - 1); "release" places the interior at
                 i / (N + 1), as the paper's public code does.
             batchnorm: "refuse" networks with BatchNorm, or "recalibrate": their running statistics
-                are to be computed anew by `fastgeo.recalibrate`.
+                are to be computed anew by `fastgeo.recalibrate`, as is all else that a network
+                updates by itself in train mode.
+            interpolate_buffers: names of other buffers that differ and are to be interpolated as
+                the weights are, a codebook for one. State dicts do not say what is a buffer, so
+                those of them are looked at where the path meets its module.
 
         Raises:
-            ValueError: n < 3, an unknown spacing, or ends that do not fit each other.
+            ValueError: n < 3, an unknown spacing, ends that do not fit each other, or a buffer that
+                differs between them and is not to be interpolated.
         """
+        modules = [network for network in (a, b) if isinstance(network, nn.Module)]
         a, b = state_dict(a), state_dict(b)
         check_same_form(a, b, batchnorm=batchnorm)
+        for name in interpolate_buffers:
+            if name not in a:
+                raise ValueError(
+                    f"interpolate_buffers names {name}, which the two ends do not have"
+                )
+        if modules and batchnorm == "refuse":
+            check_buffers(a, b, uncompiled(modules[0]), interpolated=interpolate_buffers)
         if not any(tensor.is_floating_point() for tensor in a.values()):
             raise ValueError("the two ends have no floating point entries to interpolate")
         if n < 3:
@@ -76,8 +103,9 @@ class Path:
         for name, start in a.items():
             if start.is_floating_point():
                 t = position.to(start).view(-1, *(1,) * start.ndim)
-                interior[name] = torch.lerp(start[None], b[name][None], t)
-        return cls(a, interior, b)
+                line = torch.lerp(start[None], b[name][None], t)
+                interior[name] = line.where(start != b[name], start)  # of infinities, too
+        return cls(a, interior, b, interpolate_buffers)
 
     def __len__(self) -> int:
         """N."""
@@ -189,7 +217,7 @@ class Path:
             weight = (places - edge).to(whole).view(-1, *(1,) * (whole.ndim - 1))
             low = edge.to(whole.device)
             interior[name] = torch.lerp(whole[low], whole[low + 1], weight)
-        return Path(self.start, interior, self.end)
+        return Path(self.start, interior, self.end, self.interpolated)
 
     def euclidean(self) -> Tensor:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
@@ -215,7 +243,10 @@ class Path:
         return cls(**read_tensors(FilePath(file), "path", device))
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        return {"start": self.start, "interior": self.interior, "end": self.end}
+        parts = {"start": self.start, "interior": self.interior, "end": self.end}
+        if self.interpolated:
+            parts["interpolated"] = {name: torch.empty(0) for name in sorted(self.interpolated)}
+        return parts
 
     def _point(self, i: int) -> dict[str, Tensor]:
         if i in (0, len(self) - 1):
@@ -236,13 +267,30 @@ def state_of(network: StateDict | nn.Module) -> dict[str, Tensor]:
         TypeError: anything else.
     """
     if isinstance(network, nn.Module):
-        network = network.state_dict()
+        network = uncompiled(network).state_dict()
     if not isinstance(network, Mapping) or not all(map(torch.is_tensor, network.values())):
         raise TypeError(
             f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
         )
     compiled = "_orig_mod." if all(name.startswith("_orig_mod.") for name in network) else ""
     return {name.removeprefix(compiled): tensor.detach() for name, tensor in network.items()}
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module itself, without torch.compile and without what only calls it.
+
+    Raises:
+        TypeError: anything else than a module written in Python.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(module).__name__} is TorchScript, whose forward cannot be called on other "
+            "parameters; give the nn.Module that it was made of"
+        )
+    inner = module.module if isinstance(module, WRAPPERS) else getattr(module, "_orig_mod", module)
+    return inner if inner is module else uncompiled(inner)
 
 
 def size_of(state: StateDict) -> str:
@@ -252,12 +300,15 @@ def size_of(state: StateDict) -> str:
     return f"{count:,} numbers ({', '.join(types)})"
 
 
-def check_path_of(path: Path, module: nn.Module) -> None:
-    """TypeError or ValueError, naming the first difference, unless the points are of module."""
+def check_path_of(path: Path, module: nn.Module) -> nn.Module:
+    """The module without its wrappers (`uncompiled`), of which the points of path are.
+
+    Raises:
+        TypeError, ValueError: anything else, naming the first difference.
+    """
     if not isinstance(path, Path):
         raise TypeError(f"path must be a fastgeo.Path, got {type(path).__name__}")
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    module = uncompiled(module)
     state = module.state_dict()
     for name in [*state, *path.start]:
         if name not in state or name not in path.start:
@@ -268,6 +319,65 @@ def check_path_of(path: Path, module: nn.Module) -> None:
                 f"{name} has shape {list(path.start[name].shape)} in the path and "
                 f"{list(state[name].shape)} in the module"
             )
+    for where, part in (("start", path.start), ("interior", path.interior), ("end", path.end)):
+        check_tied(part, module, f"the {where} of the path")
+    return module
+
+
+def check_tied(state: StateDict, module: nn.Module, where: str) -> None:
+    """ValueError if what is one tensor in the module, under several names, is not one in a state.
+
+    Args:
+        state: name -> tensor, some names of the module's or all.
+        where: the state, in words.
+    """
+    for named in (module.named_parameters, module.named_buffers):
+        first: dict[Tensor, str] = {}
+        for name, tensor in named(remove_duplicate=False):
+            if name in state:
+                other = first.setdefault(tensor, name)
+                if not torch.equal(state[name], state[other]):
+                    raise ValueError(
+                        f"{other} and {name} are one tensor in the module and differ in {where}; "
+                        "give both the same values, or a module in which they are not tied"
+                    )
+
+
+def check_buffers(
+    a: StateDict,
+    b: StateDict,
+    module: nn.Module,
+    *,
+    interpolated: Collection[str] = (),
+    updated: Collection[str] = (),
+) -> None:
+    """ValueError, naming the first buffer of the module that differs between two of its states.
+
+    Args:
+        interpolated: names of those that may, unless they are masks.
+        updated: names of those that the network updates by itself, so that they will be computed.
+    """
+    for name, _ in module.named_buffers(remove_duplicate=False):
+        if name not in a or name in updated or torch.equal(a[name], b[name]):
+            continue
+        if _is_mask(a[name]) and _is_mask(b[name]):
+            raise ValueError(
+                f"{name} is a mask of zeros and ones that differs between the two ends, and no "
+                "network between them has one; give both the same mask, or make it part of the "
+                "weights (torch.nn.utils.prune.remove)"
+            )
+        if name not in interpolated:
+            raise ValueError(
+                f"{name} is a buffer, which no training moves, and differs between the two ends; "
+                "what a network updates by itself in train mode is computed anew with "
+                "batchnorm='recalibrate', and anything else is interpolated if that is wanted: "
+                f"Path.linear(..., interpolate_buffers=[{name!r}])"
+            )
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether it holds nothing but zeros and ones, and more than one number."""
+    return tensor.ndim > 0 and bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") -> None:
@@ -282,8 +392,8 @@ def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") ->
             raise ValueError(
                 f"{name} belongs to a BatchNorm (or an InstanceNorm that tracks), whose running "
                 "statistics do not interpolate between networks; use GroupNorm or LayerNorm (or "
-                "track_running_stats=False) in its place and train again, or have those of "
-                "BatchNorm computed anew with batchnorm='recalibrate'"
+                "track_running_stats=False) in its place and train again, or have them computed "
+                "anew with batchnorm='recalibrate'"
             )
         if a[name].shape != b[name].shape:
             raise ValueError(
@@ -296,6 +406,11 @@ def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") ->
                 raise ValueError(
                     f"the two ends differ: {name} has {what} {found[0]} in a and {found[1]} in b"
                 )
-        counted = batchnorm == "recalibrate" and name.endswith("num_batches_tracked")
-        if not (counted or a[name].is_floating_point() or torch.equal(a[name], b[name])):
+        if a[name].is_floating_point():
+            for end, tensor in (("a", a[name]), ("b", b[name])):
+                if not (tensor.isfinite() | (a[name] == b[name])).all():  # as in a causal mask
+                    raise ValueError(f"{name} is not finite in {end}")
+            continue
+        count = batchnorm == "recalibrate" and not a[name].ndim  # of batches, say
+        if not (count or torch.equal(a[name], b[name])):
             raise ValueError(f"{name} is not floating point and differs between the two ends")

@@ -1,19 +1,27 @@
-"""Running statistics of BatchNorm for every network on a path, computed from data."""
+"""What every network on a path computes of its data while it is trained, computed anew."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.data.inputs import Passes, on_device
-from fastgeo.forward.modes import batch_norms, batch_statistics, tracking_instance_norm
+from fastgeo.data.inputs import Inputs, Passes, each_tensor, on_device
+from fastgeo.forward.modes import (
+    Statistics,
+    after_training,
+    in_training,
+    plain_averages,
+    statistics,
+)
 from fastgeo.forward.options import Forward
-from fastgeo.path import Path, check_path_of
+from fastgeo.path import Path, check_buffers, check_path_of
 from fastgeo.stacking.module import stack
 from fastgeo.step.engines import Engine
 
-STATISTICS = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+FAR = 2.0**10  # from which a moving average is seen to return
+SETTLED = 200  # passes, at most, until what the weights alone determine stays as it is
 
 
 @torch.no_grad()
@@ -25,62 +33,210 @@ def recalibrate(
     forward: Forward = Forward(),
     progress: bool = False,
 ) -> Path:
-    """The same path with the running statistics of every network, ends included, from data.
+    """The same path with the statistics of every network, ends included, from data.
 
     A network between two others has features of its own, whose means and variances are not between
-    theirs: with interpolated statistics it would be worse than it is. Every mean and variance
-    becomes the average over the batches, as with `torch.optim.swa_utils.update_bn` for each network
-    and in the curve finding of Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast
-    Ensembling of DNNs" (2018). Weights do not change.
+    theirs: with interpolated statistics it would be worse than it is. What a network updates by
+    itself in train mode is found by one pass over the first batch, whatever it is called, and
+    computed anew with the dropout off. Weights do not change.
+
+    * Every moving average, of BatchNorm or of a layer like it, becomes the plain average over the
+      batches, as with `torch.optim.swa_utils.update_bn` for each network and in the curve finding
+      of Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs" (2018).
+    * Counts, of batches or inputs, start at 0.
+    * What depends on the weights alone, as the vectors of spectral norm do, is updated until it
+      stays as it is.
+    * Anything else is updated over the batches in turn, from where it is.
+
+    A batch of one input after larger ones is left out, since it has no variance.
 
     Args:
         path: made with `Path.linear(..., batchnorm="recalibrate")`.
-        module: the network of all points; its BatchNorm layers must track statistics.
+        module: the network of all points.
         batches: one pass over inputs, as in `fastgeo.optimize`; training data, usually.
         forward: of which chunk and output matter here.
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: as in `fastgeo.optimize`; a module without such layers, or no batch.
+        TypeError, ValueError: as in `fastgeo.optimize`; a module that updates nothing, a buffer
+            that differs between the ends and is not updated, or no batch.
 
     Example:
         >>> path = optimize(path, module, batches, forward=Forward(batchnorm="recalibrate"))
         >>> path = recalibrate(path, module, batches)
     """
-    check_path_of(path, module)
-    names = [f"{layer}.{name}".lstrip(".") for layer in batch_norms(module) for name in STATISTICS]
-    names = [name for name in names if name in path.start]
-    if other := tracking_instance_norm(module):
-        raise ValueError(
-            f"layer {other} is InstanceNorm with running statistics, which cannot be recalibrated; "
-            "make it with track_running_stats=False and train again"
-        )
-    if not names:
-        raise ValueError("the module has no BatchNorm with running statistics to recalibrate")
-    stacked = path.stacked()
-    for name in names:
-        start = STATISTICS[name.rpartition(".")[2]]
-        stacked[name] = torch.full_like(stacked[name], start, memory_format=torch.contiguous_format)
-    network = stack(module, batchnorm="recalibrate", output=forward.output)
-    engine = Engine(network, forward.chunk)
-    seen = 0
-    for given, _ in tqdm(
-        Passes(batches, repeat=False),
-        desc="recalibrate",
-        unit="batch",
-        disable=not progress,
-    ):
-        inputs = on_device(given, path.device)
-        # The first batch also without updates: an engine that gives way must not leave any behind.
-        for update in (False, True) if seen == 0 else (True,):
-            with batch_statistics(module, update=update):
-                engine.forward(stacked, inputs)
-        seen += 1
-    if not seen:
+    module = check_path_of(path, module)
+    order = Passes(batches, repeat=False, alone=False)
+    first = order.peek()
+    if first is None:
         raise ValueError("batches must hold at least one batch of inputs")
+    inputs = on_device(first[0], path.device)
+    found = statistics(module, path.start, inputs)
+    names = [name for name in path.start if name in found.names]
+    check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=names)
+    if not names:
+        raise ValueError(
+            "the module has nothing to recalibrate: in train mode its forward updates no buffer, "
+            "as BatchNorm with running statistics does"
+        )
+    updates, stacked = _Updates(path, module, found, forward), path.stacked()
+    kinds = _Kinds.of(module, path.start, inputs, found)
+    values = {name: kinds.beginning(name, stacked[name], path.start[name]) for name in names}
+    updates.settle(values, kinds.free, inputs)
+    totals = {name: values[name].to(torch.float64, copy=True) for name in kinds.kept}
+    totals |= {name: values[name].clone() for name in kinds.counts}
+    seen = 0
+    for given, _ in tqdm(order, desc="recalibrate", unit="batch", disable=not progress):
+        after = updates(values, on_device(given, path.device))
+        for name, kept in kinds.kept.items():
+            totals[name] += after.pop(name).double() / (1 - kept)
+        for name in kinds.counts:
+            totals[name] += after.pop(name)
+        values |= after  # but for totals, to which every batch adds what it gives by itself
+        seen += 1
+    for name, total in totals.items():
+        values[name] = total if name in kinds.counts else (total / seen).to(values[name])
     start, interior, end = dict(path.start), dict(path.interior), dict(path.end)
     for name in names:
-        start[name], *_, end[name] = stacked[name].unbind(0)
+        start[name], *between, end[name] = values[name].unbind(0)
         if name in interior:
-            interior[name] = stacked[name][1:-1]
-    return Path(start, interior, end)
+            interior[name] = values[name][1:-1].contiguous()
+        elif not all(torch.equal(own, start[name]) for own in between):
+            raise ValueError(
+                f"{name} is an integer buffer in which the networks of a path come to differ; a "
+                "path holds one value of it"
+            )
+    return Path(start, interior, end, path.interpolated)
+
+
+@torch.no_grad()
+def settled(
+    path: Path, module: nn.Module, inputs: Inputs, found: Statistics, forward: Forward
+) -> Path:
+    """The path whose points between the ends have what depends on their weights alone, as the
+    vectors of spectral norm do, computed from these."""
+    free = _free(module, path.start, inputs, found)
+    if not free:
+        return path
+    stacked = path.stacked()
+    values = {name: path.start[name].expand_as(stacked[name]).clone() for name in sorted(free)}
+    _Updates(path, module, found, forward).settle(values, free, inputs)
+    interior = path.interior | {name: tensor[1:-1].clone() for name, tensor in values.items()}
+    return Path(path.start, interior, path.end, path.interpolated)
+
+
+class _Updates:
+    """Passes in train mode over all points of a path, whose weights stay as they are."""
+
+    def __init__(self, path: Path, module: nn.Module, found: Statistics, forward: Forward):
+        self.stacked, self.module, self.found = path.stacked(), module, found
+        network = stack(module, batchnorm="recalibrate", output=forward.output)
+        self.engine = Engine(network, forward.chunk)
+
+    def __call__(self, values: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+        """Statistics [N, ...] after one pass that begins with these values of them."""
+        given = {name: self.stacked[name] for name in self.found.names if name in self.stacked}
+        given = {name: tensor.clone() for name, tensor in (given | dict(values)).items()}
+        with in_training(self.module, self.found.layers), plain_averages(self.module):
+            self.engine.forward(self.stacked | given, inputs)
+        return {name: given[name] for name in values}
+
+    def settle(self, values: dict[str, Tensor], free: Collection[str], inputs: Inputs) -> None:
+        """Update some of the values until they change no more, up to half of their digits."""
+        for _ in range(SETTLED if free else 0):
+            after = self(values, inputs)
+            change = {name: (after[name] - values[name]).abs().max().item() for name in free}
+            values |= {name: after[name] for name in free}
+            if all(change[name] <= torch.finfo(values[name].dtype).eps ** 0.5 for name in free):
+                break
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """How the statistics of a network follow from data.
+
+    Attributes:
+        kept: moving averages -> which share of the old value an update keeps.
+        counts: names of integers to which every batch adds the same.
+        free: names of what depends on weights alone.
+    """
+
+    kept: dict[str, float]
+    counts: frozenset[str]
+    free: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, found: Statistics
+    ) -> "_Kinds":
+        """As seen on one network: layer by layer, from other values of what it updates."""
+
+        def after(**changed: Tensor) -> dict[str, Tensor]:
+            return after_training(module, {**state, **changed}, inputs, found)
+
+        kept, counts = {}, set()
+        own = dict(module.named_buffers(remove_duplicate=False))
+        as_it_is = after()
+        for layer in sorted({name.rpartition(".")[0] for name in found.names}):
+            names = [name for name in found.names if name.rpartition(".")[0] == layer]
+            whole = {n: state.get(n, own[n]) for n in names}
+            floats = [name for name in names if whole[name].is_floating_point()]
+            zero = {n: torch.zeros_like(t) for n, t in whole.items() if t.dtype != torch.bool}
+
+            def at(value: float, zero=zero, floats=floats) -> dict[str, Tensor]:
+                moved = {name: torch.full_like(zero[name], value) for name in floats}
+                return after(**{**zero, **moved})
+
+            from_zero, from_one, low, high = at(0.0), at(1.0), at(-FAR), at(FAR)
+            for name in names:
+                if name in floats:
+                    share = _share_kept(*(a[name] for a in (low, from_zero, from_one, high)))
+                    if share is not None:
+                        kept[name] = share
+                elif whole[name].dtype != torch.bool:
+                    added = as_it_is[name] - whole[name]
+                    if torch.equal(from_zero[name], added):
+                        counts.add(name)
+        others = found.names - kept.keys() - counts
+        free = _free(module, state, inputs, found) if others else frozenset()
+        return cls(kept, frozenset(counts), free & others)
+
+    def beginning(self, name: str, values: Tensor, start: Tensor) -> Tensor:
+        """[N, ...] before the first batch, in memory of its own."""
+        if name in self.kept or name in self.counts:
+            return torch.zeros_like(values, memory_format=torch.contiguous_format)
+        if name in self.free:  # of the start: vectors of any sign may cancel between the ends
+            values = start.expand_as(values)
+        return values.clone(memory_format=torch.contiguous_format)
+
+
+def _free(
+    module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, found: Statistics
+) -> frozenset[str]:
+    """Names of the floating point statistics that come out alike for other inputs."""
+    some, others = (
+        after_training(module, state, given, found)
+        for given in (inputs, each_tensor(torch.zeros_like, inputs))
+    )
+    names = {name for name in found.names if some[name].is_floating_point()}
+    return frozenset(name for name in names if torch.equal(some[name], others[name]))
+
+
+def _share_kept(low: Tensor, zero: Tensor, one: Tensor, high: Tensor) -> float | None:
+    """Which share of its old value a moving average keeps; None if it is none.
+
+    Args:
+        low, zero, one, high: after an update from -FAR, 0, 1 and FAR in all places.
+    """
+    eps = torch.finfo(zero.dtype).eps
+    low, zero, one, high = (tensor.double() for tensor in (low, zero, one, high))
+    if not zero.numel():
+        return None
+    share = max(0.0, ((high - low) / (2 * FAR)).median().item())
+    rounding = 16 * eps * (zero.abs() + FAR)
+    affine = all(
+        ((given - (zero + share * value)).abs() <= rounding).all()
+        for value, given in ((-FAR, low), (FAR, high))
+    )
+    close = ((one - (zero + share)).abs() <= 16 * eps * (zero.abs() + 1)).all()
+    return share if affine and close and share < 1 - 64 * eps else None

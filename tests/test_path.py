@@ -133,14 +133,16 @@ def test_integer_entries_stay_and_floating_buffers_interpolate(tmp_path):
         module.register_buffer("table", torch.full((2,), scale))
         return module
 
-    path = Path.linear(network(0.0), network(1.0), 3)
+    path = Path.linear(network(1.0), network(3.0), 3, interpolate_buffers=["table"])
     assert "index" not in path.interior
     middle = path.at(0.5)
     assert torch.equal(middle["index"], torch.arange(3))
-    assert torch.equal(middle["table"], torch.full((2,), 0.5))
+    assert torch.equal(middle["table"], torch.full((2,), 2.0))
     assert path.stacked()["index"].shape == (3, 3)
     path.save(tmp_path / "p")
-    assert torch.equal(Path.load(tmp_path / "p").at(0.2)["index"], torch.arange(3))
+    loaded = Path.load(tmp_path / "p")
+    assert torch.equal(loaded.at(0.2)["index"], torch.arange(3))
+    assert loaded.interpolated == path.resample(5).interpolated == {"table"}
 
 
 @pytest.mark.parametrize(

@@ -102,15 +102,32 @@ class Passes(Stream):
 
     The place in an iterable is the state of torch's global generator at the start of its pass and
     how many batches were drawn since, which are drawn again and left aside to return there.
+
+    Args:
+        batches: any iterable of inputs, or of tuples that begin with inputs and targets.
+        repeat: whether to begin again where a pass ends.
+        alone: whether a batch of one input counts that comes after larger ones.
     """
 
-    def __init__(self, batches: Iterable, *, repeat: bool):
+    def __init__(self, batches: Iterable, *, repeat: bool, alone: bool = True):
         if is_inputs(batches):
             raise TypeError("batches must be an iterable of inputs; give one batch as [inputs]")
-        self.batches, self.repeat = batches, repeat
+        self.batches, self.repeat, self.alone = batches, repeat, alone
         self._pass: Iterator | None = None
         self._start, self._drawn = torch.get_rng_state(), 0
+        self._largest = 0  # inputs in a batch so far
         self._waiting: list[tuple[Inputs, Any]] = []
+        self._before: dict[str, Tensor] = {}  # the place of what waits, in a stream
+
+    def peek(self) -> tuple[Inputs, Any] | None:
+        """What comes next, and still does afterwards; None if nothing does."""
+        if not self._waiting:
+            before = self.batches.state_dict() if isinstance(self.batches, Stream) else {}
+            drawn = next(self, None)
+            if drawn is not None:
+                self.put_back(drawn)
+                self._before = before
+        return self._waiting[-1] if self._waiting else None
 
     def put_back(self, drawn: tuple[Inputs, Any]) -> None:
         """Let this be what comes next."""
@@ -118,13 +135,47 @@ class Passes(Stream):
 
     def __next__(self) -> tuple[Inputs, Any]:
         if self._waiting:
+            self._before = {}
             return self._waiting.pop()
+        while True:
+            inputs, targets = self._inputs_of(self._draw())
+            size = max((len(t) for t in tensors_of(inputs) if t.ndim), default=1)
+            self._largest = max(self._largest, size)
+            if self.alone or size == self._largest or size > 1:
+                return inputs, targets
+
+    def state_dict(self) -> dict[str, Tensor]:
+        largest = {"largest": torch.tensor(self._largest)}
+        if isinstance(self.batches, Stream):
+            return (self._before or self.batches.state_dict()) | largest
+        start = torch.get_rng_state() if self._pass is None else self._start
+        place = {"drawn": torch.tensor(self._drawn), "waiting": torch.tensor(len(self._waiting))}
+        return {"start": start} | place | largest
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._waiting, self._before, self._largest = [], {}, int(state["largest"])
+        if isinstance(self.batches, Stream):
+            self.batches.load_state_dict(state)
+            return
+        torch.set_rng_state(state["start"])
+        self._begin()
+        batch = None
+        for _ in range(int(state["drawn"])):
+            batch = self._draw()
+        if state["waiting"]:
+            self._waiting = [self._inputs_of(batch)]
+
+    def _draw(self) -> Any:
+        """A batch as it comes."""
         batch = next(self._pass or self._begin(), _END)
         if batch is _END and self.repeat and self._drawn:
             batch = next(self._begin(), _END)
         if batch is _END:
             raise StopIteration
         self._drawn += 1
+        return batch
+
+    def _inputs_of(self, batch: Any) -> tuple[Inputs, Any]:
         several = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         inputs, targets = (*several, None, None)[:2]
         if not is_inputs(inputs):
@@ -132,22 +183,9 @@ class Passes(Stream):
                 "each of batches must be inputs [B, ...], a mapping with such tensors, or a tuple "
                 f"that begins with either, got {type(batch).__name__}"
             )
-        return (dict(inputs) if isinstance(inputs, Mapping) else inputs), targets
-
-    def state_dict(self) -> dict[str, Tensor]:
-        if isinstance(self.batches, Stream):
-            return self.batches.state_dict()
-        start = torch.get_rng_state() if self._pass is None else self._start
-        return {"start": start, "drawn": torch.tensor(self._drawn)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if isinstance(self.batches, Stream):
-            self.batches.load_state_dict(state)
-            return
-        torch.set_rng_state(state["start"])
-        self._begin()
-        for _ in range(int(state["drawn"])):
-            next(self)
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        # No gradient goes through what inference mode made.
+        return each_tensor(lambda t: t.clone() if t.is_inference() else t, inputs), targets
 
     def _begin(self) -> Iterator:
         self._start, self._drawn = torch.get_rng_state(), 0

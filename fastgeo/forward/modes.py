@@ -1,28 +1,15 @@
 """Modes in which a network is evaluated: without dropout, and BatchNorm on which statistics."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
+from fastgeo.data.inputs import Inputs, arguments
 from fastgeo.forward.standin import eagerly, held_by, unchanged
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module that torch.compile was given, or the module itself.
-
-    Raises:
-        TypeError: anything else than a module written in Python.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{type(module).__name__} is TorchScript, whose forward cannot be called on other "
-            "parameters; give the nn.Module that it was made of"
-        )
-    return getattr(module, "_orig_mod", module)
 
 
 @contextlib.contextmanager
@@ -82,25 +69,133 @@ def looked_at(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def batch_statistics(module: nn.Module, *, update: bool) -> Iterator[None]:
-    """BatchNorm on the statistics of its batch, all else in evaluation mode, for a while.
+@dataclass(frozen=True)
+class Statistics:
+    """What a network computes of its data while it is trained, to use it when it is evaluated.
+
+    Attributes:
+        names: of the buffers, such as the running mean of BatchNorm.
+        layers: in train mode they update these, and compute with those of the batch.
+    """
+
+    names: frozenset[str]
+    layers: tuple[nn.Module, ...]
+
+
+def statistics(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> Statistics:
+    """The buffers that a forward in train mode writes to, whatever their names and layers are.
 
     Args:
-        module: the network.
-        update: whether running statistics become the mean over the batches that are seen; they are
-            left alone otherwise.
+        module: the network; it is not changed.
+        state: name -> tensor of one network.
+        inputs: a batch, on which the forward is called.
     """
+    _, names = _after(module, state, inputs, module.modules())
+    owners = {name.rpartition(".")[0] for name in names}
+    layers = [layer for name, layer in module.named_modules() if name in owners]
+    _, found = _after(module, state, inputs, layers)
+    if not names <= found:  # a layer around them decides
+        above = [f"{name}." for name in names - found]
+        layers = [
+            layer
+            for name, layer in module.named_modules()
+            if name in owners or any(own.startswith(f"{name}.".lstrip(".")) for own in above)
+        ]
+        _, found = _after(module, state, inputs, layers)
+    return Statistics(frozenset(names & found), tuple(layers))
+
+
+def after_training(
+    module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, found: Statistics
+) -> dict[str, Tensor]:
+    """The statistics of a network after one pass in train mode."""
+    state, _ = _after(module, state, inputs, found.layers)
+    return {name: state[name] for name in found.names}
+
+
+def _after(
+    module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, layers: Iterable[nn.Module]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The state after one pass with these layers in train mode, and the buffers it wrote to.
+
+    What is written may be what was there: the vectors of spectral norm come to rest.
+    """
+    device = next(iter(state.values())).device
+    own, copies = {}, {}  # tensors may have several names
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if tensor not in copies:
+                copies[tensor] = state.get(name, tensor).detach().to(device, copy=True)
+            own[name] = copies[tensor]
+    before = {name: (own[name], own[name]._version, own[name].clone()) for name in own}
+    args, kwargs = arguments(module, inputs)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        looked_at(module),
+        in_training(module, layers),
+        plain_averages(module),
+    ):
+        functional_call(module, own, args, kwargs, tie_weights=False)
+    return own, {
+        name
+        for name, _ in module.named_buffers(remove_duplicate=False)
+        for tensor, version, value in [before[name]]
+        if own[name] is not tensor or tensor._version > version or not torch.equal(value, tensor)
+    }
+
+
+@contextlib.contextmanager
+def in_training(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """These layers in train mode for a while, and all else in evaluation mode."""
+    layers = list(layers)
     with evaluation_mode(module):
-        layers = batch_norms(module).values()
-        before = [(layer, layer.track_running_stats, layer.momentum) for layer in layers]
         for layer in layers:
-            layer.training, layer.track_running_stats, layer.momentum = True, update, None
+            layer.training = True
         try:
             yield
         finally:
-            for layer, tracked, momentum in before:
-                layer.training, layer.track_running_stats, layer.momentum = False, tracked, momentum
+            for layer in layers:
+                layer.training = False
+
+
+@contextlib.contextmanager
+def plain_averages(module: nn.Module) -> Iterator[None]:
+    """BatchNorm weighs all batches that it counts alike, for a while."""
+    before = [(layer, layer.momentum) for layer in batch_norms(module).values()]
+    for layer, _ in before:
+        layer.momentum = None
+    try:
+        yield
+    finally:
+        for layer, momentum in before:
+            layer.momentum = momentum
+
+
+@contextlib.contextmanager
+def batch_statistics(module: nn.Module, found: Statistics) -> Iterator[None]:
+    """The network on the statistics of its batch, which leave no trace, for a while."""
+    buffers: dict[nn.Module, list[str]] = {}
+    of = dict(module.named_modules(remove_duplicate=False))
+    for name in found.names:
+        layer, _, key = name.rpartition(".")
+        buffers.setdefault(of[layer], []).append(key)
+    kept: dict[nn.Module, list[dict]] = {layer: [] for layer in buffers}
+
+    def to_copies(layer: nn.Module, args: tuple) -> None:
+        kept[layer].append({key: layer._buffers[key] for key in buffers[layer]})
+        layer._buffers.update({key: t.clone() for key, t in kept[layer][-1].items()})
+
+    def back(layer: nn.Module, args: tuple, outputs: object) -> None:
+        layer._buffers.update(kept[layer].pop())
+
+    hooks = [layer.register_forward_pre_hook(to_copies, prepend=True) for layer in buffers]
+    hooks += [layer.register_forward_hook(back, always_call=True) for layer in buffers]
+    try:
+        with in_training(module, found.layers):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def batch_norms(module: nn.Module) -> "dict[str, nn.modules.batchnorm._BatchNorm]":
@@ -110,19 +205,11 @@ def batch_norms(module: nn.Module) -> "dict[str, nn.modules.batchnorm._BatchNorm
 
 
 def refuse_batch_norm(module: nn.Module) -> None:
-    """ValueError, naming the layer, if the module has BatchNorm."""
+    """ValueError, naming the layer, if the module has BatchNorm with running statistics."""
     for name, layer in batch_norms(module).items():
-        raise ValueError(
-            f"layer {name or type(layer).__name__} is BatchNorm, whose running statistics do not "
-            "interpolate between networks; use GroupNorm or LayerNorm in its place and train "
-            "again, or have them computed anew with batchnorm='recalibrate'"
-        )
-
-
-def tracking_instance_norm(module: nn.Module) -> str | None:
-    """The name of the first InstanceNorm that tracks statistics, if there is one."""
-    kind = nn.modules.instancenorm._InstanceNorm
-    for name, layer in module.named_modules():
-        if isinstance(layer, kind) and layer.track_running_stats:
-            return name or type(layer).__name__
-    return None
+        if layer.running_mean is not None:
+            raise ValueError(
+                f"layer {name or type(layer).__name__} is BatchNorm, whose running statistics do "
+                "not interpolate between networks; use GroupNorm or LayerNorm in its place and "
+                "train again, or have them computed anew with batchnorm='recalibrate'"
+            )

@@ -25,11 +25,11 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fastgeo.data.inputs import Inputs, arguments, tensors_by_name, tensors_within
-from fastgeo.forward.modes import looked_at, uncompiled
+from fastgeo.forward.modes import looked_at
 from fastgeo.matching.activations import correlations
 from fastgeo.matching.assignment import Assignment, inner
 from fastgeo.matching.relaxation import Relaxation
-from fastgeo.path import StateDict, check_same_form, size_of, state_of
+from fastgeo.path import StateDict, check_same_form, size_of, state_of, uncompiled
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 

@@ -23,9 +23,9 @@ from fastgeo.forward.modes import (
     no_fast_path,
     refuse_batch_norm,
     sparse_layers,
-    uncompiled,
 )
 from fastgeo.forward.standin import RUNNING, Unfollowed, Unsupported, eagerly, held_by
+from fastgeo.path import uncompiled
 from fastgeo.stacking.passes import Known, StackedPass, in_loops, to_loop
 from fastgeo.stacking.precision import Casts, check_precision, matmul_precision
 from fastgeo.stacking.values import (

@@ -63,6 +63,7 @@ class Step:
                 moving.copy_(self._rows([velocity[name] for name in names]))
             self._blocks.append(_Block(names, weight, moving))
         self._fixed, self._start, self._end = path.interior, path.start, path.end
+        self._interpolated = path.interpolated
         self.path = self._path_of(self._views("weight"))
         self.evaluated = self.path  # what the engine is given
 
@@ -115,7 +116,7 @@ class Step:
 
     def _path_of(self, trained: Mapping[str, Tensor]) -> Path:
         own = {name: trained[first] for name, first in self.trained.items()}
-        return Path(self._start, self._fixed | own, self._end)
+        return Path(self._start, self._fixed | own, self._end, self._interpolated)
 
     def _side_by_side(self, path: Path) -> list[list[str]]:
         if path.device.type == "cpu":

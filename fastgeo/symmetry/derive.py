@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, arguments, each_tensor, is_inputs, tensors_within
-from fastgeo.forward.modes import batch_norms, looked_at, uncompiled
+from fastgeo.forward.modes import batch_norms, looked_at
 from fastgeo.forward.standin import Call, Pass, layers_around, mapped, operation_of
+from fastgeo.path import uncompiled
 from fastgeo.symmetry import rules
 from fastgeo.symmetry.axes import Axis, fix, fixed
 from fastgeo.symmetry.spec import Block, Channels, PermutationSpec
