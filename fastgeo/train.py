@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.data.images import Dataset
-from fastgeo.data.inputs import Stream, each_tensor, on_device
+from fastgeo.data.inputs import Stream, each_tensor, on_device, tensors_of
 from fastgeo.data.loaders import Batch, LoaderData
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.options import Forward
@@ -142,17 +142,18 @@ def train_ends(
         for step in range(first_step, steps):
             if checkpoints is not None:
                 checkpoints.reached(_state(step, stacked, trained, optimizer, schedule, batches))
-            drawn = [next(own) for own in batches]
-            inputs = on_device(_stacked([inputs for inputs, _ in drawn]), data.device)
-            labels = torch.stack([labels for _, labels in drawn]).to(data.device)  # [K, B, ...]
+            drawn = [
+                (on_device(inputs, data.device), labels.to(data.device))
+                for inputs, labels in map(next, batches)
+            ]
             if choice.chosen is None:
                 one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
-                first_input = each_tensor(lambda tensor: tensor[:1], inputs)
+                first_input = each_tensor(lambda tensor: tensor[None], drawn[0][0])
                 choice.prepare(one, first_input, per_point=True, points=len(seeds))
 
             loss = choice.run(  # [K]
-                lambda engine, batch=(inputs, labels), check=step == first_step: _losses(
-                    engine, stacked, batch, forward.mask, check=check
+                lambda engine, drawn=drawn, check=step == first_step: _losses(
+                    engine, stacked, drawn, forward.mask, check=check
                 )
             )
             if not loss.isfinite().all():
@@ -160,10 +161,9 @@ def train_ends(
                     checkpoints.distrust()
                 k = int((~loss.isfinite()).nonzero()[0])
                 state = {name: tensor[k] for name, tensor in stacked.items()}
-                own = each_tensor(lambda tensor, k=k: tensor[k], inputs)
                 raise ValueError(
                     f"training stopped at step {step} of {steps}: the loss of network {LETTERS[k]} "
-                    f"is {loss[k].item()}, since {where(module, state, own)}; "
+                    f"is {loss[k].item()}, since {where(module, state, drawn[k][0])}; "
                     f"lower train-lr (now {training.train_lr})"
                 )
             gradients = {
@@ -239,19 +239,24 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _losses(
-    engine: Engine, stacked: dict[str, Tensor], batch: Batch, mask: str | None, *, check: bool
+    engine: Engine,
+    stacked: dict[str, Tensor],
+    drawn: Sequence[Batch],
+    mask: str | None,
+    *,
+    check: bool,
 ) -> Tensor:
-    """[K] nats, the mean loss of every network; leaves the gradient of their sum."""
-    inputs, labels = batch
+    """[K] nats, the mean loss of every network on its batch; leaves the gradient of their sum."""
     for tensor in stacked.values():
         tensor.grad = None
     losses = []
-    for part in engine.chunks(len(labels)):
-        own = each_tensor(lambda tensor, part=part: tensor[part], inputs)
+    for part in _alike(engine.chunks(len(drawn)), drawn):
+        own = _stacked([inputs for inputs, _ in drawn[part]])
+        labels = torch.stack([labels for _, labels in drawn[part]])  # [k, B, ...]
         outputs = engine.network(part_of(stacked, part), own, per_point=True)  # [k, B, ..., C]
         logits = logits_of(outputs)
         counted = rows_that_count(own, None, mask)
-        rows = label_rows("training data", labels[part], outputs[None], counted, check=check)
+        rows = label_rows("training data", labels, outputs[None], counted, check=check)
         loss = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none").view(len(logits), -1)
         count = (rows != IGNORED).view_as(loss).sum(1).clamp(min=1)
         loss = loss.mean(1) * (loss.shape[1] / count.to(loss))  # 1 where all count: bit for bit
@@ -260,8 +265,19 @@ def _losses(
     return torch.cat(losses)
 
 
+def _alike(chunks: Sequence[slice], drawn: Sequence[Batch]) -> Iterator[slice]:
+    """The chunks, parted where batches of neighbours have other shapes, as padded ones may."""
+    shapes = [[tensor.shape for tensor in (*tensors_of(x), y)] for x, y in drawn]
+    for chunk in chunks:
+        first = chunk.start
+        for k in range(first + 1, chunk.stop + 1):
+            if k == chunk.stop or shapes[k] != shapes[first]:
+                yield slice(first, k)
+                first = k
+
+
 def _stacked(inputs: list[Any]) -> Any:
-    """Inputs of K networks as one, tensors [K, B, ...]."""
+    """Inputs of networks as one, tensors [k, B, ...]."""
     if isinstance(inputs[0], Mapping):
         return {name: _stacked([own[name] for own in inputs]) for name in inputs[0]}
     if isinstance(inputs[0], Tensor):
