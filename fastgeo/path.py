@@ -409,7 +409,10 @@ def check_same_form(a: StateDict, b: StateDict, *, batchnorm: str = "refuse") ->
         if a[name].is_floating_point():
             for end, tensor in (("a", a[name]), ("b", b[name])):
                 if not (tensor.isfinite() | (a[name] == b[name])).all():  # as in a causal mask
-                    raise ValueError(f"{name} is not finite in {end}")
+                    raise ValueError(
+                        f"{name} is not finite in {end}, which no path can end in; look at how it "
+                        "was trained"
+                    )
             continue
         count = batchnorm == "recalibrate" and not a[name].ndim  # of batches, say
         if not (count or torch.equal(a[name], b[name])):

@@ -58,8 +58,7 @@ def recalibrate(
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: as in `fastgeo.optimize`; a module that updates nothing, a buffer
-            that differs between the ends and is not updated, or no batch.
+        TypeError, ValueError: as in `fastgeo.optimize`; a module that updates nothing, or no batch.
 
     Example:
         >>> path = optimize(path, module, batches, forward=Forward(batchnorm="recalibrate"))
@@ -74,11 +73,6 @@ def recalibrate(
     found = statistics(module, path.start, inputs)
     names = [name for name in path.start if name in found.names]
     check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=names)
-    if not names:
-        raise ValueError(
-            "the module has nothing to recalibrate: in train mode its forward updates no buffer, "
-            "as BatchNorm with running statistics does"
-        )
     updates, stacked = _Updates(path, module, found, forward), path.stacked()
     kinds = _Kinds.of(module, path.start, inputs, found)
     values = {name: kinds.beginning(name, stacked[name], path.start[name]) for name in names}

@@ -3,10 +3,12 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, arguments
 from fastgeo.forward.standin import eagerly, held_by, unchanged
@@ -89,6 +91,9 @@ def statistics(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -
         module: the network; it is not changed.
         state: name -> tensor of one network.
         inputs: a batch, on which the forward is called.
+
+    Raises:
+        ValueError: there are none.
     """
     _, names = _after(module, state, inputs, module.modules())
     owners = {name.rpartition(".")[0] for name in names}
@@ -102,6 +107,11 @@ def statistics(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -
             if name in owners or any(own.startswith(f"{name}.".lstrip(".")) for own in above)
         ]
         _, found = _after(module, state, inputs, layers)
+    if not names & found:
+        raise ValueError(
+            "the module has nothing to recalibrate: in train mode its forward updates no buffer, "
+            "as BatchNorm with running statistics does; leave out batchnorm='recalibrate'"
+        )
     return Statistics(frozenset(names & found), tuple(layers))
 
 
@@ -120,28 +130,41 @@ def _after(
 
     What is written may be what was there: the vectors of spectral norm come to rest.
     """
-    device = next(iter(state.values())).device
+    own = copied_state(module, state)
+    buffers = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    before = [(name, own[name], own[name]._version, own[name].clone()) for name in buffers]
+    devices = {tensor.device for tensor in own.values() if tensor.is_cuda}
+    with (
+        torch.random.fork_rng(devices=devices),
+        looked_at(module),
+        in_training(module, layers),
+        plain_averages(module),
+    ):
+        called_with(module, own, inputs)
+    return own, {
+        name
+        for name, tensor, version, value in before
+        if own[name] is not tensor or tensor._version > version or not torch.equal(value, tensor)
+    }
+
+
+def copied_state(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A network's parameters and buffers by all of their names, copied; the module's own of those
+    that the state lacks."""
+    device = next((tensor.device for tensor in state.values()), None)
     own, copies = {}, {}  # tensors may have several names
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             if tensor not in copies:
                 copies[tensor] = state.get(name, tensor).detach().to(device, copy=True)
             own[name] = copies[tensor]
-    before = {name: (own[name], own[name]._version, own[name].clone()) for name in own}
-    args, kwargs = arguments(module, inputs)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        looked_at(module),
-        in_training(module, layers),
-        plain_averages(module),
-    ):
-        functional_call(module, own, args, kwargs, tie_weights=False)
-    return own, {
-        name
-        for name, _ in module.named_buffers(remove_duplicate=False)
-        for tensor, version, value in [before[name]]
-        if own[name] is not tensor or tensor._version > version or not torch.equal(value, tensor)
-    }
+    return own
+
+
+def called_with(module: nn.Module, own: dict[str, Tensor], inputs: Inputs) -> Any:
+    """What a module returns in another state, which it may update, on a copy of the inputs."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, arguments(module, inputs))
+    return functional_call(module, own, args, kwargs, tie_weights=False)
 
 
 @contextlib.contextmanager

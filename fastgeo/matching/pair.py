@@ -29,7 +29,8 @@ from fastgeo.forward.modes import looked_at
 from fastgeo.matching.activations import correlations
 from fastgeo.matching.assignment import Assignment, inner
 from fastgeo.matching.relaxation import Relaxation
-from fastgeo.path import StateDict, check_same_form, size_of, state_of, uncompiled
+from fastgeo.path import StateDict, check_same_form, check_tied, size_of, state_of, uncompiled
+from fastgeo.step.agreement import refuse_random
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
@@ -149,6 +150,7 @@ def match(
     module, (first, second) = same_network([a, b], module)
     inputs = example(module, example_input)
     symmetries = Symmetries(module, inputs)
+    refuse_random(module, {}, inputs)
     warn_of_nothing(symmetries.spec)
     objective = Objective(symmetries.spec, first, second)
     starts: list[tuple[str, ...]] = [("activations",)]
@@ -307,6 +309,8 @@ def same_network(
     for name in states[0]:
         if name not in own:
             raise ValueError(f"{name} is in the state dicts and not in the module")
+    for i, state in enumerate(states):
+        check_tied(state, module, f"network {i + 1}")
     return module, states
 
 

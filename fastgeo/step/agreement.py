@@ -1,12 +1,104 @@
 """Whether an engine computes what the module computes: its outputs and their gradients."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
-from fastgeo.data.inputs import Inputs, first_few
+import torch
+from torch import Tensor, nn
+
+from fastgeo.data.inputs import Inputs, first_few, tensors_within
+from fastgeo.forward.modes import called_with, copied_state, looked_at
 from fastgeo.stacking.module import Parameters, StackedModule
 
 FEW_INPUTS = 8  # on which engines are checked, and memory is estimated
+SAME = 1e-5  # of the largest number, what an order of sums may change
+
+
+def refuse_random(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> None:
+    """ValueError, naming the layer, if a network in evaluation mode gives now this and now that.
+
+    Args:
+        state: name -> tensor of one network.
+    """
+    first, second = (_outputs(module, state, inputs) for _ in range(2))
+    if _same(first, second):
+        return
+    calls = [_calls(module, state, inputs) for _ in range(2)]
+    name = next(
+        (
+            name
+            for (name, given, gave), (_, given_then, gave_then) in zip(*calls, strict=False)
+            if _same(given, given_then) and not _same(gave, gave_then)
+        ),
+        "",
+    )
+    layer = type(module.get_submodule(name)).__name__
+    raise ValueError(
+        f"{f'layer {name}, {layer},' if name else layer} draws random numbers in evaluation mode: "
+        "the same inputs give other outputs, and a path would be one of noise; switch that off in "
+        "eval mode (F.dropout has training=self.training)"
+    )
+
+
+def refuse_probabilities(outputs: Any) -> None:
+    """ValueError if what should be logits [..., C] are the probabilities of C classes."""
+    if isinstance(outputs, Tensor) and outputs.ndim and outputs.shape[-1] > 1:
+        sums = outputs.double().sum(-1)
+        if (outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            raise ValueError(
+                "the network gives probabilities, rows that sum to 1, and logits are wanted, of "
+                "which softmax is taken once more; take the softmax at its end away, or its log"
+            )
+
+
+def _outputs(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    with looked_at(module):
+        return _copies(called_with(module, copied_state(module, state), inputs))
+
+
+def _calls(
+    module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs
+) -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """The calls of all layers, the inner ones first: name, what it was given, what it gave."""
+    given: dict[str, list[list[Tensor]]] = {}
+    found: list[tuple[str, list[Tensor], list[Tensor]]] = []
+    hooks = []
+    for name, layer in module.named_modules():
+
+        def before(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+            given.setdefault(name, []).append(_copies((args, kwargs)))
+
+        def after(_: nn.Module, args: tuple, outputs: Any, name: str = name) -> None:
+            found.append((name, given[name].pop(), _copies(outputs)))
+
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after))
+    try:
+        _outputs(module, state, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _copies(value: Any) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors_within(value)]
+
+
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two lists of tensors are equal up to rounding."""
+    return len(some) == len(others) and all(
+        one.shape == other.shape and _close(one, other)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if torch.equal(one, other) or not one.is_floating_point():
+        return torch.equal(one, other)
+    finite = one[one.isfinite()]
+    atol = SAME * finite.abs().max().item() if len(finite) else 0.0
+    return torch.allclose(one, other, rtol=0, atol=atol, equal_nan=True)
 
 
 def networks_like(params: Parameters, count: int) -> dict[str, Tensor]:

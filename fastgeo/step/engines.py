@@ -23,7 +23,14 @@ from fastgeo.forward.standin import Unsupported
 from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.stacking.precision import matmul_precision
 from fastgeo.stacking.values import first_line
-from fastgeo.step.agreement import check_agreement, few_of, networks_like, outputs_and_gradients
+from fastgeo.step.agreement import (
+    check_agreement,
+    few_of,
+    networks_like,
+    outputs_and_gradients,
+    refuse_probabilities,
+    refuse_random,
+)
 from fastgeo.step.memory import activation_bytes, free_bytes, step_memory
 
 T = TypeVar("T")
@@ -112,8 +119,9 @@ class EngineChoice:
             most: N of all that is to come, if that is more: engines are checked once.
 
         Raises:
-            ValueError: a memory budget that one network exceeds, or an engine that was named and
-                does not compute what the module computes.
+            ValueError: a memory budget that one network exceeds, an engine that was named and does
+                not compute what the module computes, or a network that is random in evaluation
+                mode or gives probabilities.
         """
         if self.chosen or self._visits:
             return
@@ -125,6 +133,7 @@ class EngineChoice:
         with evaluation_mode(self.module):
             few, scale = few_of(loop, params, inputs, per_point)
             if self._agrees is None:
+                self._look_at_one(loop, params, few, per_point)
                 self._agrees = self._checked(candidates, params, few, per_point, most or points)
         agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
         for engine in agreeing or candidates[-1:]:
@@ -198,6 +207,16 @@ class EngineChoice:
             precision=precision,
             output=self.forward.output,
         )
+
+    def _look_at_one(
+        self, loop: StackedModule, params: Parameters, few: Inputs, per_point: bool
+    ) -> None:
+        """ValueError if what one network gives is random, or no logits but probabilities."""
+        state = {name: tensor[0] for name, tensor in params.items()}
+        own = each_tensor(lambda tensor: tensor[0], few) if per_point else few
+        refuse_random(self.module, state, own)
+        with torch.no_grad():
+            refuse_probabilities(loop(params, few, per_point=per_point))
 
     def _checked(
         self,
