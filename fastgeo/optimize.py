@@ -98,6 +98,7 @@ def optimize(
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     module, recalibrated = check_path_of(path, module), forward.batchnorm == "recalibrate"
+    path = _outside_of_inference(path)
     order = Passes(batches, repeat=steps is not None, alone=not recalibrated)
     if steps is None and descent.needs_steps:
         if not isinstance(batches, Sized):
@@ -209,6 +210,16 @@ def _warn_of_no_fall(history: list[dict], lr: float) -> None:
             f"is {last:.4g} behind the last; lower lr (now {lr}), or give more steps",
             stacklevel=3,
         )
+
+
+def _outside_of_inference(path: Path) -> Path:
+    """The path, of which a gradient may be taken."""
+    return Path(
+        **{
+            part: {name: t.clone() if t.is_inference() else t for name, t in tensors.items()}
+            for part, tensors in path._parts().items()
+        }
+    )
 
 
 def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dict[str, Tensor]]:

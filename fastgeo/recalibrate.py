@@ -43,7 +43,7 @@ def recalibrate(
     * Every moving average, of BatchNorm or of a layer like it, becomes the plain average over the
       batches, as with `torch.optim.swa_utils.update_bn` for each network and in the curve finding
       of Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs" (2018).
-    * Counts, of batches or inputs, start at 0.
+    * Counts and sums, of batches or inputs, start at 0.
     * What depends on the weights alone, as the vectors of spectral norm do, is updated until it
       stays as it is.
     * Anything else is updated over the batches in turn, from where it is.
@@ -75,18 +75,22 @@ def recalibrate(
     check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=names)
     updates, stacked = _Updates(path, module, found, forward), path.stacked()
     kinds = _Kinds.of(module, path.start, inputs, found)
+    for name in kinds.kept.keys() - path.start.keys():
+        raise ValueError(
+            f"{name} is a moving average that is in no state dict (persistent=False), so that a "
+            "path cannot hold it"
+        )
     values = {name: kinds.beginning(name, stacked[name], path.start[name]) for name in names}
-    updates.settle(values, kinds.free, inputs)
+    updates.settle(values, kinds.free & values.keys(), inputs)
     totals = {name: values[name].to(torch.float64, copy=True) for name in kinds.kept}
-    totals |= {name: values[name].clone() for name in kinds.counts}
+    totals |= {name: values[name].clone() for name in kinds.counts & values.keys()}
     seen = 0
     for given, _ in tqdm(order, desc="recalibrate", unit="batch", disable=not progress):
         after = updates(values, on_device(given, path.device))
-        for name, kept in kinds.kept.items():
-            totals[name] += after.pop(name).double() / (1 - kept)
-        for name in kinds.counts:
-            totals[name] += after.pop(name)
-        values |= after  # but for totals, to which every batch adds what it gives by itself
+        for name, total in totals.items():  # to which every batch adds what it gives by itself
+            value = after.pop(name)
+            total += value.double() / (1 - kinds.kept[name]) if name in kinds.kept else value
+        values |= after
         seen += 1
     for name, total in totals.items():
         values[name] = total if name in kinds.counts else (total / seen).to(values[name])
@@ -109,9 +113,10 @@ def settled(
 ) -> Path:
     """The path whose points between the ends have what depends on their weights alone, as the
     vectors of spectral norm do, computed from these."""
-    free = _free(module, path.start, inputs, found)
+    free = _free(module, path.start, inputs, found) & path.interior.keys()
     if not free:
         return path
+    free &= _Kinds.of(module, path.start, inputs, found).free
     stacked = path.stacked()
     values = {name: path.start[name].expand_as(stacked[name]).clone() for name in sorted(free)}
     _Updates(path, module, found, forward).settle(values, free, inputs)
@@ -129,8 +134,8 @@ class _Updates:
 
     def __call__(self, values: Mapping[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
         """Statistics [N, ...] after one pass that begins with these values of them."""
-        given = {name: self.stacked[name] for name in self.found.names if name in self.stacked}
-        given = {name: tensor.clone() for name, tensor in (given | dict(values)).items()}
+        own = {name: self.stacked[name] for name in self.found.names & self.stacked.keys()}
+        given = {name: tensor.clone() for name, tensor in (own | dict(values)).items()}
         with in_training(self.module, self.found.layers), plain_averages(self.module):
             self.engine.forward(self.stacked | given, inputs)
         return {name: given[name] for name in values}
@@ -151,7 +156,7 @@ class _Kinds:
 
     Attributes:
         kept: moving averages -> which share of the old value an update keeps.
-        counts: names of integers to which every batch adds the same.
+        counts: names of what every batch is added to.
         free: names of what depends on weights alone.
     """
 
@@ -185,7 +190,9 @@ class _Kinds:
             for name in names:
                 if name in floats:
                     share = _share_kept(*(a[name] for a in (low, from_zero, from_one, high)))
-                    if share is not None:
+                    if share == 1:
+                        counts.add(name)
+                    elif share is not None:
                         kept[name] = share
                 elif whole[name].dtype != torch.bool:
                     added = as_it_is[name] - whole[name]
@@ -207,17 +214,22 @@ class _Kinds:
 def _free(
     module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, found: Statistics
 ) -> frozenset[str]:
-    """Names of the floating point statistics that come out alike for other inputs."""
-    some, others = (
-        after_training(module, state, given, found)
-        for given in (inputs, each_tensor(torch.zeros_like, inputs))
-    )
-    names = {name for name in found.names if some[name].is_floating_point()}
-    return frozenset(name for name in names if torch.equal(some[name], others[name]))
+    """Names of the floating point statistics that come out alike for other inputs, wherever they
+    begin: a largest value that was seen may be larger than all there is."""
+    nothing = each_tensor(torch.zeros_like, inputs)
+    own = dict(module.named_buffers(remove_duplicate=False))
+    names = {name for name in found.names if own[name].is_floating_point()}
+    for value in (-FAR, FAR):
+        moved = {name: torch.full_like(state.get(name, own[name]), value) for name in names}
+        some, others = (
+            after_training(module, {**state, **moved}, given, found) for given in (inputs, nothing)
+        )
+        names = {name for name in names if torch.equal(some[name], others[name])}
+    return frozenset(names)
 
 
 def _share_kept(low: Tensor, zero: Tensor, one: Tensor, high: Tensor) -> float | None:
-    """Which share of its old value a moving average keeps; None if it is none.
+    """Which share of its old value a moving average keeps, and a count 1; None if it is neither.
 
     Args:
         low, zero, one, high: after an update from -FAR, 0, 1 and FAR in all places.
@@ -233,4 +245,6 @@ def _share_kept(low: Tensor, zero: Tensor, one: Tensor, high: Tensor) -> float |
         for value, given in ((-FAR, low), (FAR, high))
     )
     close = ((one - (zero + share)).abs() <= 16 * eps * (zero.abs() + 1)).all()
-    return share if affine and close and share < 1 - 64 * eps else None
+    if not affine or not close:
+        return None
+    return 1.0 if share > 1 - 64 * eps else share

@@ -136,9 +136,10 @@ class _RandomStream:
 
     def drawn(self, name: str, loader: Iterable) -> Iterator[Any]:
         """One pass over a copy of a loader; those of Python and NumPy begin anew in every pass."""
-        start = torch.Generator()
-        start.set_state(self.state)
-        seed = int(torch.randint(2**31, (), generator=start))
+        generator = torch.Generator()
+        generator.set_state(self.state)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        self.state = generator.get_state()
         others = random.Random(seed).getstate(), np.random.RandomState(seed).get_state()
         own, end = own_loader(name, loader, seed), object()
 
@@ -167,6 +168,7 @@ def _set_generators(states: tuple) -> None:
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GLOBAL = (torch.default_generator, random.random.__self__, np.random.random.__self__)
 CONTAINERS = (list, tuple, dict, set)
 LOOKED_INTO = 100  # entries of a container; a longer one holds data
 
@@ -198,7 +200,8 @@ class _Known:
 
     def __init__(self, loader: Iterable, seed: int):
         self.copies: dict[int, Any] = {}
-        self._seed, self._random = seed, {}
+        self._seed = seed
+        self._random: dict[int, bool] = {}  # id -> whether there is a generator
         self._is_random(loader, data=False)
 
     def _is_random(self, value: Any, *, data: bool) -> bool:
@@ -211,6 +214,12 @@ class _Known:
         return self._random[id(value)]
 
     def _look(self, value: Any, data: bool) -> bool:
+        owner = getattr(value, "__self__", value)  # of a method
+        if any(owner is generator for generator in GLOBAL):  # each reader has its own state of it
+            self.copies[id(value)] = value
+            return False
+        if callable(value) and owner is not value:
+            return self._is_random(owner, data=data)
         if isinstance(value, GENERATORS):
             self.copies[id(value)] = _seeded(value, self._seed)
             self._seed += 1

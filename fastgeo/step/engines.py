@@ -182,6 +182,7 @@ class EngineChoice:
         choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
         layouts = [True, False] if choice else [False]
         how = self.forward
+        ways: list[tuple[str, bool, int | None]]
         if how.engine != "auto":
             ways = [(own, False, None)]
         elif how.precision == "bf16":  # which that engine alone can

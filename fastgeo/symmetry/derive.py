@@ -146,7 +146,7 @@ class Symmetries:
         atoms: dict[str, list[list[Axis]]] = {}  # of each axis, the free ones
         for name, axes in state.items():
             atoms[name] = [[] for _ in axes]
-            for term in terms_of(axes):
+            for term in terms_of(axes) if all(axis.size for axis in axes) else ():
                 for atom, of in zip(term.atoms, term.of, strict=True):
                     if atom.why is None and atom not in atoms[name][of]:
                         atoms[name][of].append(atom)
@@ -165,7 +165,10 @@ class Symmetries:
         return PermutationSpec(
             channels=channels,
             blocks=tuple(
-                block for name, axes in state.items() for block in self.blocks(name, axes)
+                block
+                for name, axes in state.items()
+                if all(axis.size for axis in axes)
+                for block in self.blocks(name, axes)
             ),
             axes={
                 name: tuple(tuple(self._names[atom] for atom in own) for own in axes)
