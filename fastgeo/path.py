@@ -366,6 +366,8 @@ def check_buffers(
                 "network between them has one; give both the same mask, or make it part of the "
                 "weights (torch.nn.utils.prune.remove)"
             )
+        if not a[name].is_floating_point():
+            raise ValueError(f"{name} is not floating point and differs between the two ends")
         if name not in interpolated:
             raise ValueError(
                 f"{name} is a buffer, which no training moves, and differs between the two ends; "

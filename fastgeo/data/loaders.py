@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,9 +169,11 @@ def _set_generators(states: tuple) -> None:
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-GLOBAL = (torch.default_generator, random.random.__self__, np.random.random.__self__)
+GLOBAL = (torch.default_generator, random._inst, np.random.mtrand._rand)
+SHARED = (Tensor, np.ndarray, nn.Module, types.ModuleType)
 CONTAINERS = (list, tuple, dict, set)
 LOOKED_INTO = 100  # entries of a container; a longer one holds data
+DEPTH = 12  # of objects within objects that are looked into
 
 
 def own_loader(name: str, loader: Iterable, seed: int) -> Iterable:
@@ -202,35 +205,35 @@ class _Known:
         self.copies: dict[int, Any] = {}
         self._seed = seed
         self._random: dict[int, bool] = {}  # id -> whether there is a generator
-        self._is_random(loader, data=False)
+        self._is_random(loader, DEPTH, data=False)
 
-    def _is_random(self, value: Any, *, data: bool) -> bool:
+    def _is_random(self, value: Any, depth: int, *, data: bool) -> bool:
         """Whether a generator is in a value; what has none is shared if it is data."""
         if id(value) not in self._random:
             self._random[id(value)] = False  # or it would be looked at in circles
-            self._random[id(value)] = found = self._look(value, data)
+            self._random[id(value)] = found = depth > 0 and self._look(value, depth - 1, data)
             if data and not found:
                 self.copies[id(value)] = value
         return self._random[id(value)]
 
-    def _look(self, value: Any, data: bool) -> bool:
+    def _look(self, value: Any, depth: int, data: bool) -> bool:
         owner = getattr(value, "__self__", value)  # of a method
         if any(owner is generator for generator in GLOBAL):  # each reader has its own state of it
             self.copies[id(value)] = value
             return False
         if callable(value) and owner is not value:
-            return self._is_random(owner, data=data)
+            return self._is_random(owner, depth, data=data)
         if isinstance(value, GENERATORS):
             self.copies[id(value)] = _seeded(value, self._seed)
             self._seed += 1
             return True
-        if isinstance(value, Tensor | np.ndarray | nn.Module):
+        if isinstance(value, SHARED):
             self.copies[id(value)] = value
             return False
         if isinstance(value, CONTAINERS):
             parts = value.values() if isinstance(value, dict) else value
             parts = parts if len(value) <= LOOKED_INTO else ()
-            return any([self._is_random(part, data=data) for part in parts])
+            return any([self._is_random(part, depth, data=data) for part in parts])
         if isinstance(value, type) or not hasattr(value, "__dict__"):
             return False
         found = []
@@ -241,7 +244,7 @@ class _Known:
             shared = isinstance(part, Dataset)
             shared |= isinstance(value, DataLoader) and name in ("dataset", "collate_fn")
             shared &= not isinstance(part, IterableDataset)  # which may hold its place
-            found.append(self._is_random(part, data=data or shared))
+            found.append(self._is_random(part, depth, data=data or shared))
         return any(found)
 
 

@@ -138,7 +138,8 @@ class EngineChoice:
         agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
         for engine in agreeing or candidates[-1:]:
             if self._budget is not None:
-                chunk = self._affordable(engine.network, params, inputs, per_point, points)
+                given = engine.network, params, inputs, per_point
+                chunk = self._affordable(self._budget, *given, points=points)
                 engine = Engine(engine.network, chunk)
             elif self.forward.engine == "auto" and self.forward.chunk is None:
                 with evaluation_mode(self.module):
@@ -242,7 +243,8 @@ class EngineChoice:
         # operations are compared without it.
         precision = "bf16" if self.forward.precision == "bf16" else "fp32"
         loop = self._network("loop", False, "fp32")
-        found, options = {}, dict(gradients=self.work != "evaluation")
+        found: dict[str, str] = {}
+        gradients = self.work != "evaluation"
         for kind, (size, network) in largest.items():
             own = few
             if per_point:
@@ -250,10 +252,10 @@ class EngineChoice:
             given = (networks_like(params, size), own, per_point)
             try:
                 with matmul_precision("fp32"):
-                    expected = outputs_and_gradients(loop, *given, **options)
+                    expected = outputs_and_gradients(loop, *given, gradients=gradients)
                     if network.precision != precision:
                         network = self._network(kind, network.channels_last, precision)
-                    got = outputs_and_gradients(network, *given, **options)
+                    got = outputs_and_gradients(network, *given, gradients=gradients)
                     check_agreement(got, expected, precision)
                 found[kind] = ""
             except Exception as error:  # noqa: BLE001 - as in `run`
@@ -264,24 +266,26 @@ class EngineChoice:
 
     def _affordable(
         self,
+        budget: int,
         network: StackedModule,
         params: Parameters,
         inputs: Inputs,
         per_point: bool,
+        *,
         points: int,
     ) -> int | None:
         """How many networks' activations fit into half of the budget; None if all fit into it."""
         with evaluation_mode(self.module):
             each = activation_bytes(network, params, inputs, per_point=per_point)
-        if points * each <= self._budget:
+        if points * each <= budget:
             return None
-        if 2 * each > self._budget:
+        if 2 * each > budget:
             raise ValueError(
-                f"memory_budget {size_of(self._budget)} is too small: the activations of one "
+                f"memory_budget {size_of(budget)} is too small: the activations of one "
                 f"network are {size_of(each)} on these inputs, and a step keeps those of two; give "
                 f"{size_of(2 * each)} or smaller batches"
             )
-        return self._budget // (2 * each)
+        return budget // (2 * each)
 
     def _fitting(
         self,
