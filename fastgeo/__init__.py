@@ -1,5 +1,7 @@
 """Geodesics between trained networks: every network on the path in one pass."""
 
+from importlib.metadata import version
+
 from fastgeo import operations  # noqa: F401 - fills the table of operations
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.figures import Comparison, compare
@@ -17,6 +19,7 @@ from fastgeo.symmetry.derive import permutation_spec
 from fastgeo.symmetry.spec import PermutationSpec
 from fastgeo.train import Training, train_ends
 
+__version__ = version("fastgeo")
 __all__ = [
     "Checkpoints",
     "CommonFrame",

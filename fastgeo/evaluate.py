@@ -111,7 +111,7 @@ class Evaluation:
 def evaluate(
     path: Path,
     module: nn.Module,
-    splits: Mapping[str, Data],
+    splits: Mapping[str, Data] | Data,
     *,
     batch_size: int = 256,
     forward: Forward = Forward(),
@@ -128,7 +128,7 @@ def evaluate(
             any mapping of such tensors and other values, as in `fastgeo.optimize`: labels in it are
             dropped unread. The labels beside it are integers within 0 .. C - 1, [n], or [n, ...]
             for logits [n, ..., C], or -100 where a row does not count. The lengths are taken on the
-            first split.
+            first split. One such set by itself, a loader for one, is called "data".
         batch_size: inputs in one pass, for splits given as tensors.
         forward: engine, chunk, precision and the like (`fastgeo.Forward`). Losses, accuracies and
             lengths are means over the rows that count. With batchnorm="recalibrate" the running
@@ -145,12 +145,15 @@ def evaluate(
             labels whose counts differ, or labels that are not classes.
 
     Example:
-        >>> evaluate(path, module, {"test": (images, labels)}).splits["test"].barrier
+        >>> evaluate(path, module, loader).splits["data"].barrier
         0.0123
+        >>> evaluate(path, module, {"train": (images, labels), "test": loader}).table()
     """
     module = check_path_of(path, module)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(splits, Mapping):
+        splits = {"data": splits}
     if not splits:
         raise ValueError("splits must name at least one set of inputs and labels, got none")
     choice = EngineChoice(module, forward, work="evaluation", on_choice=on_choice)

@@ -309,6 +309,14 @@ def test_an_energy_that_is_not_finite_stops_and_leaves_the_last_good_path(path, 
         optimize(path, module, [images()], steps=1, descent=plain(lr=float("inf")))
 
 
+def test_one_set_of_data_needs_no_name(path, module):
+    x, y = images(), torch.arange(12) % 5
+    named = evaluate(path, module, {"data": (x, y)})
+    for data in ((x, y), [(x[:5], y[:5]), (x[5:], y[5:])]):
+        found = evaluate(path, module, data).splits["data"]
+        assert found.loss == pytest.approx(named.splits["data"].loss)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
