@@ -1,6 +1,7 @@
 """Loss, accuracy, barriers and lengths of a path."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -159,13 +160,14 @@ def evaluate(
     choice = EngineChoice(module, forward, work="evaluation", on_choice=on_choice)
     if forward.batchnorm == "recalibrate":
         name, data = next(iter(splits.items()))
-        inputs = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
-        path = recalibrate(path, module, inputs, forward=forward)
+        unlabelled = (_pair(name, batch)[0] for batch in _batches(name, data, batch_size))
+        path = recalibrate(path, module, unlabelled, forward=forward)
     else:
         check_buffers(path.start, path.end, module, interpolated=path.interpolated)
     stacked = path.stacked()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
-    results, lengths = {}, None
+    results: dict[str, SplitEvaluation] = {}
+    lengths: dict[str, float] = {}
     for name, data in splits.items():
         totals, batch = _Totals(len(path), path.device), None
         for batch in tqdm(
@@ -178,11 +180,11 @@ def evaluate(
             inputs = on_device(inputs, path.device)
             with evaluation_mode(module):
                 choice.prepare(one, inputs, points=len(path))
-                outputs = choice.run(lambda engine, x=inputs: engine.forward(stacked, x))
+                outputs = choice.run(lambda engine: engine.forward(stacked, inputs))  # noqa: B023
             logits = logits_of(outputs)
             counted, labels = rows_that_count(inputs, None, forward.mask), labels.to(path.device)
             rows = label_rows(f"split {name!r}", labels, outputs, counted)
-            totals.add(logits, rows, lengths=lengths is None)
+            totals.add(logits, rows, lengths=not lengths)
         if totals.count == 0:
             what = "no data" if batch is None else "no row that counts"
             raise ValueError(f"split {name!r} holds {what}")
@@ -247,7 +249,7 @@ def _batches(name: str, data: Data, batch_size: int) -> Iterable[Pair]:
         if len(tensor) != len(labels):
             raise ValueError(f"split {name!r} has {len(tensor)} inputs and {len(labels)} labels")
     parts = [slice(i, i + batch_size) for i in range(0, len(labels), batch_size)]
-    return [(each_tensor(lambda t, p=part: t[p], inputs), labels[part]) for part in parts]
+    return [(each_tensor(operator.itemgetter(part), inputs), labels[part]) for part in parts]
 
 
 def _pair(name: str, batch: Sequence) -> Sequence:

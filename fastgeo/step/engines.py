@@ -248,7 +248,7 @@ class EngineChoice:
         for kind, (size, network) in largest.items():
             own = few
             if per_point:
-                own = each_tensor(lambda t, n=size: t.expand(n, *t.shape[1:]), few)
+                own = each_tensor(lambda t: t.expand(size, *t.shape[1:]), few)  # noqa: B023
             given = (networks_like(params, size), own, per_point)
             try:
                 with matmul_precision("fp32"):
