@@ -53,7 +53,7 @@ class Bench(Ends):
 
     def __init__(self, options: Options):
         super().__init__(options)
-        size = self.config.eval_batch_size
+        size = self.config.evaluation.eval_batch_size
         test = islice(self.dataset.in_order("test", size), max(1, TEST_IMAGES // size))
         self.splits = {"train": self.dataset.in_order("train", size), "test": list(test)}
 
@@ -65,12 +65,12 @@ class Bench(Ends):
             course.append({**metrics, "seconds": time.perf_counter() - started})
 
         line, row = self.line(points), {}
-        batches = self.batches(self.config.path_seed)
+        batches = self.batches(self.config.path.path_seed)
         started = time.perf_counter()
         try:
             path = optimize(
                 *(line, self.module, batches),
-                steps=self.config.steps,
+                steps=self.config.path.steps,
                 descent=descent,
                 forward=STACKED,
                 on_step=on_step,
@@ -105,7 +105,7 @@ def methods(bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for name, descent in METHODS.items():
         for lr in MOMENTUM_RATES if descent.momentum else RATES:
-            row = bench.row(bench.config.points, replace(descent, lr=lr))
+            row = bench.row(bench.config.path.points, replace(descent, lr=lr))
             rows.append({"step": name, "rate": lr, **row})
     return rows
 

@@ -1,6 +1,6 @@
 """Two networks and the data between which benchmarks find paths."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgeo import Forward, Path, match
 from fastgeo.app.config import PRESETS
 from fastgeo.app.folder import Run
+from fastgeo.app.given import Given
 from fastgeo.data.images import Shuffled
 from fastgeo.train import train_ends
 
@@ -42,17 +43,17 @@ class Ends:
     def __init__(self, options: Options):
         preset = PRESETS[options.preset]
         if options.run is None:
-            run = Run(FilePath(), replace(preset, data=options.data or preset.data))
-            self.a, self.b = _trained(run)
+            given = Given(preset.changed(data=options.data or preset.data.data))
+            self.a, self.b = _trained(given)
         else:
             run = Run.open(options.run)
-            if run.config != replace(preset, data=run.config.data) or options.data is not None:
+            given, own = run.given, preset.changed(data=run.config.data.data)
+            if run.config != own or options.data is not None:
                 raise ValueError(f"{options.run} is not a run of preset {options.preset} as it is")
-            self.a, b = run.ends()
-            self.b = run.matched(b)
-        self.config = c = replace(run.config, steps=options.steps or preset.steps)
-        self.setting = f"{c.model}, width {c.width:g}, {c.steps} steps"
-        self.dataset, self.module = run.dataset, run.new_module().to(run.device)
+            (self.a, _), self.b = run.ends, run.matched
+        self.config = c = given.config.changed(steps=options.steps or preset.path.steps)
+        self.setting = f"{c.ends.model}, width {c.ends.width:g}, {c.path.steps} steps"
+        self.dataset, self.module = given.dataset, given.new_module().to(given.device)
 
     def line(self, points: int) -> Path:
         """The matched line."""
@@ -61,14 +62,16 @@ class Ends:
     def batches(self, seed: int) -> Shuffled:
         """Of the optimisation."""
         order = torch.Generator().manual_seed(seed)
-        return self.dataset.shuffled(self.config.batch_size, order)
+        return self.dataset.shuffled(self.config.path.batch_size, order)
 
 
-def _trained(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    c, data = run.config, run.dataset
+def _trained(given: Given) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    c, data = given.config, given.dataset
     a, b = train_ends(
-        run.new_module, data, c.seeds, c.training, progress=True, forward=Forward(engine="stacked")
+        *(given.new_module, data, c.ends.seeds, c.training),
+        forward=Forward(engine="stacked"),
+        progress=True,
     )
-    inputs, _ = next(iter(data.in_order("train", c.eval_batch_size)))
-    module = run.new_module().to(run.device)
-    return a, match(a, b, inputs, module=module, restarts=c.match_restarts).state_dict
+    inputs, _ = next(iter(data.in_order("train", c.evaluation.eval_batch_size)))
+    module = given.new_module().to(given.device)
+    return a, match(a, b, inputs, module=module, restarts=c.matching.match_restarts).state_dict

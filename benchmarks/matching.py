@@ -6,7 +6,7 @@ The usual way is coordinate descent from b as it is, in a random order of the pe
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from statistics import mean, stdev
 from typing import Literal
@@ -52,11 +52,11 @@ def ends(options: Options) -> tuple[data.Dataset, nn.Module, list[dict[str, torc
     if options.setting == "digits":
         config, dataset = PRESETS["digits"], data.load("digits")
     else:
-        config = replace(PRESETS["cifar10"], width=0.5, epochs=options.epochs)
+        config = PRESETS["cifar10"].changed(width=0.5, epochs=options.epochs)
         dataset = data.load(options.cifar, augment="flip-crop", train_subset=options.images)
 
     def make() -> nn.Module:
-        return models.resnet(8, config.width, in_channels=dataset.image_shape[0])
+        return models.resnet(8, config.ends.width, in_channels=dataset.image_shape[0])
 
     if options.keep is not None and options.keep.exists():
         return dataset, make(), torch.load(options.keep, weights_only=True)[: 2 * options.pairs]

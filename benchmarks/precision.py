@@ -41,14 +41,14 @@ def curve(between: ends.Ends, precision: str, seed: int) -> dict[str, Tensor]:
     """Of one run: energies [steps], and of the path behind it losses [N] and energy in fp32."""
     c, energies = between.config, []
     path = optimize(
-        *(between.line(c.points), between.module, between.batches(seed)),
-        steps=c.steps,
+        *(between.line(c.path.points), between.module, between.batches(seed)),
+        steps=c.path.steps,
         descent=c.descent,
         forward=Forward(engine="stacked", precision=precision),
         on_step=lambda metrics, _: energies.append(metrics["energy"]),
         progress=True,
     )
-    train = {"train": between.dataset.in_order("train", c.eval_batch_size)}
+    train = {"train": between.dataset.in_order("train", c.evaluation.eval_batch_size)}
     found = evaluate(path, between.module, train, forward=Forward(engine="stacked"))
     return {
         "energy of a step": torch.tensor(energies),

@@ -5,7 +5,7 @@ not.
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import tyro
@@ -13,7 +13,8 @@ import tyro
 from benchmarks.harness import environment, printed, write_result
 from fastgeo import keep_pages
 from fastgeo.app.config import PRESETS
-from fastgeo.app.stages import Run, run_all
+from fastgeo.app.folder import Run
+from fastgeo.app.stages import run_all
 from fastgeo.profiling.measure import headline
 from fastgeo.store.files import read_json
 
@@ -30,9 +31,9 @@ class Options:
 
 def measure(seed_a: int, seed_b: int, folder: FilePath) -> dict[str, object]:
     """A row: what one run of the preset found."""
-    config = replace(PRESETS["digits"], seed_a=seed_a, seed_b=seed_b)
-    run = Run.create(folder, config, overwrite=False)
-    run_all(run)
+    config = PRESETS["digits"].changed(seed_a=seed_a, seed_b=seed_b)
+    with Run.create(folder, config) as run:
+        run_all(run)
     report = read_json(run.file("report.json"))
     paths = report["paths"]
     highest = {name: max(path["train"]["loss"]) for name, path in paths.items()}

@@ -6,7 +6,7 @@ every few seconds.
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import tyro
@@ -14,7 +14,7 @@ import tyro
 from benchmarks.harness import environment, write_result
 from fastgeo import keep_pages
 from fastgeo.app import stages as pipeline
-from fastgeo.app.config import PRESETS, Config
+from fastgeo.app.config import PRESETS, Config, Pace
 from fastgeo.app.folder import Run
 from fastgeo.profiling.measure import headline, table
 
@@ -32,11 +32,9 @@ class Options:
 def soak(config: Config, folder: FilePath, every: int) -> list[dict[str, object]]:
     """A row every so many optimisation steps."""
     rows = []
-    run = Run.create(folder, config, overwrite=False)
-    run.pace = {"seconds": 2.0}
 
     def look(metrics: dict, path: object) -> None:
-        if metrics["step"] % every == 0 or metrics["step"] == config.steps - 1:
+        if metrics["step"] % every == 0 or metrics["step"] == config.path.steps - 1:
             rows.append(
                 {
                     "step": metrics["step"],
@@ -49,10 +47,11 @@ def soak(config: Config, folder: FilePath, every: int) -> list[dict[str, object]
                 }
             )
 
-    pipeline.train(run)
-    pipeline.match_ends(run)
-    pipeline.optimize_path(run, on_step=look)
-    with run:
+    with Run.create(folder, config) as run:
+        run.pace = Pace(checkpoint_seconds=2.0)
+        pipeline.train(run)
+        pipeline.match_ends(run)
+        pipeline.optimize_path(run, on_step=look)
         pipeline.evaluate_paths(run)
     return rows
 
@@ -67,7 +66,7 @@ def main() -> None:
     keep_pages()
     print(headline(environment()))
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(PRESETS["digits"], steps=options.steps, coarse_to_fine=False)
+        config = PRESETS["digits"].changed(steps=options.steps, coarse_to_fine=False)
         rows = soak(config, FilePath(folder) / "run", max(1, options.steps // 20))
     print(table(rows))
     if options.save:

@@ -3,7 +3,7 @@
 import contextlib
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,38 +16,11 @@ from fastgeo.data.inputs import Stream, each_tensor, on_device, tensors_of
 from fastgeo.data.loaders import Batch, LoaderData
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.options import Forward
+from fastgeo.schedule import Training
 from fastgeo.stacking.module import part_of
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
 from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.store.checkpoint import Checkpoints, State
-
-
-@dataclass(frozen=True)
-class Training:
-    """How networks are trained: SGD with Nesterov momentum under a one-cycle rate.
-
-    Attributes:
-        epochs: passes over the training images (paper: 100).
-        train_batch_size: images of each network in a training step (paper: 128).
-        train_lr: peak of the one-cycle rate (paper).
-        weight_decay: L2 penalty (paper).
-        warmup_fraction: share of the steps with rising rate, two steps at least (paper: pct_start).
-        lr_start_divisor: peak rate over first rate (paper: div_factor).
-        lr_end_divisor: first rate over last rate (paper: final_div_factor).
-        momentum_low: Nesterov momentum at the peak rate (paper).
-        momentum_high: Nesterov momentum at the first and last rate (paper).
-    """
-
-    epochs: int = 20
-    train_batch_size: int = 64
-    train_lr: float = 0.1
-    weight_decay: float = 1e-4
-    warmup_fraction: float = 0.1
-    lr_start_divisor: float = 1e9
-    lr_end_divisor: float = 1e6
-    momentum_low: float = 0.85
-    momentum_high: float = 0.95
-
 
 States = list[dict[str, Tensor]]
 LETTERS = string.ascii_lowercase  # of the networks
@@ -93,7 +66,8 @@ def train_ends(
             gradient that stops being finite.
     """
     steps = training_steps(data, training)
-    states, batches = [], []
+    states: States = []
+    batches: list[Stream] = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,10 +101,11 @@ def train_ends(
         div_factor=training.lr_start_divisor,
         final_div_factor=training.lr_end_divisor,
     )
-    batch, first_step = training.train_batch_size * len(seeds), 0
+    images, first_step = training.train_batch_size * len(seeds), 0
+    lower = f"lower train_lr (now {training.train_lr})"
     with (
         seeded(seeds[0], data.device),
-        tqdm(total=steps * batch, desc="train", unit="img", disable=not progress) as bar,
+        tqdm(total=steps * images, desc="train", unit="img", disable=not progress) as bar,
     ):
         if saved is not None:
             first_step = saved.step
@@ -138,7 +113,7 @@ def train_ends(
                 order.load_state_dict(saved.tensors["state"][f"order {i}"])
             _restore(optimizer, schedule, saved, trained)
             saved.set_generators()
-            bar.update(first_step * batch)
+            bar.update(first_step * images)
         for step in range(first_step, steps):
             if checkpoints is not None:
                 checkpoints.reached(_state(step, stacked, trained, optimizer, schedule, batches))
@@ -150,31 +125,12 @@ def train_ends(
                 one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
                 first_input = each_tensor(lambda tensor: tensor[None], drawn[0][0])
                 choice.prepare(one, first_input, per_point=True, points=len(seeds))
-
-            loss = choice.run(  # [K]
-                lambda engine, drawn=drawn, check=step == first_step: _losses(
-                    engine, stacked, drawn, forward.mask, check=check
-                )
-            )
-            if not loss.isfinite().all():
-                if checkpoints is not None:
+            given = stacked, drawn, forward.mask, step == first_step
+            loss = choice.run(partial(_losses, *given))  # [K]
+            if why := _why_not_finite(module, stacked, drawn, loss):
+                if checkpoints is not None and not loss.isfinite().all():
                     checkpoints.distrust()
-                k = int((~loss.isfinite()).nonzero()[0])
-                state = {name: tensor[k] for name, tensor in stacked.items()}
-                raise ValueError(
-                    f"training stopped at step {step} of {steps}: the loss of network {LETTERS[k]} "
-                    f"is {loss[k].item()}, since {where(module, state, drawn[k][0])}; "
-                    f"lower train-lr (now {training.train_lr})"
-                )
-            gradients = {
-                name: stacked[name].grad for name in trained if stacked[name].grad is not None
-            }
-            if not all_finite(gradients.values()):
-                name, k = first_not_finite(gradients)
-                raise ValueError(
-                    f"training stopped at step {step} of {steps}: the gradient of {name} of "
-                    f"network {LETTERS[k]} is not finite; lower train-lr (now {training.train_lr})"
-                )
+                raise ValueError(f"training stopped at step {step} of {steps}: {why}; {lower}")
             metrics = {"step": step, "loss": loss.tolist(), "lr": schedule.get_last_lr()[0]}
             if checkpoints is not None:
                 checkpoints.record(metrics)
@@ -183,15 +139,12 @@ def train_ends(
             optimizer.step()
             if step < steps - 1:
                 schedule.step()
-            bar.update(batch)
+            bar.update(images)
             bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
     choice.finish()
     if not all_finite(stacked.values()):
         name, k = first_not_finite(stacked)
-        raise ValueError(
-            f"{name} of network {LETTERS[k]} is not finite after training; lower train-lr (now "
-            f"{training.train_lr})"
-        )
+        raise ValueError(f"{name} of network {LETTERS[k]} is not finite after training; {lower}")
     return _unstack(stacked)
 
 
@@ -239,12 +192,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _losses(
-    engine: Engine,
     stacked: dict[str, Tensor],
     drawn: Sequence[Batch],
     mask: str | None,
-    *,
     check: bool,
+    engine: Engine,
 ) -> Tensor:
     """[K] nats, the mean loss of every network on its batch; leaves the gradient of their sum."""
     for tensor in stacked.values():
@@ -276,6 +228,24 @@ def _alike(chunks: Sequence[slice], drawn: Sequence[Batch]) -> Iterator[slice]:
                 first = k
 
 
+def _why_not_finite(
+    module: nn.Module, stacked: dict[str, Tensor], drawn: Sequence[Batch], loss: Tensor
+) -> str:
+    """The loss or gradient that is not finite, in words; empty if there is none."""
+    if not loss.isfinite().all():
+        k = int((~loss.isfinite()).nonzero()[0])
+        state = {name: tensor[k] for name, tensor in stacked.items()}
+        return (
+            f"the loss of network {LETTERS[k]} is {loss[k].item()}, since "
+            f"{where(module, state, drawn[k][0])}"
+        )
+    gradients = {name: t.grad for name, t in stacked.items() if t.grad is not None}
+    if not all_finite(gradients.values()):
+        name, k = first_not_finite(gradients)
+        return f"the gradient of {name} of network {LETTERS[k]} is not finite"
+    return ""
+
+
 def _stacked(inputs: list[Any]) -> Any:
     """Inputs of networks as one, tensors [k, B, ...]."""
     if isinstance(inputs[0], Mapping):
@@ -292,7 +262,7 @@ def training_steps(data: Dataset | LoaderData, training: Training) -> int:
     steps = training.epochs * data.batches_per_epoch(training.train_batch_size)
     if steps < 2:
         raise ValueError(
-            f"epochs ({training.epochs}) and train-batch-size ({training.train_batch_size}) leave "
+            f"epochs ({training.epochs}) and train_batch_size ({training.train_batch_size}) leave "
             f"fewer than two steps on {data.training_size}"
         )
     return steps

@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgeo import Forward, models
-from fastgeo.app.config import PRESETS
+from fastgeo import Forward, Training, models
 from fastgeo.data.images import load
 from fastgeo.train import train_ends
 
-CONFIG = replace(PRESETS["paper"], epochs=4, train_batch_size=16, train_lr=0.05)
+CONFIG = Training(epochs=4, train_batch_size=16, train_lr=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_training_lowers_the_loss_and_leaves_the_global_generator_alone():
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_states(dataset):
     kept = []
     config = replace(CONFIG, train_lr=1e30)
-    with pytest.raises(ValueError, match=r"stopped at step 1 of 20.*lower train-lr \(now 1e\+30\)"):
+    with pytest.raises(ValueError, match=r"stopped at step 1 of 20.*lower train_lr \(now 1e\+30\)"):
         train_ends(make_module, dataset, (0, 1), config, on_step=lambda m, e: kept.append(e))
     assert len(kept) == 1
     assert all(tensor.isfinite().all() for end in kept[0] for tensor in end.values())
@@ -103,3 +102,18 @@ def test_settings_that_leave_no_steps_are_refused(dataset):
     for changes in (dict(train_batch_size=81), dict(train_batch_size=80, epochs=1)):
         with pytest.raises(ValueError, match="fewer than two steps on 80 training images"):
             train_ends(make_module, dataset, (0, 1), replace(CONFIG, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(epochs=0), "epochs must be at least 1, got 0"),
+        (dict(train_lr=0.0), "train_lr must be positive, got 0.0"),
+        (dict(train_lr=float("inf")), "train_lr must be positive, got inf"),
+        (dict(weight_decay=float("nan")), "weight_decay must be within 0..1, got nan"),
+        (dict(momentum_high=1.5), "momentum_high must be within 0..1, got 1.5"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Training(**changes)

@@ -1,177 +1,193 @@
-"""The command line: `fastgeo run` and its stages, each usable on what the one before left."""
+"""fastgeo run does everything; each of its stages can be done by itself on what the one before
+left. fastgeo --version says which this is.
 
+Several processes on one machine do not slow each other with OMP_NUM_THREADS=1.
+"""
+
+import contextlib
+import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path as FilePath
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, get_type_hints
 
-import torch
 import tyro
-from tyro.conf import Positional, subcommand
-
-from fastgeo.app import stages as pipeline
-from fastgeo.app.config import (
-    PRESETS,
-    Config,
-    EvaluateConfig,
-    MatchConfig,
-    OptimizeConfig,
-    StepConfig,
-    TrainConfig,
-    select,
+from tyro.conf import OmitArgPrefixes, Positional
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
 )
-from fastgeo.app.folder import Run
-from fastgeo.step.allocator import keep_pages
-from fastgeo.store.checkpoint import INTERRUPTED, TERMINATED, Stopped
 
-BAD_INPUT = 2
+import fastgeo
+from fastgeo.app.config import PRESETS, Config, Pace, about, flag, meanings
 
+if TYPE_CHECKING:  # torch takes seconds to import, and help needs none of it
+    from fastgeo.app.folder import Run
 
-@dataclass(frozen=True, kw_only=True)
-class _Long:
-    """A command that may be stopped and gone on with."""
-
-    resume: bool = False
-    """go on where the run was stopped or killed, with its own settings; start it if it was not"""
-    checkpoint_seconds: float = 60.0
-    """between two states saved for that; more where saving takes a twentieth of the time"""
-    max_minutes: float | None = None
-    """stop with the state saved after so many, with exit code 75; --resume goes on"""
-
-    def pace(self) -> dict[str, float]:
-        """ValueError for times that cannot be meant."""
-        if not self.checkpoint_seconds >= 0:
-            raise ValueError(
-                f"checkpoint-seconds must not be negative, got {self.checkpoint_seconds}"
-            )
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max-minutes must be positive, got {self.max_minutes}")
-        started = time.monotonic()
-        return dict(seconds=self.checkpoint_seconds, max_minutes=self.max_minutes, started=started)
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
+INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FromPreset:
-    """A command whose defaults are those of a preset."""
+class Command:
+    """What the command line asks for.
 
-    settings: ClassVar[type]
+    Attributes:
+        config: all settings, those of a preset or of a run but for what is asked for.
+    """
 
-    preset: str = "digits"
-    """digits (bundled data, under a minute on a CPU), paper-small (1,000 images of CIFAR-10, for a
-    CPU), cifar10, or paper (both for a GPU)"""
+    takes: ClassVar[tuple[str, ...]] = tuple(one.name for one in fields(Config))
+    """attributes of Config that can be asked for"""
+    lacks: ClassVar[tuple[str, ...]] = ()
+    """attributes of its own that cannot"""
+
+    config: Config
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def there(self) -> FilePath | None:
+        """The folder of a run whose settings are the defaults."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class _New(_Long, _FromPreset):
-    """A command that starts a run folder."""
+class _Stage(Command):
+    """A command that works in a run folder.
 
-    out: FilePath | None = None
-    """run folder; runs/PRESET by default"""
+    Attributes:
+        overwrite: replace what is there, and drop what later stages made of it
+        resume: go on where it was stopped or killed, with the run's own settings; start it if it
+            was not
+        quiet: show no progress
+        pace: when a long command saves its state and stops, and what it logs
+    """
+
     overwrite: bool = False
-    """replace the run that the folder holds"""
+    resume: bool = False
+    quiet: bool = False
+    pace: Pace = Pace()
+
+    def opened(self) -> "contextlib.AbstractContextManager[Run]":
+        raise NotImplementedError
+
+    def do(self, run: "Run") -> str:
+        """The work; what to say behind it."""
+        raise NotImplementedError
+
+    def __call__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
+        with self.opened() as run:
+            run.pace, run.quiet = self.pace, self.quiet
+            _say_if_busy()
+            print(self.do(run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _New(_Stage):
+    """A command that starts a run folder.
+
+    Attributes:
+        preset: digits (bundled data, under a minute on a CPU), paper-small (1,000 images of
+            CIFAR-10, for a CPU), cifar10, or paper (both for a GPU)
+        out: run folder; runs/PRESET by default
+    """
+
+    preset: str
+    out: FilePath | None = None
 
     @property
     def folder(self) -> FilePath:
         return self.out or FilePath("runs") / self.preset
 
     @property
-    def goes_on(self) -> bool:
-        """Whether there is a run to go on with."""
-        return self.resume and (self.folder / "config.json").exists()
+    def there(self) -> FilePath | None:
+        return self.folder if self.resume and (self.folder / "config.json").exists() else None
 
-    def __call__(self) -> None:
-        if self.resume and self.overwrite:
-            raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
-        pace = self.pace()
-        if self.goes_on:
-            run = Run.open(self.folder)
-            run.resume(replace(run.config, **select(self, self.settings)))
-        else:
-            config = replace(PRESETS[self.preset], **select(self, self.settings))
-            run = Run.create(self.folder, config, overwrite=self.overwrite)
-        run.pace = pace
-        with run:
-            self.do(run)
+    def opened(self) -> "contextlib.AbstractContextManager[Run]":
+        from fastgeo.app.folder import Run
+
+        if self.there:
+            return Run.resume(self.folder, self.config)
+        return Run.create(self.folder, self.config, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Existing:
-    """A command that does a stage in a run folder."""
-
-    stage: ClassVar[str]
-    settings: ClassVar[type | None] = None
-
-    folder: Positional[FilePath]
-    """run folder"""
-    overwrite: bool = False
-    """replace this stage's files, and drop what later stages made of them"""
-
-    def __call__(self) -> None:
-        with self.redo() as run:
-            self.do(run)
-
-    def redo(self, **options: bool) -> Run:
-        changes = select(self, self.settings) if self.settings else {}
-        run = Run.open(self.folder)
-        return run.redo(self.stage, overwrite=self.overwrite, **options, **changes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LongExisting(_Long, _Existing):
-    def __call__(self) -> None:
-        if self.resume and self.overwrite:
-            raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
-        pace = self.pace()
-        with self.redo(resume=self.resume) as run:
-            run.pace = pace
-            if self.stage in run.stages:
-                print(f"{self.stage} is finished in {run.folder}")
-            else:
-                self.do(run)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunCommand(Config, _New):
+class RunCommand(_New):
     """Train two networks, match them, find the geodesic between them, and report."""
 
-    settings = Config
+    def do(self, run: "Run") -> str:
+        from fastgeo.app.stages import run_all
 
-    def __post_init__(self) -> None:
-        """Checked as a Config in `create`: an error here would reach the user in tyro's frame."""
-
-    def do(self, run: Run) -> None:
-        print(f"\n{pipeline.run_all(run)}\nReport, figures and weights: {run.folder}")
+        return f"\n{run_all(run)}\nReport, figures and weights: {run.folder}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand(TrainConfig, _New):
+class TrainCommand(_New):
     """Train the ends in one stacked pass, or take their weights from files; starts a run folder."""
 
-    settings = TrainConfig
+    takes = ("device", "data", "ends", "training", "forward")
 
-    def do(self, run: Run) -> None:
+    def do(self, run: "Run") -> str:
+        from fastgeo.app.stages import train
+
         if "train" not in run.stages:
-            pipeline.train(run)
-        print(f"{run.file('ends.safetensors')}; next: {run.again('match')}")
+            train(run)
+        return run.next_after("train")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchCommand(_Existing, MatchConfig):
+class _Existing(_Stage):
+    """A command that does a stage in a run folder.
+
+    Attributes:
+        folder: run folder
+    """
+
+    stage: ClassVar[str]
+
+    folder: Positional[FilePath]
+
+    @property
+    def there(self) -> FilePath | None:
+        return self.folder
+
+    def opened(self) -> "contextlib.AbstractContextManager[Run]":
+        from fastgeo.app.folder import Run
+
+        how = dict(overwrite=self.overwrite, resume=self.resume)
+        return Run.redo(self.folder, self.stage, self.config, **how)
+
+    def do(self, run: "Run") -> str:
+        from fastgeo.app.stages import DO
+
+        if self.stage in run.stages:
+            return f"{self.stage} is finished in {run.folder}"
+        DO[self.stage](run)
+        return self.done(run)
+
+    def done(self, run: "Run") -> str:
+        return run.next_after(self.stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchCommand(_Existing):
     """Permute end b towards end a; needs `fastgeo train`."""
 
-    stage = "match"
-    settings = MatchConfig
+    stage, takes, lacks = "match", ("device", "matching"), ("resume", "pace")
 
-    def do(self, run: Run) -> None:
-        pipeline.match_ends(run)
+    def done(self, run: "Run") -> str:
         found = run.stages["match"]
-        print(
+        return (
             f"inner product with a: {found['objective_before']:.2f} before, "
             f"{found['objective_after']:.2f} after {found['sweeps']} sweeps\n"
             f"{run.file('matching.md')}, {run.file('matched.safetensors')}; "
@@ -180,141 +196,333 @@ class MatchCommand(_Existing, MatchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeCommand(_LongExisting, OptimizeConfig):
+class OptimizeCommand(_Existing):
     """Optimise the path from a to the matched b; needs `fastgeo match`."""
 
-    stage = "optimize"
-    settings = OptimizeConfig
-
-    def do(self, run: Run) -> None:
-        pipeline.optimize_path(run)
-        print(f"{run.file('path.safetensors')}; next: {run.again('evaluate')}")
+    stage, takes = "optimize", ("device", "path", "descent", "forward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand(_LongExisting, EvaluateConfig):
+class EvaluateCommand(_Existing):
     """Evaluate the line, the matched line and the geodesic; needs `fastgeo optimize`."""
 
-    stage = "evaluate"
-    settings = EvaluateConfig
-
-    def do(self, run: Run) -> None:
-        pipeline.evaluate_paths(run)
-        print(f"{run.file('report.json')}; next: {run.again('plot')}")
+    stage, takes = "evaluate", ("device", "forward", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotCommand(_Existing):
-    """Draw the figures and write report.md; needs `fastgeo evaluate`."""
+    """Draw the figures and write report.md, again if they are there; needs `fastgeo evaluate`."""
 
-    stage = "plot"
+    stage, takes, lacks = "plot", (), ("resume", "pace")
 
-    def do(self, run: Run) -> None:
-        print(f"\n{pipeline.plot_report(run)}\nReport and figures: {run.folder}")
+    overwrite: bool = True
+
+    def done(self, run: "Run") -> str:
+        return f"\n{run.summary()}\nReport and figures: {run.folder}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileCommand(StepConfig, _FromPreset):
-    """Measure the optimisation step beside what people set up instead; needs no run folder."""
+class CompareCommand(Command):
+    """Put runs beside each other: a table, and a figure of all in one.
 
-    settings = StepConfig
+    Attributes:
+        runs: run folders
+        path: which of their paths
+        figure: where to draw them
+    """
 
-    repeats: int = 5
-    """measurements of each implementation, which take turns"""
-    compiled: bool = True
-    """also the loop over compiled modules, which takes a while to compile"""
-    trace: FilePath | None = None
-    """write a trace of some steps here, for chrome://tracing or ui.perfetto.dev"""
-    json: FilePath | None = None
-    """write the rows here, for python -m benchmarks.compare"""
+    takes = ()
+
+    runs: Positional[tuple[FilePath, ...]]
+    path: Literal["geodesic", "matched", "linear"] = "geodesic"
+    figure: FilePath = FilePath("comparison.png")
 
     def __call__(self) -> None:
-        config = replace(PRESETS[self.preset], **select(self, self.settings))
-        how = dict(repeats=self.repeats, compiled=self.compiled, trace=self.trace)
-        pipeline.profile(Run(FilePath(), config), rows_file=self.json, **how)
+        from fastgeo.figures import compare, write_figure
+
+        found = compare(self.runs, path=self.path)
+        write_figure(self.figure, found.plot(title=self.path))
+        print(f"{found.table()}\n\n{self.figure}")
 
 
-COMMANDS = {
-    "run": RunCommand,
-    "train": TrainCommand,
-    "match": MatchCommand,
-    "optimize": OptimizeCommand,
-    "evaluate": EvaluateCommand,
-    "plot": PlotCommand,
-    "profile": ProfileCommand,
-}
+@dataclass(frozen=True, kw_only=True)
+class ProfileCommand(Command):
+    """Measure the optimisation step beside what people set up instead; needs no run folder.
+
+    Attributes:
+        preset: digits, paper-small, cifar10 or paper
+        repeats: measurements of each implementation, which take turns
+        compiled: also the loop over compiled modules, which takes a while to compile
+        trace: write a trace of some steps here, for chrome://tracing or ui.perfetto.dev
+        json: write the rows here, for python -m benchmarks.compare
+    """
+
+    takes = ("device", "data", "ends", "path", "descent", "forward")
+
+    preset: str
+    repeats: int = 5
+    compiled: bool = True
+    trace: FilePath | None = None
+    json: FilePath | None = None
+
+    def __call__(self) -> None:
+        from fastgeo.app.stages import profile
+
+        profile(
+            self.config,
+            repeats=self.repeats,
+            compiled=self.compiled,
+            trace=self.trace,
+            rows_file=self.json,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _First:
+    """What is looked for before all else.
+
+    Attributes:
+        preset: whose settings are the defaults
+        version: say which version this is
+    """
+
+    preset: str | None = None
+    version: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
     Exits with 0; 2 for bad input and what cannot be read or written; 75 when its minutes are over;
-    130 when interrupted; 143 when terminated.
+    130 when interrupted; 141 when nobody reads what it says; 143 when terminated.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if on_main_thread else None
-    try:
+    with _silent_if_nobody_reads(), _terminable(), _errors_as_sentences(), _progress_by_lines():
+        _wait_without_spinning()
+        command = _command(list(sys.argv[1:] if argv is None else argv))
+        from fastgeo.step.allocator import keep_pages
+
         keep_pages()
-        _command(argv)()
-    except (ValueError, OSError) as error:
+        command()
+
+
+@contextlib.contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, _Refused) as error:
         _complain(f"fastgeo: {_sentence(error)}", error)
         sys.exit(BAD_INPUT)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         _complain("fastgeo: out of memory; lower batch-size, eval-batch-size or points", error)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as error:
         _complain(f"\nfastgeo: {error if str(error) else 'interrupted'}", error)
         sys.exit(getattr(error, "exit_code", INTERRUPTED))
+
+
+@contextlib.contextmanager
+def _silent_if_nobody_reads() -> Iterator[None]:
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there
+        sys.exit(BROKEN_PIPE)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM where there is no step to finish."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated("terminated")
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if on_main_thread else None
+    try:
+        yield
     finally:
         if on_main_thread:
             signal.signal(signal.SIGTERM, before)
 
 
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM where there is no step to finish."""
-    raise Stopped("terminated", TERMINATED)
+class _Terminated(KeyboardInterrupt):
+    exit_code = TERMINATED
 
 
-def _command(argv: list[str]) -> _FromPreset | _Existing:
-    """The command, its defaults those of the preset or of the run folder that it names."""
-    preset = _preset(argv) or "digits"
-    command = _parse(argv, preset, PRESETS[preset])
-    existing = isinstance(command, _Existing) and command.settings
+# --- From words to a command ----------------------------------------------------------------------
+
+
+def _command(argv: list[str]) -> Command:
+    """The command; its settings are those of a preset, or of the run that it works on, at first."""
+    first, _ = tyro.cli(_First, args=argv, add_help=False, return_unknown_args=True)
+    if first.version:
+        print(f"fastgeo {fastgeo.__version__}")
+        sys.exit(0)
+    preset = first.preset or "digits"
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    command = _parsed(argv, preset, PRESETS[preset])
     # A preset that is named says what the settings are to be, also with --resume.
-    if existing or (isinstance(command, _New) and command.goes_on and not _preset(argv)):
-        command = _parse(argv, preset, Run.open(command.folder).config)
+    if command.there is not None and first.preset is None:
+        from fastgeo.app.folder import Run
+
+        command = _parsed(argv, preset, Run.open(command.there).config)
     return command
 
 
-def _parse(argv: list[str], preset: str, defaults: Config) -> _FromPreset | _Existing:
-    choices = []
-    for name, command in COMMANDS.items():
-        own = {"preset": preset} if issubclass(command, _FromPreset) else {"folder": tyro.MISSING}
-        values = select(defaults, command.settings) if command.settings else {}
-        choices.append(Annotated[command, subcommand(name, default=command(**own, **values))])
-    return tyro.cli(reduce(or_, choices), args=argv, prog="fastgeo", description=__doc__)
+def _parsed(argv: list[str], preset: str, config: Config) -> Command:
+    folder: Any = tyro.MISSING
+    commands: dict[str, Command] = {
+        "run": RunCommand(config=config, preset=preset),
+        "train": TrainCommand(config=config, preset=preset),
+        "match": MatchCommand(config=config, folder=folder),
+        "optimize": OptimizeCommand(config=config, folder=folder),
+        "evaluate": EvaluateCommand(config=config, folder=folder),
+        "plot": PlotCommand(config=config, folder=folder),
+        "compare": CompareCommand(config=config, runs=folder),
+        "profile": ProfileCommand(config=config, preset=preset),
+    }
+    said = {name: (command.__doc__ or "").split("\n")[0] for name, command in commands.items()}
+    return tyro.cli(
+        tyro.extras.subcommand_type_from_defaults(commands, said),
+        args=argv,
+        prog="fastgeo",
+        description=__doc__,
+        registry=VALUES,
+        config=(OmitArgPrefixes,),
+    )
 
 
-def _preset(argv: list[str]) -> str | None:
-    """The value of --preset, which decides all other defaults, so it is read first."""
-    for i, word in enumerate(argv):
-        if word == "--preset" or word.startswith("--preset="):
-            name = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            if name not in PRESETS:
-                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-            return name
-    return None
+class _Refused(Exception):
+    """A setting that cannot be meant: a ValueError would reach the user in tyro's frame."""
 
 
-def _sentence(error: ValueError | OSError) -> str:
+VALUES = ConstructorRegistry()
+
+
+@VALUES.struct_rule
+def _value(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """A flag for every attribute of our dataclasses, with the help that its docstring gives."""
+    if not is_dataclass(info.type) or not info.type.__module__.startswith("fastgeo."):
+        return None
+    kind: Any = info.type
+    default, config = info.default, getattr(info.default, "config", None)
+
+    def make(**given: Any) -> Any:
+        try:
+            if config is not None:
+                taken = {name: given.pop(name) for name in kind.takes}
+                given["config"] = replace(config, **taken)
+            return kind(**given)
+        except ValueError as error:
+            raise _Refused(str(error)) from error
+
+    lacks = ("config", *kind.lacks) if config is not None else ()
+    specs = _specs(kind, default, [f.name for f in fields(kind) if f.init and f.name not in lacks])
+    if config is not None:
+        specs += _specs(Config, config, kind.takes)
+    return StructConstructorSpec(make, tuple(specs))
+
+
+def _specs(kind: type, default: Any, names: Sequence[str]) -> list[StructFieldSpec]:
+    hints, said = get_type_hints(kind, include_extras=True), meanings(kind)
+    return [StructFieldSpec(n, hints[n], getattr(default, n), said.get(n)) for n in names]
+
+
+# --- What is said ---------------------------------------------------------------------------------
+
+
+def _sentence(error: Exception) -> str:
     reason, file = getattr(error, "strerror", None), getattr(error, "filename", None)
-    return f"{file}: {reason}" if reason and file else str(error)
+    return f"{file}: {reason}" if reason and file else _in_flags(str(error))
+
+
+def _in_flags(text: str) -> str:
+    """Settings by their names on the command line, where the library says an argument's."""
+    names = "|".join(about())
+    text = re.sub(
+        rf"(?<![\w/.-])({names})=(['\"]?)(\w+)\2(?!\w)",
+        lambda found: f"--{flag(found[1])} {found[3]}",
+        text,
+    )
+    return re.sub(rf"(?<![\w/.-])({names})(?![\w/.=-])", lambda found: flag(found[1]), text)
 
 
 def _complain(sentence: str, error: BaseException) -> None:
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     print(sentence + notes, file=sys.stderr)
+
+
+def _busy() -> float:
+    """How many of the cores other processes use, if that is about all of them; or 0."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    load = os.getloadavg()[0]
+    return min(load, cores) if load > cores - 0.5 else 0
+
+
+def _wait_without_spinning() -> None:
+    """OpenMP's threads spin while they wait for each other, on cores that others need for what is
+    waited for: a training took two to six times as long. Read when torch is first imported."""
+    if _busy():
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+
+def _say_if_busy() -> None:
+    import torch
+
+    if _busy() and torch.get_num_threads() > 1:
+        print(
+            f"Other processes keep {_busy():.0f} cores busy: OMP_NUM_THREADS=1 may be faster than "
+            f"{torch.get_num_threads()} threads"
+        )
+
+
+class _Lines:
+    """Progress as a line every some seconds, where no terminal draws a bar over itself."""
+
+    def __init__(self, stream: TextIO):
+        self._stream, self._bar, self._drawing, self._next = stream, "", False, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text.startswith("\r"):
+            self._drawing, self._bar = True, text.strip() or self._bar
+            if text.strip() and time.monotonic() >= self._next:
+                self._say()
+                self._next = time.monotonic() + INTERVAL
+        elif self._drawing and text == "\n":  # a bar is finished
+            self._say()
+            self._drawing, self._next = False, 0.0
+        else:
+            self._drawing = False
+            self._stream.write(text)
+        return len(text)
+
+    def _say(self) -> None:
+        if self._bar:
+            self._stream.write(f"{self._bar}\n")
+        self._bar = ""
+
+
+@contextlib.contextmanager
+def _progress_by_lines() -> Iterator[None]:
+    if sys.stderr.isatty():
+        yield
+    else:
+        lines: Any = _Lines(sys.stderr)
+        with contextlib.redirect_stderr(lines):
+            yield
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from fastgeo import figures
-from fastgeo.app.config import BEFORE, Config, about
-from fastgeo.app.user import is_function
+from fastgeo.app.config import Config, about
+from fastgeo.app.given import is_function
 from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table
 from fastgeo.symmetry.spec import PermutationSpec
 
@@ -40,7 +39,7 @@ def build(
     matching = {key: value for key, value in stages["match"].items() if key not in own}
     return {
         "environment": environment(device),
-        "config": asdict(config),
+        "config": config.settings,
         "seconds": seconds | {"total": sum(seconds.values())},
         "matching": matching,
         "engines": dict(engines),
@@ -49,7 +48,7 @@ def build(
     }
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device) -> dict[str, str]:
     """What a reader needs to know of the machine and the software."""
     names = {"fastgeo": "fastgeo", "torch": "torch", "triton": "triton"}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -73,7 +72,7 @@ def summary(report: Mapping) -> str:
 
 def markdown(report: Mapping) -> str:
     """report.md."""
-    c, e, seconds = BEFORE | report["config"], report["environment"], report["seconds"]
+    c, e, seconds = report["config"], report["environment"], report["seconds"]
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
@@ -137,7 +136,7 @@ def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
     """matching.md."""
     parts = [
         "# Matching of b to a",
-        f"{_networks(asdict(config))}; by {config.match_method}.",
+        f"{_networks(config.settings)}; by {config.matching.match_method}.",
         _matching(found),
         "## Permutations",
         f"```\n{spec}\n```",

@@ -1,6 +1,8 @@
 """The stages of a run, each on the folder that the one before left (`fastgeo.app.folder`)."""
 
 import contextlib
+import csv
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,10 +11,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
-from fastgeo.app import plot, report
+from fastgeo.app import plot, preflight, report
+from fastgeo.app.config import Config
 from fastgeo.app.folder import READS, STAGES, WEIGHTS, Run
+from fastgeo.app.given import Given, State
+from fastgeo.data.inputs import tensors_of
 from fastgeo.evaluate import evaluate
 from fastgeo.figures import write_figure
 from fastgeo.matching.pair import match
@@ -22,7 +26,8 @@ from fastgeo.profiling.breakdown import breakdown
 from fastgeo.profiling.compare import chosen_forward, compare
 from fastgeo.profiling.measure import headline, machine, table
 from fastgeo.recalibrate import recalibrate
-from fastgeo.store.checkpoint import Checkpoints, State, Stopped
+from fastgeo.store import checkpoint
+from fastgeo.store.checkpoint import Checkpoints, Stopped
 from fastgeo.store.files import (
     read_json,
     read_json_lines,
@@ -32,45 +37,45 @@ from fastgeo.store.files import (
 )
 from fastgeo.train import LETTERS, seeded, train_ends
 
+OnStep = Callable[[dict, Any], None]
+
 
 def train(run: Run) -> None:
     """Train the ends in one stacked pass, or take the weights that were given."""
     c = run.config
     with _stage(run, "train") as found:
-        if c.a is not None:
-            ends = run.given_ends()
-            found.update(a=c.a, b=c.b)
+        if c.ends.files:
+            states = run.given.weights()
+            found.update(a=c.ends.a, b=c.ends.b)
         else:
-            with _steps(run, "train", "training.jsonl", found) as checkpoints:
-                ends = train_ends(
-                    run.new_module,
-                    run.dataset,
-                    c.seeds,
-                    c.training,
+            forward, on_choice = run.forward("train")
+            with _steps(run, "train", "training", found) as (checkpoints, on_step):
+                states = train_ends(
+                    *(run.given.new_module, run.given.dataset, c.ends.seeds, c.training),
+                    forward=forward,
+                    on_choice=on_choice,
+                    on_step=on_step,
                     checkpoints=checkpoints,
-                    progress=True,
-                    **run.forward("train"),
+                    progress=not run.quiet,
                 )
-        groups = dict(zip(LETTERS, ends, strict=False))
+        groups = dict(zip(LETTERS, states, strict=False))
         write_tensors(run.file("ends.safetensors"), "ends", groups)
 
 
 def match_ends(run: Run) -> None:
     """Match b to a, and check that the permuted b computes what b computes."""
-    c = run.config
+    c = run.config.matching
     with _stage(run, "match") as found:
-        a, b = run.ends()
-        inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
+        size = run.config.evaluation.eval_batch_size
+        inputs, _ = next(iter(run.given.dataset.in_order("train", size)))
         matching = match(
-            a,
-            b,
-            inputs,
-            module=run.new_module(),
+            *(*run.ends, inputs),
+            module=run.given.module,
             method=c.match_method,
             restarts=c.match_restarts,
             max_sweeps=c.match_sweeps,
             seed=c.match_seed,
-            progress=True,
+            progress=not run.quiet,
         )
         found.update(
             objective_before=matching.objective_before,
@@ -83,54 +88,61 @@ def match_ends(run: Run) -> None:
         write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
         state = {name: t.cpu().clone().contiguous() for name, t in matching.state_dict.items()}
         write_bytes(run.file("matched.safetensors"), safetensors.torch.save(state))
-        text = report.matching(found, matching.spec, c)
+        text = report.matching(found, matching.spec, run.config)
         write_bytes(run.file("matching.md"), text.encode())
 
 
-def optimize_path(run: Run, on_step: Callable[[dict, Path], None] | None = None) -> None:
+def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
     """Optimise the interior of the line from a to the matched b.
 
     Args:
         on_step: as of `fastgeo.optimize`.
     """
-    c = run.config
+    c, given = run.config, run.given
     with _stage(run, "optimize") as found:
-        a, b = run.ends()
-        batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
-        given = _line(run, a, run.matched(b)), run.new_module(), batches
-        with _steps(run, "optimize", "metrics.jsonl", found) as checkpoints:
+        forward, on_choice = run.forward("optimize")
+        a, _ = run.ends
+        order = torch.Generator().manual_seed(c.path.path_seed)
+        with _steps(run, "optimize", "metrics", found) as (checkpoints, log):
             path = optimize(
-                *given,
-                steps=c.steps,
+                _line(c, a, run.matched),
+                given.module,
+                given.dataset.shuffled(c.path.batch_size, order),
+                steps=c.path.steps,
                 descent=c.descent,
-                cuda_graph=c.cuda_graph,
-                on_step=on_step,
+                forward=forward,
+                cuda_graph=c.path.cuda_graph,
+                on_choice=on_choice,
+                on_step=on_step or log,
                 checkpoints=checkpoints,
-                progress=True,
-                **run.forward("optimize"),
+                progress=not run.quiet,
             )
-        if c.batchnorm == "recalibrate":
-            batches = run.dataset.in_order("train", c.batch_size)
-            path = recalibrate(path, run.new_module(), batches, forward=c.forward, progress=True)
+        if c.forward.batchnorm == "recalibrate":
+            path = recalibrate(
+                path,
+                given.module,
+                given.dataset.in_order("train", c.path.batch_size),
+                forward=c.forward_in_fp32,
+                progress=not run.quiet,
+            )
         path.save(run.file("path.safetensors"))
 
 
 def evaluate_paths(run: Run) -> None:
     """Evaluate the line, the matched line and the geodesic, and write report.json."""
-    c = run.config
+    c, given = run.config, run.given
     with _stage(run, "evaluate") as found:
         started = time.perf_counter()
-        a, b = run.ends()
+        a, b = run.ends
         paths = {
-            "linear": _line(run, a, b),
-            "matched": _line(run, a, run.matched(b)),
-            "geodesic": Path.load(run.file("path.safetensors"), run.device),
+            "linear": _line(c, a, b),
+            "matched": _line(c, a, run.matched),
+            "geodesic": Path.load(run.file("path.safetensors"), given.device),
         }
-        in_order, size = run.dataset.in_order, c.eval_batch_size
+        in_order, size = given.dataset.in_order, c.evaluation.eval_batch_size
         splits = {split: in_order(split, size) for split in ("train", "test")}
-        if run.dataset.augmented:
-            splits["augmented_train"] = in_order("train", size, augment_seed=c.path_seed)
-        module = run.new_module()
+        if given.dataset.augmented:
+            splits["augmented_train"] = in_order("train", size, augment_seed=c.path.path_seed)
         checkpoints = run.checkpoints("evaluate")
         saved = checkpoints.load("evaluate")
         results = {} if saved is None else saved.values["results"]
@@ -138,21 +150,27 @@ def evaluate_paths(run: Run) -> None:
         for name, path in paths.items():
             if name in results:
                 continue
-            options = run.forward("evaluate")
-            result = evaluate(
-                path, module, splits, progress=True, description=f"evaluate {name}", **options
-            )
-            results[name] = result.to_json()
-            checkpoints.reached(State(len(results), {}, {"results": results}), save=True)
+            forward, on_choice = run.forward("evaluate")
+            results[name] = evaluate(
+                path,
+                given.module,
+                splits,
+                forward=forward,
+                on_choice=on_choice,
+                progress=not run.quiet,
+                description=f"evaluate {name}",
+            ).to_json()
+            state = checkpoint.State(len(results), {}, {"results": results})
+            checkpoints.reached(state, save=True)
         seconds = found["seconds"] + time.perf_counter() - started
         stages = run.stages | {"evaluate": {"seconds": seconds}}
-        files = {name: run.recorded(name) for name in WEIGHTS}
-        content = report.build(c, stages, run.engines, files, run.device, results)
+        files = {name: run.recorded(name) or "" for name in WEIGHTS}
+        content = report.build(c, stages, run.engines, files, given.device, results)
         write_json(run.file("report.json"), content)
 
 
-def plot_report(run: Run) -> str:
-    """Draw the figures and write report.md; returns the summary table."""
+def plot_report(run: Run) -> None:
+    """Draw the figures and write report.md."""
     with _stage(run, "plot"):
         content = read_json(run.file("report.json"))
         metrics = read_json_lines(run.file("metrics.jsonl"))
@@ -169,10 +187,9 @@ def plot_report(run: Run) -> str:
         for name, figure in figures.items():
             write_figure(run.file(name), figure)
         write_bytes(run.file("report.md"), report.markdown(content).encode())
-    return report.summary(content)
 
 
-DO = {
+DO: dict[str, Callable[[Run], None]] = {
     "train": train,
     "match": match_ends,
     "optimize": optimize_path,
@@ -186,35 +203,39 @@ def run_all(run: Run) -> str:
     for stage in STAGES:
         if stage not in run.stages:
             DO[stage](run)
-    return report.summary(read_json(run.file("report.json")))
+    return run.summary()
 
 
 def profile(
-    run: Run, *, repeats: int, compiled: bool, trace: FilePath | None, rows_file: FilePath | None
+    config: Config,
+    *,
+    repeats: int,
+    compiled: bool,
+    trace: FilePath | None,
+    rows_file: FilePath | None,
 ) -> None:
-    """Print how fast a step is and where its time goes; writes nothing into the run's folder.
+    """Print how fast a step is and where its time goes.
 
     The ends are the weights that were given, or freshly initialised networks.
     """
-    c = run.config
-    if c.batchnorm != "refuse":
+    c, given = config, Given(config)
+    if c.forward.batchnorm != "refuse":
         raise ValueError("profile measures networks without BatchNorm only")
-    if c.cuda_graph:
+    if c.path.cuda_graph:
         raise ValueError("profile measures steps that are not replayed; leave out --cuda-graph")
-    if c.output != "logits" or c.mask is not None:
+    if c.forward.output != "logits" or c.forward.mask is not None:
         raise ValueError("profile measures steps on all logits; leave out --output and --mask")
-    run.check()
+    preflight.check(given)
     print(headline(machine()), flush=True)
-    if c.a is not None:
-        a, b = run.given_ends()
-    else:
-        a, b = (run.new_module().to(run.device).state_dict() for _ in range(2))
-    path, module = _line(run, a, b), run.new_module().eval()
-    batches = run.dataset.shuffled(c.batch_size, torch.Generator().manual_seed(c.path_seed))
+    a, b = given.weights() or [given.new_module().to(given.device).state_dict() for _ in range(2)]
+    path, module = _line(c, a, b), given.module
+    order = torch.Generator().manual_seed(c.path.path_seed)
+    batches = given.dataset.shuffled(c.path.batch_size, order)
     inputs, _ = next(batches)
-    forward = chosen_forward(module, path, inputs, replace(c.step_forward, precision="fp32"))
+    forward = chosen_forward(module, path, inputs, replace(c.forward, precision="fp32"))
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
-    setting = f"{c.model}, {c.data}, N = {c.points}, B = {c.batch_size}"
+    size = len(tensors_of(inputs)[0])  # which a loader decides for itself
+    setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {size}"
     print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
     descent = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
     print(breakdown(module, path, batches, descent=descent, forward=forward, trace=trace))
@@ -229,10 +250,11 @@ def _stage(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
     The files that it reads are those that the stages before it left, or it is refused.
     """
-    started, found = time.perf_counter(), {"seconds": 0.0}
+    started = time.perf_counter()
+    found: dict[str, Any] = {"seconds": 0.0}
     try:
         run.verify(READS[name])
-        with seeded(run.config.path_seed, run.device):
+        with seeded(run.config.path.path_seed, run.given.device):
             yield found
     except (Stopped, KeyboardInterrupt, OSError) as error:
         error.add_note(f"go on with: {run.go_on}")
@@ -246,13 +268,66 @@ def _stage(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _steps(run: Run, stage: str, log: str, found: dict[str, Any]) -> Iterator[Checkpoints]:
-    """The states of a stage that goes step by step, and its log with a line a step."""
-    with run.checkpoints(stage, log) as checkpoints:
-        yield checkpoints
+def _steps(
+    run: Run, stage: str, log: str, found: dict[str, Any]
+) -> Iterator[tuple[Checkpoints, OnStep | None]]:
+    """The states of a stage that goes step by step, and what else is told of every step."""
+    lines, on_step = run.file(f"{log}.jsonl"), None
+    with contextlib.ExitStack() as stack:
+        if run.pace.log == "csv":
+            stack.callback(_write_csv, run.file(f"{log}.csv"), lines)
+        if run.pace.log == "tensorboard":
+            on_step = stack.enter_context(_board(run.file("tensorboard") / stage))
+        checkpoints = stack.enter_context(run.checkpoints(stage, lines.name))
+        yield checkpoints, on_step
     found["seconds"] = checkpoints.seconds_before
 
 
-def _line(run: Run, a: dict[str, Tensor], b: dict[str, Tensor]) -> Path:
-    c = run.config
-    return Path.linear(a, b, c.points, spacing=c.spacing, batchnorm=c.batchnorm)
+def _write_csv(file: FilePath, log: FilePath) -> None:
+    """A row a step; numbers of several networks in columns of their own."""
+    rows = []
+    if log.exists():
+        rows = [{"step": line["step"], **_scalars(line)} for line in read_json_lines(log)]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_bytes(file, text.getvalue().encode())
+
+
+@contextlib.contextmanager
+def _board(folder: FilePath) -> Iterator[OnStep]:
+    """What every step finds, for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = None
+
+    def on_step(metrics: dict, _: object) -> None:
+        nonlocal writer
+        if writer is None:  # what was written beyond this step was of a process that was killed
+            writer = SummaryWriter(folder, purge_step=metrics["step"])
+        for name, value in _scalars(metrics).items():
+            writer.add_scalar(name, value, metrics["step"])
+
+    try:
+        yield on_step
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _scalars(metrics: dict) -> dict[str, float]:
+    """Single numbers of a step; those of several networks are named as "loss/a", "loss/b"."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{LETTERS[k]}": one for k, one in enumerate(value)}
+        elif name != "step":
+            found[name] = value
+    return found
+
+
+def _line(config: Config, a: State, b: State) -> Path:
+    spacing, batchnorm = config.path.spacing, config.forward.batchnorm
+    return Path.linear(a, b, config.path.points, spacing=spacing, batchnorm=batchnorm)

@@ -111,6 +111,8 @@ TABLE: dict[Callable, Operation] = {}  # filled by `fastgeo.operations`, and by 
 
 
 def operation_of(function: Callable) -> Operation:
+    if not TABLE:
+        import fastgeo.operations  # noqa: F401 - which is made of forms and rules that use this
     found = TABLE.get(function)
     if found is None:
         found = TABLE[function] = tagged(getattr(function, "__name__", ""))

@@ -1,12 +1,13 @@
 """Where a loop is, on disk: what it takes to go on to the last bit after any end of the process.
 
-    FOLDER/STAGE-STEP/state.json            the step, what the state belongs to, checksums
+    FOLDER/STAGE-STEP/state.json            the step, what the state belongs to, SHA-256 of the rest
                       state.safetensors     generators, order of the data, momentum
                       path.safetensors      the path, or ends.safetensors: the networks
 
 A state is complete or absent, and the two newest are kept.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,10 +17,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,20 +32,18 @@ from fastgeo.store.files import (
     read_json,
     read_tensors,
     remove_folder,
+    sha256_of,
     sync_folder,
     write_json,
     write_tensors,
 )
-from fastgeo.store.step_log import StepLog
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 KEPT = 2
 NAME = re.compile(r"\.?[a-z]+-\d{9}(\.old)?(\.part)?")  # of a state's folder
 SHARE = 20  # times as long as saving took, at least, to the next time
 INTERRUPTED, TERMINATED, TIME_IS_UP = 130, 143, 75  # exit codes; the last is sysexits' EX_TEMPFAIL
-
-
-SIGNALS = {
+SIGNALS: dict[int, tuple[str, int]] = {
     signal.SIGINT: ("interrupted", INTERRUPTED),
     signal.SIGTERM: ("terminated", TERMINATED),
 }
@@ -71,12 +70,16 @@ class State:
         tensors: kind -> group -> name -> tensor; each kind is a file.
         values: numbers and the like, as JSON.
         generators: states of torch's own generators.
+        seconds: that all processes spent on the loop so far.
+        log_size: bytes of the log so far.
     """
 
     step: int
     tensors: dict[str, Groups]
     values: dict[str, Any] = field(default_factory=dict)
     generators: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    log_size: int = 0
 
     def set_generators(self) -> None:
         """Torch's random numbers go on from here."""
@@ -98,7 +101,6 @@ class Checkpoints:
         seconds: between two states. More where saving takes more than a twentieth of the time.
         max_minutes: the loop stops with its state saved once so many have passed.
         of: what the states belong to, as JSON; states of anything else are refused.
-        before: entries of `of` for states from before there were these.
         log: JSON Lines, which grows by a line a step and is cut back to the step that is gone on
             from.
         started: what `time.monotonic` returned when the minutes began; now by default.
@@ -115,21 +117,20 @@ class Checkpoints:
         seconds: float = 60.0,
         max_minutes: float | None = None,
         of: Mapping[str, Any] | None = None,
-        before: Mapping[str, Any] | None = None,
         log: str | os.PathLike | None = None,
         started: float | None = None,
     ):
         self.folder, self.seconds = FilePath(folder), seconds
         self.of = json.loads(json.dumps(of or {}))
-        self.before = dict(before or {})
-        self.log = None if log is None else StepLog(FilePath(log))
+        self.log = None if log is None else _Log(FilePath(log))
         self.seconds_before = 0.0  # that earlier processes spent on the states gone on from
         self._started = self._saved = time.monotonic()
-        self._minutes, self._minutes_from = max_minutes, started or self._started
+        self._minutes = max_minutes
+        self._minutes_from = self._started if started is None else started
         self._pause = seconds
         self._stage = ""
-        self._now: _Reached | None = None
-        self._before: _Reached | None = None
+        self._now: State | None = None
+        self._before: State | None = None
         self._asked: Stopped | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -141,23 +142,25 @@ class Checkpoints:
         Raises:
             ValueError: no state is intact, or they belong to something else.
         """
-        self._stage, found, errors = stage, None, []
+        self._stage = stage
+        errors: list[ValueError] = []
         for folder in self._saved_folders():
             try:
                 found = self._read(folder)
-                break
             except ValueError as error:
                 errors.append(error)
-        if errors and found is None:
+                continue
+            for damage in errors:
+                warnings.warn(f"{damage}; going on from step {found.step} instead", stacklevel=2)
+            return found
+        if errors:
             raise ValueError(
                 f"{errors[0]}; no other state of {stage} is there: remove {self.folder} to start "
                 "it anew"
             ) from errors[0]
-        for error in errors:
-            warnings.warn(f"{error}; going on from step {found.step} instead", stacklevel=2)
-        if self.log is not None and found is None:
-            self.log.start()
-        return found
+        if self.log is not None:
+            self.log.open()
+        return None
 
     def reached(self, state: State, *, save: bool = False) -> None:
         """The loop is before a step: save its state if it is time to, or stop if it was asked to.
@@ -171,9 +174,10 @@ class Checkpoints:
         state.generators["cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             state.generators["cuda"] = torch.cuda.get_rng_state("cuda")
-        mark = None if self.log is None else self.log.mark()
-        self._before, self._now = self._now, _Reached(state, mark, self._spent())
         now = time.monotonic()
+        state.seconds = self.seconds_before + now - self._started
+        state.log_size = 0 if self.log is None else self.log.size
+        self._before, self._now = self._now, state
         if self._minutes is not None and now - self._minutes_from >= 60 * self._minutes:
             self._asked = self._asked or Stopped(
                 f"the {self._minutes:g} minutes are over", TIME_IS_UP
@@ -191,7 +195,7 @@ class Checkpoints:
     def distrust(self) -> None:
         """The state reached proves to be no good: the one of the step before is the last good."""
         if self._now is not None:
-            remove_folder(self._folder_of(self._now.state.step))
+            remove_folder(self._folder_of(self._now.step))
         self._now = self._before
 
     def clear(self) -> None:
@@ -214,10 +218,10 @@ class Checkpoints:
             if isinstance(error, Exception) and self._now is not None:
                 try:
                     self._write(self._now)
-                except OSError as other:
+                except (OSError, ValueError) as other:
                     error.add_note(str(other))
                 else:
-                    state = self._folder_of(self._now.state.step)
+                    state = self._folder_of(self._now.step)
                     error.add_note(f"the last good state is in {state}")
                 if self._asked is not None:  # Ctrl-C reaches a DataLoader's workers as well
                     raise self._asked from error
@@ -235,9 +239,6 @@ class Checkpoints:
         self._asked = Stopped(why, code)
         tqdm.write(f"{why}: finishing the step; once more to stop at once", file=sys.stderr)
 
-    def _spent(self) -> float:
-        return self.seconds_before + time.monotonic() - self._started
-
     def _saved_folders(self) -> list[FilePath]:
         """The newest first."""
         found = (f for f in self.folder.glob(f"{self._stage}-*") if NAME.fullmatch(f.name))
@@ -246,29 +247,24 @@ class Checkpoints:
     def _folder_of(self, step: int) -> FilePath:
         return self.folder / f"{self._stage}-{step:09d}"
 
-    def _write(self, reached: "_Reached") -> None:
-        started, state = time.monotonic(), reached.state
-        folder = self._folder_of(state.step)
+    def _write(self, state: State) -> None:
+        started, folder = time.monotonic(), self._folder_of(state.step)
         part = folder.with_name(f".{folder.name}{PART}")
-        tensors = state.tensors
-        tensors = tensors | {"state": {**tensors.get("state", {}), "generators": state.generators}}
-        content = {
-            "stage": self._stage,
-            "step": state.step,
-            "seconds": reached.seconds,
-            "values": state.values,
-            "log": reached.mark,
-            "of": self.of,
+        own = {**state.tensors.get("state", {}), "generators": state.generators}
+        content: dict[str, Any] = {
+            **{"stage": self._stage, "step": state.step, "seconds": state.seconds},
+            **{"values": state.values, "of": self.of, "log": None},
         }
         try:
             if self.log is not None:
                 self.log.sync()
+                sha256 = sha256_of(self.log.file, state.log_size)
+                content["log"] = {"bytes": state.log_size, "sha256": sha256}
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            content["files"] = {
-                kind: write_tensors(part / f"{kind}.safetensors", kind, groups)
-                for kind, groups in tensors.items()
-            }
+            for kind, groups in (state.tensors | {"state": own}).items():
+                write_tensors(part / f"{kind}.safetensors", kind, groups)
+            content["files"] = {file.name: sha256_of(file) for file in sorted(part.iterdir())}
             write_json(part / "state.json", content)
             remove_folder(folder)
             os.replace(part, folder)
@@ -288,25 +284,74 @@ class Checkpoints:
             step, tensors = content["step"], {}
             if folder != self._folder_of(step):
                 raise ValueError(f"{file} is of another stage or step: it was moved here")
-            if difference := _difference({**self.before, **content["of"]}, self.of):
+            if difference := _difference(content["of"], self.of):
                 raise ValueError(f"{folder} belongs to another run: {difference}")
-            for kind, checksum in content["files"].items():
-                named = folder / f"{kind}.safetensors"
-                tensors[kind] = read_tensors(named, kind, checksum=checksum)
+            for name, sha256 in content["files"].items():
+                if sha256_of(folder / name) != sha256:
+                    raise ValueError(
+                        f"cannot read {folder / name}: it was damaged, or is not the one that was "
+                        "written here"
+                    )
+                kind = FilePath(name).stem
+                tensors[kind] = read_tensors(folder / name, kind)
             if self.log is not None:
-                self.log.cut(content["log"])
+                self.log.open(content["log"])
             self.seconds_before = content["seconds"]
             generators = tensors["state"].pop("generators")
-            return State(step, tensors, content["values"], generators)
+            return State(step, {**tensors}, content["values"], generators)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"cannot read {file}: {error} is missing or wrong") from error
 
 
-@dataclass
-class _Reached:
-    state: State
-    mark: dict[str, Any] | None
-    seconds: float
+class _Log:
+    """JSON Lines that grow by a line a step and can be cut back to where they were."""
+
+    def __init__(self, file: FilePath):
+        self.file, self.size = file, 0
+        self._stream: BinaryIO | None = None
+
+    def open(self, saved: Mapping[str, Any] | None = None) -> None:
+        """An empty file, or what is there, cut back to the bytes that a state tells of.
+
+        Raises:
+            ValueError: they are not there any more.
+        """
+        self.size = saved["bytes"] if saved else 0
+        if saved and sha256_of(self.file, self.size) != saved["sha256"]:
+            raise ValueError(
+                f"{self.file} was damaged: its first {self.size} bytes are not as they were"
+            )
+        with self._writing():
+            self._stream = open(self.file, "r+b" if saved else "wb")
+            self._stream.truncate(self.size)
+            self._stream.seek(self.size)
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        text = f"{json.dumps(line)}\n".encode()
+        with self._writing():
+            if self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        self.size += len(text)
+
+    def sync(self) -> None:
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the disk is full: said when a line did not fit
+            self.sync()
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                self._stream.close()
+            self._stream = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.file, error) from error
 
 
 def _difference(there: Any, here: Any, name: str = "") -> str:

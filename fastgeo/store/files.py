@@ -1,7 +1,8 @@
 """What fastgeo writes and reads: JSON and safetensors, whole or not at all, never pickle.
 
 Every file is written under a temporary name in the same folder, flushed to the disk and renamed.
-JSON and safetensors hold a checksum of their own content, so damage is noticed when they are read.
+JSON and safetensors hold a checksum of their own content, so damage is noticed when they are read;
+JSON that tells of other files holds their SHA-256, so they are known to be the ones it tells of.
 """
 
 import contextlib
@@ -70,14 +71,19 @@ def remove_folder(folder: FilePath) -> None:
         shutil.rmtree(dying, ignore_errors=True)
 
 
-def sha256_of(file: FilePath) -> str:
+def sha256_of(file: FilePath, size: int | None = None) -> str:
     """As `sha256sum` prints it.
+
+    Args:
+        size: of the first so many bytes only.
 
     Raises:
         ValueError: a missing file, or one that cannot be read.
     """
     try:
         with open(file, "rb") as stream:
+            if size is not None:
+                return hashlib.sha256(stream.read(size)).hexdigest()
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
@@ -91,7 +97,7 @@ def write_bytes(file: FilePath, content: bytes) -> None:
 def write_json(file: FilePath, content: Mapping[str, Any]) -> None:
     """JSON with its schema version in front and its checksum behind."""
     content = {"schema": SCHEMA, **json.loads(json.dumps(content))}
-    content["checksum"] = _json_checksum(content)
+    content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=1, ensure_ascii=False)
     write_bytes(file, f"{text}\n".encode())
 
@@ -108,17 +114,12 @@ def read_json(file: FilePath) -> dict[str, Any]:
             raise ValueError("it holds no JSON object")
         _check_schema(content["schema"])
         checksum = content.pop("checksum")
-        if checksum != _json_checksum(content):
+        if checksum != _checksum(content):
             raise ValueError("it was damaged or edited: its checksum is of other content")
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
     del content["schema"]
     return content
-
-
-def _json_checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
@@ -133,12 +134,8 @@ def read_json_lines(file: FilePath) -> list[dict[str, Any]]:
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
-def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Groups of named tensors as one safetensors file, each stored as GROUP/NAME.
-
-    Returns:
-        The checksum of their names, types, shapes and values, which the file holds, too.
-    """
+def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Groups of named tensors as one safetensors file, each stored as GROUP/NAME."""
     tensors: dict[str, Tensor] = {}
     written = set()
     for group, named in groups.items():
@@ -147,26 +144,18 @@ def write_tensors(file: FilePath, kind: str, groups: Mapping[str, Mapping[str, T
             memory = tensor.untyped_storage().data_ptr()
             tensors[f"{group}/{name}"] = tensor.clone() if memory in written else tensor
             written.add(memory)
-    order = {group: list(named) for group, named in groups.items()}
-    checksum = _checksum(kind, order, tensors)
-    # One entry, since safetensors writes several in no fixed order: equal content, equal bytes.
-    header = {"schema": SCHEMA, "kind": kind, "order": order, "checksum": checksum}
+    header: dict[str, Any] = {"schema": SCHEMA, "kind": kind}
+    header["order"] = [[group, list(named)] for group, named in groups.items()]
+    header["checksum"] = _checksum(header, tensors)
     with replacing(file) as temporary:
+        # One entry, since safetensors writes several in no fixed order: equal content, equal bytes.
         safetensors.torch.save_file(tensors, temporary, {"fastgeo": json.dumps(header)})
-    return checksum
 
 
 def read_tensors(
-    file: FilePath,
-    kind: str,
-    device: torch.device | str = "cpu",
-    *,
-    checksum: str | None = None,
+    file: FilePath, kind: str, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, Tensor]]:
     """The groups that `write_tensors` was given, names in their order.
-
-    Args:
-        checksum: what `write_tensors` returned, if it must have been this very file.
 
     Raises:
         ValueError: a missing or damaged file, one of another kind, or a newer schema.
@@ -177,20 +166,17 @@ def read_tensors(
             if header.get("kind") != kind:
                 raise ValueError(f"it holds no {kind}")
             _check_schema(header["schema"])
-            order = header["order"]
             # Copies: the tensors of an open file lie in its memory map, at any alignment.
             tensors = {
                 f"{group}/{name}": stored.get_tensor(f"{group}/{name}").clone()
-                for group, names in order.items()
+                for group, names in header["order"]
                 for name in names
             }
-        if header["checksum"] != _checksum(kind, order, tensors):
+        if header.pop("checksum") != _checksum(header, tensors):
             raise ValueError("it was damaged: its checksum is of other content")
-        if checksum not in (None, header["checksum"]):
-            raise ValueError("it is another file than the one written here")
         return {
             group: {name: tensors[f"{group}/{name}"].to(device) for name in names}
-            for group, names in order.items()
+            for group, names in header["order"]
         }
     except (
         *(OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError),
@@ -199,11 +185,12 @@ def read_tensors(
         raise ValueError(f"cannot read {file}: {_why(error)}") from error
 
 
-def _checksum(kind: str, order: Mapping[str, list[str]], tensors: Mapping[str, Tensor]) -> str:
-    forms = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
-    digest = hashlib.sha256(json.dumps([SCHEMA, kind, order, forms]).encode())
-    for tensor in tensors.values():
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> str:
+    """SHA-256 of JSON, and of tensors with their names, types and shapes."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+    for name, tensor in (tensors or {}).items():
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

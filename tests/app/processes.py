@@ -127,7 +127,8 @@ def _serve():
     import scipy.optimize  # noqa: F401
     import torch._dynamo  # noqa: F401 - torch.optim does
 
-    import fastgeo.app.cli  # noqa: F401
+    import fastgeo.app.cli
+    import fastgeo.app.stages  # noqa: F401 - as every command does late
 
     for line in sys.stdin:
         what = json.loads(line)

@@ -1,6 +1,8 @@
 """The command line: whole runs in a small setting, stage by stage, and everything it refuses."""
 
+import csv
 import glob
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -18,13 +21,15 @@ import torch
 from commands import FILES, SMALL, WEIGHTS, refused
 from torch.func import functional_call
 
+import fastgeo
 from fastgeo import Descent, Path, evaluate, models
 from fastgeo.app import plot, report
-from fastgeo.app.cli import main
-from fastgeo.app.config import PRESETS
+from fastgeo.app.cli import _Lines, main
+from fastgeo.app.config import PRESETS, Config, about
 from fastgeo.app.folder import Run
+from fastgeo.app.given import Given
 from fastgeo.data.images import load
-from fastgeo.store.files import read_json, read_tensors, write_json
+from fastgeo.store.files import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -205,29 +210,19 @@ def test_the_match_stage_refuses_a_permutation_that_changes_the_function(capsys,
 
 def test_figures_and_summary_show_the_numbers_of_the_report(run):
     content = json.loads((run / "report.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     drawn = plot.loss_figure(content).axes[0].get_lines()
     expected = [content["paths"][n][s]["loss"] for n in content["paths"] for s in ("train", "test")]
     assert [list(line.get_ydata()) for line in drawn] == expected
     assert list(drawn[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
     assert not plot.loss_figure(content).axes[0].collections  # the paper's values are not its own
-    papers = dict(model="resnet20", width=4, points=25, data="npz:/data/cifar10.npz")
-    marks = plot.loss_figure(content | {"config": content["config"] | papers}).axes[0].collections
-    places = {mark.get_label(): dict(mark.get_offsets().tolist()) for mark in marks}
-    assert len(places) == 4 and places["paper: geodesic, test"][0] == 0.277
-    assert places["paper: line after matching, augmented train"][0.5] == 0.793
-    left, right = plot.length_figure(metrics, content).axes
-    assert list(left.get_lines()[0].get_ydata()) == [line["sqrt_jsd"] for line in metrics]
-    assert list(right.get_lines()[0].get_ydata()) == [line["euclidean"] for line in metrics]
-    assert "nats" in left.get_ylabel() and left.get_legend() is not None
-
     row = next(
         line for line in report.summary(content).splitlines() if line.startswith("geodesic")
     ).split()
     path = content["paths"]["geodesic"]
     numbers = [max(path["train"]["loss"]), max(path["test"]["loss"]), path["train"]["barrier"]]
-    numbers += [path["test"]["barrier"], 100 * min(path["test"]["accuracy"])]
-    assert [float(word) for word in row[1:6]] == pytest.approx(numbers, abs=0.051)
+    numbers += [path["test"]["barrier"]]
+    numbers += [100 * min(path[split]["accuracy"]) for split in ("train", "test")]
+    assert [float(word) for word in row[1:7]] == pytest.approx(numbers, abs=0.051)
     numbers = [path["sqrt_jsd"], path["fisher_rao"], path["euclidean"]]
     assert [float(word) for word in row[7:]] == pytest.approx(numbers, abs=0.0051)
 
@@ -245,7 +240,7 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
         (["--data", "npz:none.npz"], "none.npz: there is no such file"),
         (["--points", "2"], "points must be at least 3"),
         (["--lr", "0"], "lr must be positive, got 0"),
-        (["--momentum", "1"], "momentum must be within 0..0.999, got 1"),
+        (["--momentum", "1"], "momentum must be within 0..1, and less than 1, got 1"),
         (["--train-lr", "-1"], "train-lr must be positive, got -1"),
         (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
         (["--train-batch-size", "-3"], "train-batch-size must be at least 1, got -3"),
@@ -361,6 +356,185 @@ def test_ctrl_c_keeps_what_was_finished_and_says_where():
     assert os.path.exists("r/ends.safetensors") and "Traceback" not in errors
 
 
+def in_another_process(code, **options):
+    """A process of its own that is given this Python."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, **options
+    )
+
+
+def test_help_and_version_need_no_torch():
+    code = """
+import contextlib, io, sys
+from fastgeo.app.cli import main
+for argv in (["--version"], ["--help"], ["run", "--preset", "paper", "--help"]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(argv)
+    assert said.getvalue()
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+"""
+    in_another_process(code)
+    said = subprocess.run(
+        [sys.executable, "-m", "fastgeo", "--version"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == f"fastgeo {fastgeo.__version__}\n" and not said.stderr
+
+
+def test_modules_hide_no_function_of_their_name():
+    code = "import fastgeo.evaluate, fastgeo.optimize; from fastgeo import evaluate, optimize; "
+    in_another_process(code + "assert callable(evaluate) and callable(optimize)")
+    assert set(fastgeo.__all__) <= set(dir(fastgeo))
+
+
+def test_help_is_grouped_by_what_the_settings_are_of(capsys):
+    with pytest.raises(SystemExit):
+        main(["optimize", "--help"])
+    text = capsys.readouterr().out
+    groups = re.findall(r"^\W*((?:[a-z]+ )?(?:options|arguments))\W*$", text, re.MULTILINE)
+    assert groups == [
+        *("positional arguments", "options", "pace options", "path options"),
+        *("descent options", "forward options"),
+    ]
+    assert "--train-lr" not in text and "--match-seed" not in text and "--chunk" in text
+
+
+def test_every_setting_has_a_meaning():
+    assert about().keys() == PRESETS["digits"].settings.keys() and all(about().values())
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
+    main(["run", "--out", "r", *SMALL])
+    said = capsys.readouterr()
+    assert "\r" not in said.err and "train: 100%" in said.err
+    assert len(said.err.splitlines()) < 40
+    main(["run", "--out", "q", *SMALL, "--quiet"])
+    said = capsys.readouterr()
+    assert said.err == "" and "geodesic" in said.out
+
+
+def test_lines_of_progress_are_some_seconds_apart(monkeypatch):
+    now, written = [0.0], io.StringIO()
+    monkeypatch.setattr("fastgeo.app.cli.time.monotonic", lambda: now[0])
+    lines = _Lines(written)
+    for now[0] in range(25):
+        lines.write(f"\rtrain: {now[0]} of 25")
+    lines.write("\n")
+    for text in ("\r          \r", "a warning", "\n", "\roptimize: 1 of 1", "\n"):
+        lines.write(text)
+    assert written.getvalue().splitlines() == [
+        *("train: 0 of 25", "train: 10 of 25", "train: 20 of 25", "train: 24 of 25"),
+        *("a warning", "optimize: 1 of 1"),
+    ]
+
+
+def test_nobody_reads_what_it_says():
+    command = f"{sys.executable} -m fastgeo run --help"
+    process = subprocess.run(
+        ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    assert process.stdout == "141\n" and process.stderr == ""
+
+
+def test_plot_draws_again(run):
+    shutil.copytree(run, "r")
+    os.remove("r/path_loss.png")
+    open("r/report.md", "w").close()
+    main(["plot", "r"])
+    for name in ("path_loss.png", "report.md"):
+        assert FilePath("r", name).read_bytes() == (run / name).read_bytes()
+
+
+def test_runs_are_compared(run, capsys):
+    shutil.copytree(run, "first")
+    shutil.copytree(run, "second")
+    main(["optimize", "second", "--overwrite", "--steps", "9"])
+    main(["evaluate", "second"])
+    capsys.readouterr()
+    main(["compare", "first", "second", "--figure", "both.png"])
+    said = capsys.readouterr().out
+    expected = fastgeo.compare(["first", "second"])
+    assert str(expected.table()) in said and said.endswith("both.png\n")
+    assert "first" in said and "second" in said and "geodesic" not in said
+    assert FilePath("both.png").read_bytes().startswith(b"\x89PNG")
+    assert "cannot read third/report.json" in refused(capsys, "compare", "first", "third")
+
+
+def test_a_module_is_made_once_for_all_that_needs_no_weights_of_its_own(monkeypatch):
+    made, real = [], Given.new_module
+    monkeypatch.setattr(Given, "new_module", lambda given: made.append(1) or real(given))
+    main(["run", "--out", "r", *SMALL])
+    assert len(made) == 3  # the two that are trained, and one
+
+
+def test_later_stages_take_the_matched_end_from_its_file(run, capsys):
+    shutil.copytree(run, "r")
+    os.remove("r/matched.safetensors")
+    assert "cannot read r/matched.safetensors" in refused(capsys, "optimize", "r", "--overwrite")
+    main(["match", "r", "--overwrite"])
+    main(["optimize", "r"])
+    assert FilePath("r/path.safetensors").read_bytes() == (run / "path.safetensors").read_bytes()
+
+
+def test_an_end_of_an_earlier_run_is_taken_by_its_letter(run, capsys):
+    given = [f"{run}/ends.safetensors#{letter}" for letter in "ba"]
+    options = ["--a", given[0], "--b", given[1], *SMALL[:6]]
+    main(["train", "--out", "r", *options])
+    there, here = (read_tensors(f / "ends.safetensors", "ends") for f in (run, FilePath("r")))
+    torch.testing.assert_close(here["a"], there["b"], rtol=0, atol=0)
+    torch.testing.assert_close(here["b"], there["a"], rtol=0, atol=0)
+    options[1] = f"{run}/ends.safetensors#z"
+    assert "ends.safetensors#z: there is no z in that file" in refused(
+        capsys, "train", "--out", "s", *options
+    )
+
+
+def test_steps_are_logged_as_csv_too():
+    main(["run", "--out", "r", *SMALL, "--log", "csv"])
+    for log, columns in (
+        ("metrics", ["step", "energy", "sqrt_jsd", "euclidean", "points"]),
+        ("training", ["step", "loss/a", "loss/b", "lr"]),
+    ):
+        lines = [json.loads(line) for line in open(f"r/{log}.jsonl")]
+        with open(f"r/{log}.csv", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert list(rows[0]) == columns and len(rows) == len(lines)
+        assert [int(row["step"]) for row in rows] == [line["step"] for line in lines]
+    assert float(rows[-1]["loss/b"]) == lines[-1]["loss"][1]
+    main(["optimize", "r", "--overwrite"])
+    assert not os.path.exists("r/metrics.csv")
+
+
+def test_steps_are_logged_for_tensorboard_too():
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(["run", "--out", "r", *SMALL, "--log", "tensorboard"])
+    for stage, log, tag, value in (
+        ("train", "training", "loss/b", lambda line: line["loss"][1]),
+        ("optimize", "metrics", "energy", lambda line: line["energy"]),
+    ):
+        lines = [json.loads(line) for line in open(f"r/{log}.jsonl")]
+        events = EventAccumulator(f"r/tensorboard/{stage}").Reload().Scalars(tag)
+        assert [event.step for event in events] == [line["step"] for line in lines]
+        assert [event.value for event in events] == pytest.approx(list(map(value, lines)))
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_replaced(
+    run, capsys, monkeypatch
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = refused(capsys, "optimize", run, "--overwrite", "--log", "tensorboard")
+    assert "--log tensorboard needs a package: pip install tensorboard" in words
+    assert (run / "path.safetensors").exists()
+
+
+def test_a_busy_machine_is_said(capsys, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    assert "cores busy: OMP_NUM_THREADS=1 may be faster than 2 threads" in capsys.readouterr().out
+
+
 def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):
     for argv, words in (
         (["--help"], ["run", "train", "match", "optimize", "evaluate", "plot"]),
@@ -377,26 +551,31 @@ def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):
 
 def test_the_paper_preset_is_the_papers_experiment():
     c = PRESETS["paper"]
-    assert (c.data, c.model, c.width, c.norm) == ("cifar10", "resnet20", 4, "group")
-    assert (c.points, c.steps, c.batch_size) == (25, 3920, 256)
-    assert (c.epochs, c.train_batch_size, c.train_lr) == (100, 128, 0.1)
-    assert (c.seed_a, c.seed_b, c.spacing, c.coarse_to_fine) == (0, 1, "even", False)
+    ends, path, training = c.ends, c.path, c.training
+    assert (c.data.data, ends.model, ends.width, ends.norm) == ("cifar10", "resnet20", 4, "group")
+    assert (path.points, path.steps, path.batch_size, path.spacing) == (25, 3920, 256, "even")
+    assert (training.epochs, training.train_batch_size, training.train_lr) == (100, 128, 0.1)
+    assert (ends.seed_a, ends.seed_b) == (0, 1)
     assert c.descent == Descent(0.1, 0.0, "constant", precondition=False, coarse_to_fine=False)
     assert PRESETS["digits"].descent == Descent(0.1, 0.9, "linear", True, True)
-    assert c.step_forward.precision == "fp32"
+    assert c.forward.precision == "fp32"
 
 
-def test_runs_from_before_a_setting_do_as_they_did(run, tmp_path):
-    content = read_json(run / "config.json")
-    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
-        del content["config"][name]
-    write_json(tmp_path / "config.json", content)
-    c = Run.open(tmp_path).config
-    assert (c.coarse_to_fine, c.momentum, c.lr_schedule) == (False, 0.0, "constant")
-    content = read_json(run / "report.json")
-    for name in ("coarse_to_fine", "momentum", "lr_schedule"):
-        del content["config"][name]
-    assert "SGD at rate 0.1.\n" in report.markdown(content)
+def test_every_preset_names_the_engine_with_which_a_run_repeats_itself():
+    assert {config.forward.engine for config in PRESETS.values()} == {"stacked"}
+
+
+def test_settings_are_told_apart_by_their_names_alone():
+    config = PRESETS["paper-small"].changed(memory_budget="8GiB", cuda_graph=False, a="a", b="b")
+    assert Config.of(json.loads(json.dumps(config.settings))) == config
+    assert len(config.settings) == 1 + sum(
+        len(vars(group)) for group in vars(config).values() if not isinstance(group, str)
+    )
+    assert config.forward.memory_budget == "8GiB" and config.path.cuda_graph is False
+    fp32 = replace(config, forward=replace(config.forward, precision="bf16")).forward_in_fp32
+    assert (fp32.precision, fp32.memory_budget, fp32.engine) == ("fp32", None, "stacked")
+    with pytest.raises(TypeError, match="there is no setting 'colour'"):
+        config.changed(colour="red")
 
 
 def test_config_json_says_where_every_setting_is_from(run):
@@ -411,8 +590,8 @@ def test_config_json_says_where_every_setting_is_from(run):
 
 def test_matched_end_computes_what_b_computes(run):
     opened = Run.open(run)
-    _, b = opened.ends()
-    path, module = Path.load(run / "path.safetensors"), opened.new_module()
+    _, b = opened.ends
+    path, module = Path.load(run / "path.safetensors"), opened.given.new_module()
     x = torch.randn(9, 1, 8, 8)
     assert not torch.equal(path.end["conv1.weight"], b["conv1.weight"])
     plain = safetensors.torch.load_file(run / "matched.safetensors")

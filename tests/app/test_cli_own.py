@@ -202,12 +202,13 @@ def test_a_memory_budget_reaches_the_optimisation(capsys):
     config = json.loads(open("r/config.json").read())
     assert config["engines"]["optimize"]["chunk"] == 1
     words = refused(capsys, "optimize", "r", "--overwrite", "--memory-budget", "1kB")
-    assert "memory_budget" in words and "too small" in words
+    assert "memory-budget" in words and "too small" in words
 
 
 def test_batch_norm_is_refused_or_recalibrated(capsys):
     options = ["--model", "mine.code:normalised", *SMALL]
-    assert "layer 2 is BatchNorm" in refused(capsys, "run", "--out", "r", *options)
+    sentence = refused(capsys, "run", "--out", "r", *options)
+    assert "layer 2 is BatchNorm" in sentence and "anew with --batchnorm recalibrate" in sentence
     main(["run", "--out", "r", *options, "--batchnorm", "recalibrate"])
     path = Path.load("r/path.safetensors")
     tracked = path.interior["2.running_mean"]

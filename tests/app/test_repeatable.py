@@ -1,7 +1,6 @@
 """The same seed on the same machine gives the same result, and a long run does not grow."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,17 +33,9 @@ def inside(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_preset_gives_the_same_result_twice(preset, tmp_path):
-    """With the preset's network and schedule, a named engine, and few steps on a CPU."""
+    """With the preset's network, schedule and engine, and few steps on a CPU."""
     for name in ("first", "second"):
-        options = [
-            "--preset",
-            preset,
-            "--engine",
-            "stacked",
-            "--device",
-            "cpu",
-            *SMALL.get(preset, COLOUR),
-        ]
+        options = ["--preset", preset, "--device", "cpu", *SMALL.get(preset, COLOUR)]
         main(["run", "--out", name, *options])
     for name in EXACT:
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
@@ -57,8 +48,7 @@ def test_a_preset_gives_the_same_result_twice(preset, tmp_path):
 
 def test_a_long_run_grows_neither_in_memory_nor_in_open_files(tmp_path):
     """The long form is `python -m benchmarks.soak`."""
-    config = replace(
-        PRESETS["digits"],
+    config = PRESETS["digits"].changed(
         width=0.25,
         train_subset=100,
         epochs=2,

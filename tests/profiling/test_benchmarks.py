@@ -1,7 +1,6 @@
 """Benchmarks in small: engines agree, counts are right, tables say what was measured."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_the_roofline_runs():
 
 def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypatch):
     small = dict(width=0.25, train_subset=200, epochs=2, points=9, batch_size=50)
-    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"].changed(**small))
     monkeypatch.setattr(convergence, "RATES", (0.1, 1e38))
     monkeypatch.setattr(convergence, "MOMENTUM_RATES", (0.1,))
     monkeypatch.setattr(points, "POINTS", (5, 9))
@@ -114,7 +113,7 @@ def test_every_way_to_optimise_starts_at_one_line_and_the_best_is_named(monkeypa
 
 def test_precisions_are_set_against_orders_of_the_images(monkeypatch):
     small = dict(width=0.25, train_subset=200, epochs=2, points=5, batch_size=50, steps=3)
-    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"].changed(**small))
     between = ends.Ends(precision.Options(preset="tiny"))
     orders = [precision.curve(between, "fp32", seed) for seed in range(2)]
     half = precision.curve(between, "bf16", 0)

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import OrderedDict, UserDict, namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import catalogue
 import pytest
@@ -14,9 +14,8 @@ from conftest import evaluating, plain, settings
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastgeo import Forward, Path, evaluate, match, optimize, recalibrate, stack
+from fastgeo import Forward, Path, Training, evaluate, match, optimize, recalibrate, stack
 from fastgeo.app.cli import main
-from fastgeo.app.config import PRESETS
 from fastgeo.data.loaders import loader_data
 from fastgeo.train import train_ends
 
@@ -250,7 +249,7 @@ def test_training_is_on_the_rows_that_count():
     none = inputs, torch.full_like(targets, -100)
     data = loader_data(([(inputs, targets), none, (inputs, targets)], [(inputs, targets)]))
     counted = (targets != -100) & mask.bool()
-    config = replace(PRESETS["paper"], epochs=1, train_lr=0.05, weight_decay=0.0)
+    config = Training(epochs=1, train_batch_size=128, train_lr=0.05, weight_decay=0.0)
 
     log, modules = [], []
 

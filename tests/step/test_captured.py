@@ -320,7 +320,7 @@ class Reading(nn.Linear):
 @pytest.mark.parametrize("of", [lambda x, y: x.sum(), lambda x, y: y.sum()])
 def test_what_a_cuda_graph_cannot_do_is_refused_before_a_run(capsys, tmp_path, monkeypatch, of):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastgeo.app.user.new_module", lambda name: Reading(of))
+    monkeypatch.setattr("fastgeo.app.given._function", lambda name: lambda: Reading(of))
     words = refused(
         capsys, "run", "--cuda-graph", "True", "--engine", "auto", "--model", "own:make"
     )

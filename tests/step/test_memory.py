@@ -1,7 +1,5 @@
 """Memory: what a step takes is known before, and what does not fit is not begun."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from commands import refused
@@ -81,13 +79,15 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
         words = refused(capsys, "run", "--out", "r", "--points", "2000", "--chunk", more)
         assert words.startswith(start)
     assert not (tmp_path / "r").exists()
-    config = replace(PRESETS["digits"], points=2000)
-    Run.create(tmp_path / "r", replace(config, chunk=chunk), overwrite=False)
-    Run.create(tmp_path / "s", replace(config, engine="auto"), overwrite=False)
+    config = PRESETS["digits"].changed(points=2000)
+    for name, fits in (("r", dict(chunk=chunk)), ("s", dict(engine="auto"))):
+        with Run.create(tmp_path / name, config.changed(**fits)):
+            pass
     monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 2**20)
     monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 3 * 2**26)
-    config = replace(PRESETS["digits"], engine="auto", cuda_graph=False)  # which finds a chunk
-    Run.create(tmp_path / "u", config, overwrite=False)
+    config = PRESETS["digits"].changed(engine="auto", cuda_graph=False)  # which finds a chunk
+    with Run.create(tmp_path / "u", config):
+        pass
     words = refused(capsys, "run", "--out", "v", "--engine", "auto", "--cuda-graph", "True")
     assert words.startswith(start) and "give --chunk " in words
 

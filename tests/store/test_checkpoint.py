@@ -11,14 +11,13 @@ from conftest import evaluating, images, plain, settings, tiny_resnet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastgeo import Checkpoints, Forward, Path, models, optimize
-from fastgeo.app.config import PRESETS
+from fastgeo import Checkpoints, Forward, Path, Training, models, optimize
 from fastgeo.data.images import load
 from fastgeo.data.loaders import loader_data
 from fastgeo.store.checkpoint import Stopped
 from fastgeo.train import train_ends
 
-CONFIG = replace(PRESETS["digits"], epochs=2, train_batch_size=25, train_lr=0.05)
+CONFIG = Training(epochs=2, train_batch_size=25, train_lr=0.05)
 
 
 class Cut(BaseException):
@@ -209,20 +208,6 @@ def test_states_of_something_else_are_refused(path, module, tmp_path):
             checkpoints=Checkpoints(tmp_path, of={"batch": 12}),
             descent=plain(),
         )
-
-
-def test_states_from_before_an_entry_are_those_that_it_had_then(path, module, tmp_path):
-    options = dict(steps=3, engine="stacked")
-    with pytest.raises(Cut), Checkpoints(tmp_path, seconds=0, of={"a": 1}) as states:
-        states._pause = 0
-        optimize(
-            path, module, [images()], checkpoints=states, on_step=cut_at(2), **settings(**options)
-        )
-    with Checkpoints(tmp_path, of={"a": 1, "b": 0}, before={"b": 0}) as states:
-        assert states.load("optimize").step == 2
-    with Checkpoints(tmp_path, of={"a": 1, "b": 2}, before={"b": 0}) as states:
-        with pytest.raises(ValueError, match="b is 0 there and 2 here"):
-            states.load("optimize")
 
 
 def test_a_log_that_was_changed_is_refused(path, module, tmp_path):

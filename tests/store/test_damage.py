@@ -252,7 +252,7 @@ def test_the_state_of_another_run_is_refused(stopped, runs, capsys):
     shutil.rmtree("other/checkpoint")
     shutil.copytree(stopped / "checkpoint", "other/checkpoint")
     sentence = refused(capsys, "optimize", "other", "--resume")
-    assert "belongs to another run: seed_a is 4 there and 6 here" in sentence
+    assert "belongs to another run: seed-a is 4 there and 6 here" in sentence
 
 
 def test_a_stage_that_was_begun_is_not_begun_anew_unasked(stopped, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastgeo.app.user import read_state
+from fastgeo.app.given import read_state
 
 
 def net():

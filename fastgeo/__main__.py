@@ -1,0 +1,5 @@
+"""`python -m fastgeo`: the command line."""
+
+from fastgeo.app.cli import main
+
+main()
