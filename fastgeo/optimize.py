@@ -56,7 +56,8 @@ def optimize(
             arguments of the module's forward. Labels in it are dropped unread (a language model
             shifts them, so they do not belong to the rows of its logits), and caches are off. Of
             targets it matters only where they are -100: that row of the logits does not count.
-            Gone through again, if it can be, until all steps are done.
+            Gone through again, if it can be, until all steps are done. On statistics of the batch
+            one of a single input is left out that comes after larger ones.
         steps: how many; one pass over the batches by default.
         descent: rate, momentum and the like (`fastgeo.Descent`).
         forward: engine, chunk, precision and the like (`fastgeo.Forward`). The energy is the mean

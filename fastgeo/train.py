@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.data.images import Dataset
-from fastgeo.data.inputs import Stream, each_tensor, on_device, tensors_of
+from fastgeo.data.inputs import Passes, Stream, each_tensor, on_device, tensors_of
 from fastgeo.data.loaders import Batch, LoaderData
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.options import Forward
@@ -51,7 +51,8 @@ def train_ends(
         seeds: one a network.
         training: epochs, batch size and the schedule of the rate.
         forward: engine, chunk and the like (`fastgeo.Forward`). With batchnorm="recalibrate" a
-            module with BatchNorm is trained as it is, every network with statistics of its own.
+            module with BatchNorm is trained as it is, every network with statistics of its own, and
+            a batch of one input that comes after larger ones is left out.
         on_choice: as in `fastgeo.optimize`.
         on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and the K states
             that had this loss, which may be kept.
@@ -75,7 +76,8 @@ def train_ends(
         state = module.state_dict()
         states.append({name: t.detach().to(data.device) for name, t in state.items()})
         generator = torch.Generator().manual_seed(seed)
-        batches.append(data.shuffled(training.train_batch_size, generator))
+        stream = data.shuffled(training.train_batch_size, generator)
+        batches.append(Passes(stream, repeat=False, alone=forward.batchnorm == "refuse"))
     saved = None if checkpoints is None else checkpoints.load("train")
     if saved is not None:
         own = saved.tensors["ends"].values()

@@ -550,6 +550,33 @@ def test_networks_are_trained_at_once_on_batches_of_other_shapes(engine, chunk):
     assert len(widths) > 1
 
 
+def test_a_last_batch_of_one_is_left_out_where_networks_have_batch_norm(tmp_path):
+    def network():
+        return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+    def ends(batches, epochs, **options):
+        how = dict(forward=Forward(engine="stacked", batchnorm="recalibrate"))
+        training = Training(epochs=epochs, train_lr=0.05)
+        return train_ends(
+            network, loader_data((batches, batches)), (1, 2), training, **how, **options
+        )
+
+    whole = [(X[:8], Y[:8]), (X[8:16], Y[8:16])]
+    expected = ends(whole, 3)
+    exactly = dict(rtol=0, atol=0)
+    with_tail = [*whole, (X[16:17], Y[16:17])]
+    torch.testing.assert_close(ends(with_tail, 2), expected, **exactly)
+
+    def on_step(metrics, states):
+        if metrics["step"] == 2:  # whose batch is the first after the one that is left out
+            raise Cut
+
+    with pytest.raises(Cut), Checkpoints(tmp_path, seconds=0) as states:
+        ends(with_tail, 2, checkpoints=states, on_step=on_step)
+    with Checkpoints(tmp_path, seconds=0) as states:
+        torch.testing.assert_close(ends(with_tail, 2, checkpoints=states), expected, **exactly)
+
+
 # --- Modules and modes ----------------------------------------------------------------------------
 
 

@@ -153,7 +153,7 @@ class Passes(Stream):
         return {"start": start} | place | largest
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._waiting, self._before, self._largest = [], {}, int(state["largest"])
+        self._waiting, self._before, self._largest = [], {}, int(state.get("largest", 0))
         if isinstance(self.batches, Stream):
             self.batches.load_state_dict(state)
             return
@@ -162,7 +162,7 @@ class Passes(Stream):
         batch = None
         for _ in range(int(state["drawn"])):
             batch = self._draw()
-        if state["waiting"]:
+        if state.get("waiting"):
             self._waiting = [self._inputs_of(batch)]
 
     def _draw(self) -> Any:
