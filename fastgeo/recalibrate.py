@@ -168,12 +168,16 @@ class _Kinds:
     def of(
         cls, module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, found: Statistics
     ) -> "_Kinds":
-        """As seen on one network: layer by layer, from other values of what it updates."""
+        """As seen on one network: layer by layer, from other values of what it updates.
+
+        Averages of which the same layer makes something else, as a codebook does, stay with that.
+        """
 
         def after(**changed: Tensor) -> dict[str, Tensor]:
             return after_training(module, {**state, **changed}, inputs, found)
 
-        kept, counts = {}, set()
+        kept: dict[str, float] = {}
+        counts: set[str] = set()
         own = dict(module.named_buffers(remove_duplicate=False))
         as_it_is = after()
         for layer in sorted({name.rpartition(".")[0] for name in found.names}):
@@ -187,17 +191,17 @@ class _Kinds:
                 return after(**{**zero, **moved})
 
             from_zero, from_one, low, high = at(0.0), at(1.0), at(-FAR), at(FAR)
+            shares: dict[str, float] = {}
             for name in names:
                 if name in floats:
                     share = _share_kept(*(a[name] for a in (low, from_zero, from_one, high)))
-                    if share == 1:
-                        counts.add(name)
-                    elif share is not None:
-                        kept[name] = share
-                elif whole[name].dtype != torch.bool:
-                    added = as_it_is[name] - whole[name]
-                    if torch.equal(from_zero[name], added):
-                        counts.add(name)
+                    shares |= {} if share is None else {name: share}
+                elif name in zero and torch.equal(from_zero[name], as_it_is[name] - whole[name]):
+                    shares[name] = 1.0
+            moved = after(**{n: whole[n] + (FAR if n in floats else 1) for n in shares})
+            if all(torch.equal(moved[n], as_it_is[n]) for n in names if n not in shares):
+                counts |= {name for name, share in shares.items() if share == 1}
+                kept |= {name: share for name, share in shares.items() if share < 1}
         others = found.names - kept.keys() - counts
         free = _free(module, state, inputs, found) if others else frozenset()
         return cls(kept, frozenset(counts), free & others)

@@ -149,6 +149,39 @@ def test_whatever_a_network_updates_is_recalibrated_as_it_updates_it():
         assert new["calls"] == 2 and new["rows"] == 24
 
 
+class Quantised(nn.Module):
+    """A codebook as it is trained by moving averages: sums over counts."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(8, 4), nn.Linear(4, 3)
+        self.register_buffer("codes", torch.randn(5, 4))
+        self.register_buffer("sums", self.codes.clone())
+        self.register_buffer("counts", torch.ones(5))
+
+    def forward(self, x):
+        h = self.body(x)
+        nearest = torch.cdist(h, self.codes).argmin(-1)
+        if self.training:
+            chosen = F.one_hot(nearest, 5).to(h)
+            self.counts.lerp_(chosen.sum(0), 0.1)
+            self.sums.lerp_(chosen.T @ h.detach(), 0.1)
+            self.codes.copy_(self.sums / self.counts[:, None])
+        return self.head(self.codes[nearest])
+
+
+def test_a_codebook_is_updated_as_its_network_does_by_itself():
+    line = Path.linear(Quantised(1), Quantised(2), 4, batchnorm="recalibrate")
+    got = recalibrate(line, Quantised(0), [X[:10], X[10:]], forward=Forward(chunk=3))
+    for old, new in zip(line.points(), got.points(), strict=True):
+        module = Quantised(0)
+        module.load_state_dict(old)
+        for x in (X[:10], X[10:]):
+            module.train()(x)
+        torch.testing.assert_close(new, module.state_dict())
+
+
 def test_a_moving_average_that_no_state_dict_has_is_refused():
     def network(seed):
         module = Updates(seed)
