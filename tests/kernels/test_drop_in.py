@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,45 @@ def test_the_copied_folder_needs_torch_and_triton_alone(tmp_path):
     copied = tmp_path / "copied" / "fastgeo_kernels"
     shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
     assert run(USE_THE_COPY, tmp_path).split() == ["[]", "False"]
+
+
+def test_the_copied_folder_passes_its_own_tests(tmp_path):
+    """In an empty project, without pytest, and with nothing of this repository to be found."""
+    copied = tmp_path / "project" / "vendored"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    result = subprocess.run(
+        [sys.executable, "-m", "unittest", "vendored.tests"],
+        cwd=tmp_path / "project",
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Ran 8 tests" in result.stderr and result.stderr.rstrip().endswith("OK")
+
+
+def test_the_folder_is_a_wheel_of_its_own(tmp_path):
+    """With its own name, version, licence and every file; it installs and passes its tests."""
+    source = shutil.copytree(PACKAGE.parent, tmp_path / "source")
+    build = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", "."]
+    subprocess.run([sys.executable, *build, str(source)], cwd=tmp_path, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == "fastgeo_kernels-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        names = set(archive.namelist())
+    files = {*FILES, *(PACKAGE / name for name in ("LICENSE", "metadata.json", "py.typed"))}
+    assert {str(file.relative_to(PACKAGE.parent)) for file in files} <= names
+    metadata = (tmp_path / "installed/fastgeo_kernels-0.1.0.dist-info/METADATA").read_text()
+    for line in ("Name: fastgeo-kernels", "License-Expression: Apache-2.0", "Requires-Dist: torch"):
+        assert line in metadata
+    code = "import fastgeo_kernels; print(fastgeo_kernels.__file__)"
+    out = run(code, tmp_path / "installed", PYTHONPATH=str(tmp_path / "installed"))
+    assert str(tmp_path / "installed") in out
+
+
+def test_the_folder_has_the_licence_of_the_repository():
+    assert (PACKAGE / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_two_copies_live_in_one_process(tmp_path):
@@ -154,6 +194,7 @@ def test_metadata_agrees_with_the_build_file():
 
 HUB = """
 import sys
+import zipfile
 from pathlib import Path
 import torch
 from torch import nn
