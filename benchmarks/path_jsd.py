@@ -1,6 +1,9 @@
-"""Value and gradient of the path divergence: time, bandwidth, memory and error.
+"""Value and gradient of the divergence, of a path and of a pair: time, bandwidth, memory and error.
 
-    python -m benchmarks.path_jsd     # the table, and benchmarks/results/path_jsd-<device>.json
+    python -m benchmarks.path_jsd     # two tables, and benchmarks/results/path_jsd-<device>.json
+
+A pair is what a distillation loss calls: teacher and student, forward and backward through the
+public function, with a gradient to the student alone.
 
 On a GPU the times are the device's own (a pause lets the host run ahead), next to wall time. GB/s
 counts one read and one write of the logits, whatever an implementation really moves; its share is
@@ -12,11 +15,12 @@ or the gradient is reported as wrong, without a time
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from fastgeo_kernels import path_js_div_value_and_grad
+from fastgeo_kernels import js_div, path_js_div_value_and_grad
 
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo.profiling.measure import (
@@ -31,7 +35,10 @@ from fastgeo.profiling.measure import (
 # N, B, C
 GPU_SHAPES = [(25, 256, 10), (25, 65536, 10), (25, 1024, 1000), (25, 64, 32768), (2, 1024, 32768)]
 CPU_SHAPES = [(25, 256, 10), (25, 64, 1000), (2, 64, 32768)]
+GPU_PAIRS = [(65536, 10), (4096, 1000), (4096, 32768), (4096, 151_936)]  # B, C
+CPU_PAIRS = [(256, 10), (128, 1000), (64, 32768)]
 PAPER = "paper's loop, eager"
+BASE = "softmax, log, kl_div"
 
 
 def pair(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -69,6 +76,30 @@ def liger(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack(edges)
 
 
+def log_space(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """log_softmax, logaddexp, kl_div."""
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    log_m = torch.logaddexp(p, q) - math.log(2)
+    options = dict(reduction="batchmean", log_target=True)
+    return (F.kl_div(log_m, p, **options) + F.kl_div(log_m, q, **options)) / 2
+
+
+def trl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """The formula of `GKDTrainer.generalized_jsd_loss` of TRL, beta = 1/2."""
+    q, p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    beta = torch.tensor(0.5, device=p.device)
+    mixture = torch.logsumexp(torch.stack([q + torch.log1p(-beta), p + torch.log(beta)]), 0)
+    kl = [F.kl_div(mixture, rows, reduction="none", log_target=True) for rows in (p, q)]
+    return (beta * kl[0] + (1 - beta) * kl[1]).sum() / len(p)
+
+
+def liger_pair(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.ops.jsd import LigerJSDFunction
+
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return LigerJSDFunction.apply(q, p, None, 0.5, -100)
+
+
 def with_autograd(function: Callable, logits: torch.Tensor) -> Callable:
     leaf = logits.detach().requires_grad_()
 
@@ -97,6 +128,25 @@ def implementations(logits: torch.Tensor, compile: bool) -> dict[str, Callable]:
     return found
 
 
+def of_student(function: Callable, teacher: torch.Tensor, student: torch.Tensor) -> Callable:
+    return with_autograd(lambda leaf: function(teacher, leaf), student)
+
+
+def pair_implementations(
+    teacher: torch.Tensor, student: torch.Tensor, compile: bool
+) -> dict[str, Callable]:
+    plain = {"this": js_div, BASE: pair, "log space": log_space, "TRL's formula": trl}
+    if teacher.is_cuda and version_of("liger-kernel") != "none":
+        plain["Liger-Kernel"] = liger_pair
+    found = {name: of_student(function, teacher, student) for name, function in plain.items()}
+    if compile:
+        torch._dynamo.reset()
+        for name, function in plain.items():
+            compiled = of_student(torch.compile(function), teacher, student)
+            found[f"{name}, torch.compile"] = compiled
+    return found
+
+
 def error(got, expected) -> float:
     """The larger of the value's and the gradient's error, each over its largest entry."""
     return max(
@@ -120,8 +170,32 @@ def measure(shape, dtype: torch.dtype, device: torch.device, compile: bool, repe
     generator = torch.Generator(device).manual_seed(0)
     steps = torch.randn(shape, device=device, generator=generator)
     logits = (3 * steps[:1] + steps.cumsum(0)).to(dtype)
-    functions, errors = implementations(logits, compile), {}
     expected = path_js_div_value_and_grad(logits.double().cpu(), impl="torch")
+    words = {"N, B, C": "{}, {}, {}".format(*shape), "dtype": str(dtype)[6:]}
+    return compare(implementations(logits, compile), expected, words, PAPER, logits, repeats)
+
+
+def measure_pair(shape, dtype: torch.dtype, device: torch.device, compile: bool, repeats: int):
+    generator = torch.Generator(device).manual_seed(0)
+    teacher = 3 * torch.randn(shape, device=device, generator=generator)
+    student = teacher + torch.randn(shape, device=device, generator=generator)
+    teacher, student = teacher.to(dtype), student.to(dtype)
+    functions = pair_implementations(teacher, student, compile)
+    exact = of_student(js_div, teacher.double().cpu(), student.double().cpu())
+    words = {"B, C": "{}, {}".format(*shape), "dtype": str(dtype)[6:]}
+    return compare(functions, exact(), words, BASE, torch.stack([teacher, student]), repeats)
+
+
+def compare(
+    functions: dict[str, Callable],
+    expected: tuple[torch.Tensor, torch.Tensor],
+    words: dict[str, str],
+    base: str,
+    logits: torch.Tensor,
+    repeats: int,
+) -> list[dict[str, str]]:
+    """A row for each implementation of one value and gradient."""
+    device, dtype, errors = logits.device, logits.dtype, {}
     for name, function in list(functions.items()):
         try:
             errors[name] = error([t.cpu() for t in function()], expected)
@@ -135,15 +209,15 @@ def measure(shape, dtype: torch.dtype, device: torch.device, compile: bool, repe
     wall = time_alternating(sound, repeats)
     seconds = time_alternating(sound, repeats, "device") if device.type == "cuda" else wall
     bandwidth = copy_bandwidth(logits.numel() * logits.element_size() // 4, device)
-    paper = quantiles(seconds[PAPER])["p50"] if PAPER in sound else None
+    usual = quantiles(seconds[base])["p50"] if base in sound else None
     rows = []
     for name in functions:
-        row = {"impl": name, "N, B, C": "{}, {}, {}".format(*shape), "dtype": str(dtype)[6:]}
+        row = {"impl": name, **words}
         if name not in sound:
             blank = dict.fromkeys(
                 ("ms p20", "p50", "p80", "wall ms", "GB/s", "of copy", "peak MiB"), "wrong"
             )
-            rows.append({**row, **blank, "max error": f"{errors[name]:.0e}", "vs paper": "-"})
+            rows.append({**row, **blank, "max error": f"{errors[name]:.0e}", f"vs {base}": "-"})
             continue
         times = quantiles(seconds[name])
         rate = 2 * logits.nbytes / times["p50"]
@@ -158,7 +232,7 @@ def measure(shape, dtype: torch.dtype, device: torch.device, compile: bool, repe
                 "of copy": f"{rate / bandwidth:.1%}",
                 "peak MiB": peak_mib(functions[name], device),
                 "max error": f"{errors[name]:.0e}",
-                "vs paper": f"{paper / times['p50']:.1f}x" if paper else "-",
+                f"vs {base}": f"{usual / times['p50']:.1f}x" if usual else "-",
             }
         )
     return rows
@@ -175,12 +249,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     print(headline(environment()), end="\n\n")
-    rows = []
+    rows, pairs = [], []
     for shape in GPU_SHAPES if gpu else CPU_SHAPES:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
             rows += measure(shape, dtype, device, not arguments.no_compile, arguments.repeats)
     print(table(rows))
-    write_result(f"path_jsd-{device_slug()}", {"rows": rows})
+    for shape in GPU_PAIRS if gpu else CPU_PAIRS:
+        for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
+            pairs += measure_pair(shape, dtype, device, not arguments.no_compile, arguments.repeats)
+    print(f"\n{table(pairs)}")
+    write_result(f"path_jsd-{device_slug()}", {"rows": rows, "pairs": pairs})
 
 
 if __name__ == "__main__":
