@@ -316,3 +316,30 @@ def check_under_autocast(impl, device="cpu"):
     assert got.dtype == torch.float32 and torch.equal(got, expected)
     (grad,) = torch.autograd.grad(got, q)
     assert grad.dtype == torch.bfloat16
+
+
+def check_inplace(impl, device="cpu"):
+    """The gradient lies where the student's logits were, and is the same; they are gone."""
+    p, base = (x.to(device) for x in rows(6, 11, 1.0))
+    labels = torch.tensor([0, -100, 1, 2, -100, 3], device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for both in (False, True):
+            results = []
+            for inplace in (False, True):
+                leaves = p.clone().requires_grad_(both), base.to(dtype).requires_grad_()
+                student = (leaves[1] * 1).view(2, 3, 11)
+                teacher = leaves[0].view(2, 3, 11)
+                options = dict(beta=0.1, labels=labels.view(2, 3), temperature=2.0)
+                value = js_div(teacher, student, inplace=inplace, impl=impl, **options)
+                wanted = student, *(leaf for leaf in leaves if leaf.requires_grad)
+                grads = torch.autograd.grad(value * 3, wanted, retain_graph=True)
+                assert (grads[0].data_ptr() == student.data_ptr()) == inplace
+                results.append(grads)
+            for got, expected in zip(*results, strict=True):
+                assert got.dtype == expected.dtype and torch.equal(got, expected)
+    import pytest
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    with pytest.raises(ValueError, match="inplace needs contiguous q_logits"):
+        js_div(p.T, base.T, inplace=True, impl=impl)

@@ -40,6 +40,10 @@ def test_rows_of_weight_0_are_not_there():
     claims.check_rows_of_weight_0_are_not_there("torch", classes=30)
 
 
+def test_inplace():
+    claims.check_inplace("torch")
+
+
 def test_labels_and_normalizer():
     claims.check_labels_and_normalizer("torch")
 

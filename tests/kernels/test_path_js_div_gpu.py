@@ -150,6 +150,7 @@ def test_paths_masks_labels_and_transforms_of_every_beta():
     pairs.check_functional_transforms("triton", "cuda")
     pairs.check_compiles_as_one_graph("triton", "inductor", "cuda")
     pairs.check_under_autocast("triton", "cuda")
+    pairs.check_inplace("triton", "cuda")
 
 
 @pytest.mark.parametrize("classes", [1000, 32768])

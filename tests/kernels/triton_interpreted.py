@@ -138,6 +138,10 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(
         operators.pair_grads_op, (*pair, upstream[0], kept, 1.0, 1.0, True, False)
     )
+    torch.library.opcheck(
+        operators.pair_grads_over_op,
+        (pair[0], pair[1].clone(), upstream[0], kept, 1.0, 0.5, True),
+    )
 
 
 def test_forward_saves_the_logits_and_nothing_else():
@@ -192,6 +196,10 @@ def test_paths_and_masks_in_tiles(blocks):
     (student_grad,) = torch.autograd.grad(pair, student)
     torch.testing.assert_close(student_grad, grad[1])
     assert grad.isfinite().all() and torch.equal(grad[:, 0], torch.zeros(2, 9))
+
+
+def test_inplace():
+    pairs.check_inplace("triton")
 
 
 def test_ends_labels_and_normalizer():

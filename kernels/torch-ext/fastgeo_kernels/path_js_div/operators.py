@@ -184,6 +184,36 @@ pair_grads_op = torch.library.custom_op(
 )
 
 
+def _pair_grads_over(
+    p_logits: Tensor,
+    q_logits: Tensor,
+    upstream: Tensor,
+    kept: Optional[Tensor],
+    temperature: float,
+    beta: float,
+    p_wanted: bool,
+) -> Tensor:
+    p_grad = p_logits.new_empty(p_logits.shape if p_wanted else (0,))
+    how, given = How(temperature, beta), p_grad if p_wanted else None
+    launch_pair(p_logits, q_logits, kept, how, upstream, given, q_logits)
+    return p_grad
+
+
+# Writes the gradient to q_logits over them; returns that to p_logits.
+pair_grads_over_op = torch.library.custom_op(
+    f"{_NAMESPACE}::pair_grads_over",
+    _pair_grads_over,
+    mutates_args=("q_logits",),
+    schema="(Tensor p_logits, Tensor(a!) q_logits, Tensor upstream, Tensor? kept, "
+    "float temperature, float beta, bool p_wanted) -> Tensor",
+)
+
+
+@pair_grads_over_op.register_fake
+def _(p_logits, q_logits, upstream, kept, temperature, beta, p_wanted):
+    return p_logits.new_empty(p_logits.shape if p_wanted else (0,))
+
+
 @pair_values_op.register_fake
 def _(p_logits, q_logits, kept, temperature, beta):
     return p_logits.new_empty(p_logits.shape[:1], dtype=torch.float32)
@@ -223,12 +253,12 @@ class PairRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(p_logits, q_logits, kept, temperature: float, beta: float) -> Tensor:
+    def forward(p_logits, q_logits, kept, temperature: float, beta: float, inplace: bool) -> Tensor:
         return pair_values_op(p_logits, q_logits, kept, temperature, beta)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        *tensors, temperature, beta = inputs
+        *tensors, temperature, beta, ctx.inplace = inputs
         ctx.how = temperature, beta
         ctx.save_for_backward(*tensors)
 
@@ -237,6 +267,10 @@ class PairRows(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         p_logits, q_logits, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        grads = pair_grads_op(p_logits, q_logits, upstream, kept, *ctx.how, *wanted)
+        given = (p_logits, q_logits, upstream, kept, *ctx.how)
+        if ctx.inplace and wanted[1]:
+            grads = pair_grads_over_op(*given, wanted[0]), q_logits.detach()
+        else:
+            grads = pair_grads_op(*given, *wanted)
         found = (grad if want else None for grad, want in zip(grads, wanted))
-        return (*found, None, None, None)
+        return (*found, None, None, None, None)

@@ -184,6 +184,7 @@ def js_div(
     sample_weight: Optional[Tensor] = None,
     normalizer: Normalizer = None,
     temperature: float = 1.0,
+    inplace: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence between the softmax of two tensors of logits, as Jensen-Shannon or KL.
@@ -210,6 +211,9 @@ def js_div(
             weight 0.
         sample_weight: [...], bool, or finite and not negative, as in `path_js_div`.
         normalizer, temperature, impl: as in `path_js_div`.
+        inplace: the backward pass writes the gradient to q_logits over them, which are to be
+            contiguous, and of which nothing may be read any more then: another backward pass that
+            needs them raises. Not in a compiled graph, which plans its memory itself.
 
     Returns:
         A scalar, or [...], in nats, within the bounds that `path_js_div` has; fp32 (fp64 for fp64
@@ -235,10 +239,12 @@ def js_div(
         check_weight(name, given, "", leading, p_logits)
     labels, sample_weight = (None if t is None else t.reshape(-1) for t in (labels, sample_weight))
     weights = row_weights(sample_weight, _value_dtype(p, q), labels, ignore_index)
+    if inplace and (torch.compiler.is_compiling() or not q_logits.is_contiguous()):
+        raise ValueError("inplace needs contiguous q_logits, and a graph that is not compiled")
     if _either_triton(impl, p, q):
-        rows = PairRows.apply(p, q, weights.kept, *map(float, how))
+        rows = PairRows.apply(p, q, weights.kept, *map(float, how), inplace)
     else:
-        rows = reference.pair_rows(p, q, weights.kept, how)
+        rows = reference.pair_rows(p, q, weights.kept, how, inplace)
     value = reduce_rows(rows, reduction, None, weights, normalizer)
     return value if reduction == "batchmean" else value.reshape(leading)
 

@@ -81,10 +81,13 @@ def squared_hellinger(logits: Tensor, kept: Optional[Tensor], how: How) -> Tenso
     return _by_chunks(run, logits, kept)[0]
 
 
-def pair_rows(p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How) -> Tensor:
-    """Two [B, C] -> [B], differentiable once; an argument without a gradient costs none."""
+def pair_rows(
+    p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How, inplace: bool = False
+) -> Tensor:
+    """Two [B, C] -> [B], differentiable once; an argument without a gradient costs none. `inplace`:
+    the backward pass leaves the gradient to q_logits in their place."""
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
-    return _PairRows.apply(p_logits, q_logits, kept, *how, *wanted)[0]
+    return _PairRows.apply(p_logits, q_logits, kept, *how, inplace, *wanted)[0]
 
 
 def pair_rows_and_grads(
@@ -143,7 +146,7 @@ class _PairRows(torch.autograd.Function):
     time, and keeps nothing else."""
 
     @staticmethod
-    def forward(p_logits, q_logits, kept, temperature, beta, p_wanted, q_wanted):
+    def forward(p_logits, q_logits, kept, temperature, beta, inplace, p_wanted, q_wanted):
         how = How(temperature, beta)
         return pair_rows_and_grads(p_logits, q_logits, kept, how, p_wanted, q_wanted)
 
@@ -151,21 +154,26 @@ class _PairRows(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         grads = output[1:]
         ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        ctx.save_for_backward(*grads, inputs[2])
+        _, q_logits, kept, _, _, inplace, *_ = inputs
+        over = q_logits if inplace and grads[1] is not None else None
+        ctx.save_for_backward(*grads, kept, over)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Optional[Tensor], *_):
-        *grads, kept = ctx.saved_tensors
+        *grads, kept, over = ctx.saved_tensors
         scaled: List[Optional[Tensor]] = [None, None]
         if upstream is not None:
             upstream = _only(kept, upstream)[:, None]
-            scaled = [None if g is None else (g * upstream).to(g.dtype) for g in grads]
-        return (*scaled, None, None, None, None, None)
+            if over is not None:
+                scaled[1] = torch.mul(grads.pop(), upstream, out=over.detach())
+            for i, grad in enumerate(grads):
+                scaled[i] = None if grad is None else (grad * upstream).to(grad.dtype)
+        return (*scaled, *(None,) * 6)
 
     @staticmethod
-    def vmap(info, in_dims, p_logits, q_logits, kept, temperature, beta, *wanted):
+    def vmap(info, in_dims, p_logits, q_logits, kept, temperature, beta, inplace, *wanted):
         """The mapped dimension joins the batch. Gradients may be wanted inside of the map, or
         outside, where the tensors tell."""
         size = info.batch_size
@@ -178,7 +186,7 @@ class _PairRows(torch.autograd.Function):
 
         *logits, kept = (fold(*each) for each in zip((p_logits, q_logits, kept), in_dims))
         either = [inside or x.requires_grad for inside, x in zip(wanted, logits)]
-        rows, *grads = _PairRows.apply(*logits, kept, temperature, beta, *either)
+        rows, *grads = _PairRows.apply(*logits, kept, temperature, beta, False, *either)
         grads = [grad if inside else None for inside, grad in zip(wanted, grads)]
         results = [None if x is None else x.unflatten(0, (size, -1)) for x in (rows, *grads)]
         return tuple(results), tuple(None if x is None else 0 for x in results)
