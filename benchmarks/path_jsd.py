@@ -1,9 +1,10 @@
 """Value and gradient of the divergence, of a path and of a pair: time, bandwidth, memory and error.
 
-    python -m benchmarks.path_jsd     # two tables, and benchmarks/results/path_jsd-<device>.json
+    python -m benchmarks.path_jsd     # three tables, and benchmarks/results/path_jsd-<device>.json
 
 A pair is what a distillation loss calls: teacher and student, forward and backward through the
-public function, with a gradient to the student alone.
+public function, with a gradient to the student alone. Without a GPU memory is what a fresh process
+gets resident besides the logits, in tensors of the size of the student's.
 
 On a GPU the times are the device's own (a pause lets the host run ahead), next to wall time. GB/s
 counts one read and one write of the logits, whatever an implementation really moves; its share is
@@ -16,11 +17,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
-from fastgeo_kernels import js_div, path_js_div_value_and_grad
+from fastgeo_kernels import fused_linear_js_div, js_div, path_js_div_value_and_grad
+from fastgeo_kernels.path_js_div import fused
 
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo.profiling.measure import (
@@ -147,6 +152,60 @@ def pair_implementations(
     return found
 
 
+MEMORY = (512, 32768)  # B, C; 64 MiB a tensor
+HIDDEN = 32
+
+
+def distillations() -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    return {
+        "this": js_div,
+        "this, inplace": partial(js_div, inplace=True),
+        BASE: pair,
+        "log space": log_space,
+        "TRL's formula": trl,
+    }
+
+
+def resident(name: str) -> float:
+    """What a forward and backward pass add to the memory of this process, which is a fresh one, in
+    [B, C] tensors of fp32. Behind a head the logits count, too."""
+    torch.set_num_threads(1)
+    fused.LOGITS = 1 << 20  # for sizes as small as these
+    batch, classes = MEMORY
+    hidden, head = torch.randn(batch, HIDDEN), torch.randn(classes, HIDDEN, requires_grad=True)
+    teacher_head = torch.randn(classes, HIDDEN)
+    if "head" in name:
+
+        def step(rows: int) -> None:
+            x = hidden[:rows].clone().requires_grad_()
+            if name.startswith("this"):
+                fused_linear_js_div(x, head, hidden[:rows], teacher_head).backward()
+            else:
+                trl(hidden[:rows] @ teacher_head.T, x @ head.T).backward()
+    else:
+        teacher, student = (torch.empty(batch, classes).normal_() for _ in range(2))
+        function = distillations()[name]
+
+        def step(rows: int) -> None:
+            function(teacher[:rows], student[:rows].requires_grad_()).backward()
+
+    step(2)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    step(batch)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return grown * 1024 / (4 * batch * classes)
+
+
+def memory() -> list[dict[str, str]]:
+    names = [*distillations(), "this, behind a head", "TRL's formula, behind a head"]
+    rows = []
+    for name in names:
+        with get_context("spawn").Pool(1) as pool:
+            tensors = pool.apply(resident, (name,))
+        rows.append({"impl": name, "B, C": "{}, {}".format(*MEMORY), "tensors": f"{tensors:.1f}"})
+    return rows
+
+
 def error(got, expected) -> float:
     """The larger of the value's and the gradient's error, each over its largest entry."""
     return max(
@@ -258,7 +317,9 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
             pairs += measure_pair(shape, dtype, device, not arguments.no_compile, arguments.repeats)
     print(f"\n{table(pairs)}")
-    write_result(f"path_jsd-{device_slug()}", {"rows": rows, "pairs": pairs})
+    peaks = [] if gpu else memory()
+    print(f"\n{table(peaks)}" if peaks else "")
+    write_result(f"path_jsd-{device_slug()}", {"rows": rows, "pairs": pairs, "memory": peaks})
 
 
 if __name__ == "__main__":

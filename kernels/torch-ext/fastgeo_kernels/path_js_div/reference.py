@@ -218,11 +218,15 @@ def _by_chunks(
         axis = min(batch_axis, tensor.ndim - 1)
         return tensor.narrow(axis, start, min(size, batch - start))
 
-    parts = [
-        function(*(part(tensor, start) for tensor in (logits, *others)))
-        for start in range(0, batch, size)
-    ]
-    return [torch.cat(part, batch_axis) for part in zip(*parts)]
+    results: List[Tensor] = []
+    for start in range(0, batch, size):
+        found = function(*(part(tensor, start) for tensor in (logits, *others)))
+        if not results:  # filled as they come: put together at the end they would be there twice
+            shapes = ([*x.shape[:batch_axis], batch, *x.shape[batch_axis + 1 :]] for x in found)
+            results = [x.new_empty(shape) for x, shape in zip(found, shapes)]
+        for whole, x in zip(results, found):
+            whole.narrow(batch_axis, start, x.shape[batch_axis]).copy_(x)
+    return results
 
 
 # --- Of each row, and of each edge ----------------------------------------------------------------
