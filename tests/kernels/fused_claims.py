@@ -99,3 +99,23 @@ def check_compiles_as_one_graph(impl, backend="aot_eager", device="cpu"):
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def check_under_autocast(impl, device="cpu"):
+    """The head in bf16, the divergence and the sums of gradients in fp32; a bf16 model alike."""
+    student, teacher = heads(tokens=40, dtype=torch.float32, device=device)
+    expected = fused_linear_js_div(*student[:2], *teacher[:2], impl=impl)
+    exact = [x.clone().requires_grad_() for x in student[:2]]
+    grads = torch.autograd.grad(fused_linear_js_div(*exact, *teacher[:2], impl=impl), exact)
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in student[:2]]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            given = (x.to(dtype) for x in teacher[:2])
+            value = fused_linear_js_div(*leaves, *given, impl=impl)
+            value.backward()
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=0.02, atol=0)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            assert leaf.grad.dtype == dtype
+            error = (leaf.grad.float() - grad).norm() / grad.norm()
+            assert error < 0.03, error

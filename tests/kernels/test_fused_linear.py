@@ -28,6 +28,7 @@ def test_gradcheck_and_one_graph():
 
     assert torch.autograd.gradcheck(loss, leaves)
     claims.check_compiles_as_one_graph("torch")
+    claims.check_under_autocast("torch")
 
 
 def test_a_teacher_s_logits_in_place_of_its_head():

@@ -255,6 +255,7 @@ def test_short_rows_need_no_other_thread():
 def test_doc_examples_run():
     import doctest
 
-    module = importlib.import_module("fastgeo_kernels.path_js_div.public")
-    results = doctest.testmod(module)
-    assert results.failed == 0 and results.attempted >= 4
+    for name, examples in (("public", 4), ("fused", 1), ("top_k", 1)):
+        module = importlib.import_module(f"fastgeo_kernels.path_js_div.{name}")
+        results = doctest.testmod(module)
+        assert results.failed == 0 and results.attempted >= examples, name

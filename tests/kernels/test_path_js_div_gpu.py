@@ -205,3 +205,4 @@ def test_a_fused_head(monkeypatch):
     heads.check_is_the_unfused("triton", torch.float32, "cuda")
     heads.check_tokens_that_count_nothing("triton", "cuda")
     heads.check_compiles_as_one_graph("triton", "inductor", "cuda")
+    heads.check_under_autocast("triton", "cuda")

@@ -2,7 +2,7 @@
 
 With p = softmax(x / T), q = softmax(y / T), m = (p + q) / 2 and d = log p - log q, the value is
 1/2 sum (p + q) h and the gradient 1/2 p (log(p / m) - KL(p || m)) / T; the formula and its source
-stand in `reference.py`. Four things keep fp32 enough:
+stand in `reference.py`, with those of other weights in m. Four things keep fp32 enough:
 
 * d is the difference of the logits, with its rounding error added back, then of the two rows'
   log-sum-exps. What those two still round shifts a whole row of d: the gradient does not feel such
