@@ -21,6 +21,7 @@ from fastgeo import data, models
 from fastgeo.app.config import Config
 from fastgeo.data.images import Dataset
 from fastgeo.data.loaders import LoaderData, loader_data
+from fastgeo.path import check_tied
 
 State = dict[str, Tensor]
 
@@ -215,6 +216,7 @@ def _fitted(file: str, state: Mapping[str, Tensor], module: nn.Module) -> State:
     for name in state:
         if name not in own:
             raise ValueError(f"{file} holds {name}, which the module does not have")
+    check_tied(state, module, file)
     fitted = {}
     for name, tensor in own.items():
         present = [other for other in (name, *names.get(name, ())) if other in state]

@@ -10,6 +10,7 @@ from fastgeo.data.loaders import LoaderData
 from fastgeo.data.outputs import label_rows, logits_in, logits_of, rows_that_count
 from fastgeo.forward.modes import refuse_batch_norm
 from fastgeo.forward.options import size_of
+from fastgeo.path import check_buffers
 from fastgeo.stacking.module import StackedModule
 from fastgeo.step.memory import ROOM, free_bytes, path_work, step_memory
 from fastgeo.train import training_steps
@@ -24,7 +25,9 @@ def check(given: Given) -> None:
     if c.forward.batchnorm == "refuse":
         refuse_batch_norm(module)
     if c.ends.files:
-        given.weights()
+        a, b = given.weights()
+        if c.forward.batchnorm == "refuse":
+            check_buffers(a, b, module)
     else:
         training_steps(given.dataset, c.training)
     _forward(given)

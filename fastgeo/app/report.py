@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -10,6 +9,7 @@ from fastgeo import figures
 from fastgeo.app.config import Config, about
 from fastgeo.app.given import is_function
 from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table
+from fastgeo.profiling.measure import cpu_name, version_of
 from fastgeo.symmetry.spec import PermutationSpec
 
 # Settings that say nothing of a user's own network, and of a user's own loaders.
@@ -53,9 +53,9 @@ def environment(device: torch.device) -> dict[str, str]:
     names = {"fastgeo": "fastgeo", "torch": "torch", "triton": "triton"}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        **{key: _version(name) for key, name in names.items()},
+        **{key: version_of(name) for key, name in names.items()},
         "python": platform.python_version(),
-        "device": gpu or f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{cpu_name()}, {torch.get_num_threads()} threads",
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -208,19 +208,3 @@ def _length_rows(report: Mapping) -> Iterable[list[str]]:
     yield ["path", *(f"{name}, {unit}" if unit else name for name, unit in LENGTHS.values())]
     for name, title in PATHS.items():
         yield [title, *(f"{report['paths'][name][key]:.4f}" for key in LENGTHS)]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            names = [line.split(":", 1)[1] for line in stream if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()

@@ -26,6 +26,7 @@ from fastgeo.profiling.breakdown import breakdown
 from fastgeo.profiling.compare import chosen_forward, compare
 from fastgeo.profiling.measure import headline, machine, table
 from fastgeo.recalibrate import recalibrate
+from fastgeo.step.engines import checked_once
 from fastgeo.store import checkpoint
 from fastgeo.store.checkpoint import Checkpoints, Stopped
 from fastgeo.store.files import (
@@ -83,6 +84,7 @@ def match_ends(run: Run) -> None:
             objectives=matching.objectives,
             sweeps=matching.sweeps,
             relative_change=matching.relative_change,
+            left_out=matching.left_out,
         )
         permutations = {"permutation": matching.permutations}
         write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
@@ -200,9 +202,10 @@ DO: dict[str, Callable[[Run], None]] = {
 
 def run_all(run: Run) -> str:
     """All stages in order, but for those that are finished; returns the summary table."""
-    for stage in STAGES:
-        if stage not in run.stages:
-            DO[stage](run)
+    with checked_once():
+        for stage in STAGES:
+            if stage not in run.stages:
+                DO[stage](run)
     return run.summary()
 
 

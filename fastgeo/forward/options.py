@@ -23,9 +23,10 @@ class Forward:
             the backward pass take at most so many bytes: a number, or a string as in "8GiB".
         precision: "fp32", "tf32" or "bf16" as in `fastgeo.stack`, of the backward pass, too.
             Weights stay in their own dtype, and divergences and losses in fp32.
-        batchnorm: "refuse", or "recalibrate" for networks with BatchNorm: training updates the
-            running statistics of each; along a path they are computed anew from training data
-            (`fastgeo.recalibrate`), and optimisation takes the statistics of each batch.
+        batchnorm: "refuse", or "recalibrate" for networks with BatchNorm, or with other buffers
+            that they update by themselves in train mode: training updates those of each; along a
+            path they are computed anew from training data (`fastgeo.recalibrate`), and optimisation
+            takes the statistics of each batch.
         output: name of the logits [B, ..., C] in what the module returns, an attribute or key;
             "logits" is also a tensor by itself, what is named "out", or else the first tensor of a
             tuple or list.

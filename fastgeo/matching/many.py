@@ -29,6 +29,7 @@ from fastgeo.matching.pair import (
     warn_of_nothing,
 )
 from fastgeo.path import Path, StateDict, size_of
+from fastgeo.step.agreement import refuse_random
 from fastgeo.symmetry.derive import Symmetries, example
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
@@ -162,6 +163,7 @@ def match_many(
             raise ValueError(f"{name} must be at least 1, got {number}")
     module, states = same_network(networks, module)
     inputs = example(module, example_input)
+    refuse_random(module, {}, inputs)
     spec = Symmetries(module, inputs).spec
     warn_of_nothing(spec)
     names = spec.counted(states[0])

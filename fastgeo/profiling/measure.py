@@ -27,7 +27,7 @@ def machine() -> dict[str, str | int]:
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "driver": _driver() if cuda else "none",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(usable_cores()),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -257,7 +257,7 @@ def _driver() -> str:
     return found[0] if found else "unknown"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", FilePath("/proc/cpuinfo").read_text())
     except OSError:

@@ -7,11 +7,14 @@ gradients included and also of an engine that is named; so candidates take turns
 until the fastest is known, and none of it is done twice.
 """
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +71,26 @@ class Engine:
         outputs = [self.network(part_of(params, part), inputs) for part in self.chunks(n)]
         one = len(outputs) == 1 or not isinstance(outputs[0], Tensor)
         return outputs[0] if one else torch.cat(outputs)
+
+
+# Module -> what was checked of its engines -> for how many networks, and whether with gradients.
+Checked = WeakKeyDictionary[nn.Module, dict[tuple, tuple[int, bool]]]
+_CHECKED: ContextVar[Checked | None] = ContextVar("checked", default=None)
+
+
+@contextlib.contextmanager
+def checked_once() -> Iterator[None]:
+    """What an engine was found to compute is known for a while, of modules that do not change."""
+    token = _CHECKED.set(WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def _known(module: nn.Module) -> dict[tuple, tuple[int, bool]]:
+    checked = _CHECKED.get()
+    return {} if checked is None else checked.setdefault(module, {})
 
 
 class EngineChoice:
@@ -245,7 +268,13 @@ class EngineChoice:
         loop = self._network("loop", False, "fp32")
         found: dict[str, str] = {}
         gradients = self.work != "evaluation"
+        known = _known(self.module)
         for kind, (size, network) in largest.items():
+            same = (kind, precision, self.forward.batchnorm, self.forward.output, per_point)
+            before = known.get(same, (0, False))
+            if before[0] >= size and (before[1] or not gradients):
+                found[kind] = ""
+                continue
             own = few
             if per_point:
                 own = each_tensor(lambda t: t.expand(size, *t.shape[1:]), few)  # noqa: B023
@@ -257,7 +286,7 @@ class EngineChoice:
                         network = self._network(kind, network.channels_last, precision)
                     got = outputs_and_gradients(network, *given, gradients=gradients)
                     check_agreement(got, expected, precision)
-                found[kind] = ""
+                found[kind], known[same] = "", (size, gradients)
             except Exception as error:  # noqa: BLE001 - as in `run`
                 if self.forward.engine != "auto" or isinstance(error, Unsupported):
                     raise

@@ -126,6 +126,26 @@ def test_an_engine_is_checked_once_a_run_for_as_many_networks_as_it_evaluates(
     assert checked == [("loop", networks), ("stacked", networks)]
 
 
+def test_stages_that_share_a_module_check_its_engine_once(monkeypatch):
+    checked = []
+
+    def outputs(network, *args, **options):
+        checked.append((network.engine, options["gradients"]))
+        return outputs_and_gradients(network, *args, **options)
+
+    monkeypatch.setattr(engines, "outputs_and_gradients", outputs)
+    module, line = small(), Path.linear(small(), tiny_resnet(1, "channel"), 6)
+    x, y, how = images(), torch.arange(12) % 5, Forward(engine="stacked", chunk=3)
+    with engines.checked_once():
+        moved = optimize(line, module, [x], steps=2, descent=plain(), forward=how)
+        evaluate(moved, module, (x, y), forward=how)
+        assert checked == [("loop", True), ("stacked", True)]
+        evaluate(moved, small(), (x, y), forward=how)  # another module
+        assert checked[2:] == [("loop", False), ("stacked", False)]
+    evaluate(moved, module, (x, y), forward=how)  # which may have changed since
+    assert len(checked) == 6
+
+
 def test_inputs_whose_first_axis_is_no_batch_are_not_cut():
     """The nodes of a graph whose edges the network holds."""
 
