@@ -68,7 +68,7 @@ def run(preset: str) -> str:
 
 
 def convergence(preset: str) -> str:
-    """What each way to optimise reaches in as many steps, at several rates."""
+    """How far every way to optimise comes in the same number of steps, at several rates."""
     result = read(f"convergence-{preset}")
     rows = [
         {

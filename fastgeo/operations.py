@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgeo.forward.standin import TABLE, tagged
 from fastgeo.stacking.forms import arithmetic, layers, recurrent
-from fastgeo.stacking.values import batched
+from fastgeo.stacking.stacked import batched
 from fastgeo.symmetry import rules
 
 HOLDERS: tuple[Any, ...] = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)

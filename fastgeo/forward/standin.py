@@ -1,7 +1,7 @@
 """Stand-ins: a module's own forward is called on tensors that look like those of one network.
 
 A `StandIn` has the shape, dtype and device of a tensor of one network and holds something else: the
-values of N networks (`fastgeo.stacking.values`), or a value with its axes
+values of N networks (`fastgeo.stacking.stacked`), or a value with its axes
 (`fastgeo.symmetry.derive`). While a `Pass` is on, every call of torch's that the forward makes
 comes to it, at the level of F.conv2d, and is answered for the stand-ins among its arguments. Python
 in the forward is what it is, since nothing is traced: shapes, branches on them, hooks, autocast and

@@ -18,7 +18,7 @@ from fastgeo.forward.standin import Call, held_by
 from fastgeo.matching.assignment import leaves
 from fastgeo.path import StateDict
 from fastgeo.stacking.passes import Known, StackedPass
-from fastgeo.stacking.values import Stacked, call
+from fastgeo.stacking.stacked import Stacked, call
 from fastgeo.symmetry.derive import Symmetries
 from fastgeo.symmetry.spec import Block
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastgeo_kernels import stacked_channel_norm, stacked_group_norm, stacked_layer_norm
 from torch import Tensor
 
-from fastgeo.stacking.values import Stacked
+from fastgeo.stacking.stacked import Stacked
 
 
 class Waiting(NamedTuple):

@@ -28,7 +28,7 @@ from fastgeo.forward.standin import RUNNING, Unfollowed, Unsupported, eagerly, h
 from fastgeo.path import uncompiled
 from fastgeo.stacking.passes import Known, StackedPass, in_loops, to_loop
 from fastgeo.stacking.precision import Casts, check_precision, matmul_precision
-from fastgeo.stacking.values import (
+from fastgeo.stacking.stacked import (
     ChangedInput,
     Stacked,
     by_loop,

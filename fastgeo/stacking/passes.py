@@ -30,7 +30,7 @@ from fastgeo.forward.standin import (
 from fastgeo.stacking import fusion
 from fastgeo.stacking.forms.arithmetic import elementwise, set_item
 from fastgeo.stacking.precision import Casts
-from fastgeo.stacking.values import (
+from fastgeo.stacking.stacked import (
     Differs,
     NoForm,
     Stacked,
@@ -43,7 +43,7 @@ from fastgeo.stacking.values import (
     part,
     tensors_in,
 )
-from fastgeo.stacking.values import call as as_function
+from fastgeo.stacking.stacked import call as as_function
 
 ANSWERED = set(  # where all networks agree
     "item tolist __bool__ __int__ __float__ __complex__ __index__ __contains__ __format__ equal "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastgeo.stacking.values import Stacked
+from fastgeo.stacking.stacked import Stacked
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 

@@ -25,7 +25,7 @@ from fastgeo.forward.options import Forward, bytes_of, size_of
 from fastgeo.forward.standin import Unsupported
 from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.stacking.precision import matmul_precision
-from fastgeo.stacking.values import first_line
+from fastgeo.stacking.stacked import first_line
 from fastgeo.step.agreement import (
     check_agreement,
     few_of,

@@ -24,9 +24,9 @@ from fastgeo.forward.standin import Call, Pass, layers_around, mapped, operation
 from fastgeo.path import uncompiled
 from fastgeo.symmetry import rules
 from fastgeo.symmetry.axes import Axis, fix, fixed
+from fastgeo.symmetry.carried import NoRule, Value, unify_all, values_in
 from fastgeo.symmetry.spec import Block, Channels, PermutationSpec
 from fastgeo.symmetry.terms import settle, terms_of
-from fastgeo.symmetry.values import NoRule, Value, unify_all, values_in
 
 EMPTY = ("empty", "empty_like", "empty_strided", "new_empty")  # hold what was there before
 INPUT = "it is the network's input"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgeo.symmetry.axes import MIXED, Axis, at, concat, cut, fix, fixed, product, split
-from fastgeo.symmetry.values import (
+from fastgeo.symmetry.carried import (
     Axes,
     NoRule,
     Value,

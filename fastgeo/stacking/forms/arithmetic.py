@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgeo.forward.standin import mapped
 from fastgeo.stacking import fusion
-from fastgeo.stacking.values import (
+from fastgeo.stacking.stacked import (
     NoForm,
     Stacked,
     aligned,

@@ -13,7 +13,7 @@ from fastgeo_kernels import (
 from torch.utils import _pytree as pytree
 
 from fastgeo.stacking import fusion
-from fastgeo.stacking.values import Stacked, aligned, any_stacked, batched, each, rank_of
+from fastgeo.stacking.stacked import Stacked, aligned, any_stacked, batched, each, rank_of
 
 
 def linear(n, input, weight, bias=None):

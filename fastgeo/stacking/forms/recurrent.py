@@ -8,7 +8,7 @@ from fastgeo_kernels import stacked_linear
 from torch import Tensor
 
 from fastgeo.stacking.forms.layers import linear
-from fastgeo.stacking.values import NoForm, Stacked, each
+from fastgeo.stacking.stacked import NoForm, Stacked, each
 
 
 def _lstm(x: Tensor, h: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
