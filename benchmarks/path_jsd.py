@@ -309,6 +309,7 @@ def main() -> None:
     gpu = device.type == "cuda"
     print(headline(environment()), end="\n\n")
     rows, pairs = [], []
+    peaks = [] if gpu else memory()  # first: a new process inherits the peak of this one
     for shape in GPU_SHAPES if gpu else CPU_SHAPES:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
             rows += measure(shape, dtype, device, not arguments.no_compile, arguments.repeats)
@@ -317,7 +318,6 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
             pairs += measure_pair(shape, dtype, device, not arguments.no_compile, arguments.repeats)
     print(f"\n{table(pairs)}")
-    peaks = [] if gpu else memory()
     print(f"\n{table(peaks)}" if peaks else "")
     write_result(f"path_jsd-{device_slug()}", {"rows": rows, "pairs": pairs, "memory": peaks})
 
