@@ -138,7 +138,7 @@ def path_variant(
     wide: bool = False,
 ) -> Variant:
     points, batch, classes = shape
-    blocks = launch.choose_blocks(points, batch, classes, chip.processors)
+    blocks = launch.choose_blocks(points, batch, classes, chip.processors, kind)
     constants = launch.constants(
         points,
         classes,
@@ -173,7 +173,7 @@ def pair_variants(chip: Chip) -> Iterator[Variant]:
     """Values, and the gradients to one argument and to both, of every formula."""
     kinds = {"JSD": HALF, "JSD, beta": SKEW, "KL": FORWARD}
     for (batch, classes), (words, kind), grads in itertools.product(PAIRS, kinds.items(), range(3)):
-        blocks = launch.choose_blocks(2, batch, classes, 1)
+        blocks = launch.choose_blocks(2, batch, classes, 1, kind)
         yield Variant(
             kernel=f"pair, {words}, {('value', 'gradient', 'gradients')[grads]}",
             shape=f"{batch}, {classes}",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launching import on_device_of, triton
-from .options import SKEW, How
+from .options import HALF, SKEW, How
 from .pairs import pair_rows_kernel, pair_tiles_kernel
 from .rows import path_rows_kernel
 from .tiles import path_tiles_kernel
@@ -33,24 +33,27 @@ WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps
 TILE = 2048
 
 
-def choose_blocks(points: int, batch: int, classes: int, processors: int) -> Blocks:
+def choose_blocks(
+    points: int, batch: int, classes: int, processors: int, kind: int = HALF
+) -> Blocks:
     """Block sizes from the shape and the number of multiprocessors (1: never cut the path).
 
     A thread gets 8 numbers of a tile, 16 where fewer warps then share the sums over a row or it
     holds whole rows, and 4 of a row in tiles, which has more sums to keep (`python -m
     benchmarks.resources` prints the registers this takes). Tiny problems take the whole batch in
     one program, which then also sums it. Where a multiprocessor would get less than 16 warps the
-    path is cut; each further piece reads two rows more.
+    path is cut; each further piece reads two rows more. The formula of betas other than 1/2, 0 and
+    1 has more to keep, and gets more threads for a row.
     """
     block = max(4, 1 << (classes - 1).bit_length())
-    tiled = block > WHOLE_ROW
+    tiled = block > (WHOLE_ROW // 2 if kind == SKEW else WHOLE_ROW)
     if tiled:
         rows, block, warps = 1, TILE, 16
     elif batch * block <= 4096:
         rows = 1 << (batch - 1).bit_length()
         warps = max(1, rows * block // 512)
     elif block == 1024:
-        rows, warps = 1, 2
+        rows, warps = 1, 4 if kind == SKEW else 2
     elif block <= 16:
         rows, warps = 2048 // block, 4
     else:
@@ -72,7 +75,7 @@ def launch(
     """One launch over [N, B, C] logits: values and gradient, empty where they are not asked for;
     `value` is "none", "rows", "mean" or "fisher"."""
     points, batch, classes = logits.shape
-    blocks = choose_blocks(points, batch, classes, _processors(logits.device))
+    blocks = choose_blocks(points, batch, classes, _processors(logits.device), how.kind)
     programs = -(-batch // blocks.rows)
     shape = {"none": (0,), "mean": (programs, points - 1)}.get(value, (points - 1, batch))
     values = logits.new_empty(shape, dtype=torch.float32)
@@ -125,7 +128,7 @@ def launch_pair(
     """One launch over two [B, C]: the values [B], or with an upstream gradient [B] none but what is
     written to the two gradients, contiguous, where they are given."""
     batch, classes = p_logits.shape
-    blocks = choose_blocks(2, batch, classes, 1)
+    blocks = choose_blocks(2, batch, classes, 1, how.kind)
     values = p_logits.new_empty((batch if upstream is None else 0,), dtype=torch.float32)
     p_logits, q_logits = (x if x.stride(1) == 1 else x.contiguous() for x in (p_logits, q_logits))
     with on_device_of(p_logits):
