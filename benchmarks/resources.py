@@ -385,7 +385,9 @@ def main() -> None:
     print(table(rows))
     print(f"\n{len(rows)} kernels: {len(bad) or 'none'} spills or is too large")
     if not (arguments.check or arguments.only):
-        write_result("resources", {"kernels": rows})
+        columns = " | ".join(rows[0])
+        lines = [" | ".join(map(str, row.values())) for row in rows]
+        write_result("resources", {"columns": columns, "kernels": lines})
     if bad:
         raise SystemExit(f"these spill or do not fit: {bad}")
 
