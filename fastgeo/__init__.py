@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     __version__: str
 
 
-FUNCTIONS = ("evaluate", "optimize", "recalibrate")  # which are in modules of their names
+FUNCTIONS = ("evaluate", "optimize", "plane", "recalibrate")  # which are in modules of their names
 
 
 class _Package(ModuleType):

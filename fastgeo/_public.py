@@ -8,6 +8,7 @@ from fastgeo.matching.many import CommonFrame, match_many
 from fastgeo.matching.pair import Matching, match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.plane import Plane, plane
 from fastgeo.recalibrate import recalibrate
 from fastgeo.schedule import Training
 from fastgeo.stacking.module import stack
@@ -28,6 +29,7 @@ __all__ = [
     "Matching",
     "Path",
     "PermutationSpec",
+    "Plane",
     "SplitEvaluation",
     "Training",
     "compare",
@@ -37,6 +39,7 @@ __all__ = [
     "match_many",
     "optimize",
     "permutation_spec",
+    "plane",
     "recalibrate",
     "stack",
     "train_ends",

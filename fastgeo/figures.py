@@ -28,6 +28,7 @@ LENGTHS = {  # name in an evaluation -> what it is called, and its unit
     "euclidean": ("Σ‖Δθ‖", ""),
 }
 COLUMN = 3.4  # inches, the width of a column of a paper
+CONTOURS = 14  # bands of a plane's loss
 MARKERS = 25  # on a line, about
 FONT = 8  # points
 LINE: dict[str, Any] = {"linewidth": 1.1, "markersize": 2.8, "markeredgewidth": 0.8}
@@ -155,8 +156,8 @@ def lengths(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure
 
     Args:
         history: a mapping for each step, as `fastgeo.optimize` gives to on_step and as
-            metrics.jsonl holds them: "step", "sqrt_jsd", "euclidean" and, if points were inserted
-            on the way, "points".
+            metrics.jsonl holds them: "step", "sqrt_jsd" or "cross_entropy", "euclidean" and, if
+            points were inserted on the way, "points".
         title: above the figure.
     """
     from matplotlib.ticker import MaxNLocator
@@ -164,11 +165,13 @@ def lengths(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure
     figure, panels = _panels((1.6, 1), title)
     upper, lower = panels
     steps = [line["step"] for line in history]
-    for axes, key, style in zip(panels, ("sqrt_jsd", "euclidean"), PALETTE, strict=False):
+    objective = "sqrt_jsd" if "sqrt_jsd" in history[0] else "cross_entropy"
+    for axes, key, style in zip(panels, (objective, "euclidean"), PALETTE, strict=False):
         values = [line[key] for line in history]
         axes.plot(steps, values, color=style.colour, **LINE)
         axes.set_ylim(0, 1.1 * max(values))
-    upper.set_ylabel("Σ√JSD of a batch (√nats)")
+    names = {"sqrt_jsd": "Σ√JSD of a batch (√nats)", "cross_entropy": "loss on a batch (nats)"}
+    upper.set_ylabel(names[objective])
     lower.set(ylabel="Σ‖Δθ‖", xlabel="optimisation step")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     points = [line.get("points") for line in history]
@@ -183,6 +186,59 @@ def lengths(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure
     return figure
 
 
+def plane(found: Mapping[str, Any], *, title: str = "") -> "Figure":
+    """Contours of the loss over a plane, with a path on it, and the loss along the path beneath.
+
+    The path's points are coloured by their distance from the plane: below one that is far from it,
+    the plane's loss is not the path's. The two axes have scales of their own, since a path bends
+    little beside its length.
+
+    Args:
+        found: what `Plane.to_json` gives.
+        title: above the figure.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+
+    figure, (over, beneath) = _panels((2.6, 1.2), title, sharex=False)
+    low, high = _bounds([loss for row in found["loss"] for loss in row])
+    levels = [low * (high / low) ** (i / CONTOURS) for i in range(CONTOURS + 1)]
+    clipped = [[min(max(loss, low), high) for loss in row] for row in found["loss"]]
+    scale = LogNorm(low, high)
+    over.contourf(found["x"], found["y"], clipped, levels, norm=scale, cmap="Greys")
+    _bar(figure, ScalarMappable(scale, "Greys"), over, "cross-entropy (nats)")
+    a, b, c = found["corners"]
+    over.plot(*zip(a, b, strict=True), color="0.2", linestyle="--", **LINE)
+    dots: dict[str, Any] = dict(c=found["distance"], cmap="viridis", s=9, zorder=3)
+    dots["norm"] = Normalize(0, max([*found["distance"], 1e-3 * b[0]]))
+    over.plot(*zip(*found["path"], strict=True), color="white", **LINE)
+    over.scatter(*zip(*found["path"], strict=True), **dots)
+    for name, place in zip("abc", (a, b, c), strict=True):
+        over.annotate(name, place, (4, 4), textcoords="offset points", fontsize=FONT)
+    over.set(xlabel="along the line from a to b", ylabel="across it")
+    over.grid(False)
+    losses = found["path_loss"]
+    beneath.plot(_positions(losses), losses, color="0.6", **LINE)
+    shown = beneath.scatter(_positions(losses), losses, **dots)
+    _bar(figure, shown, beneath, "off the plane")
+    beneath.set(xlabel="position on the path, from a to b", ylabel="its own loss (nats)")
+    beneath.set(xlim=(0, 1), ylim=(0, None))
+    return figure
+
+
+def _bar(figure: "Figure", shown: Any, axes: "Axes", label: str) -> None:
+    """What the colours mean."""
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label(label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+
+
+def _bounds(losses: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest positive loss that is finite, somewhat apart."""
+    sound = [loss for loss in losses if 0 < loss < float("inf")] or [1.0]
+    return min(sound), max(max(sound), 1.01 * min(sound))
+
+
 def write_figure(file: FilePath, figure: "Figure", *, dpi: int = 300) -> None:
     """A figure in the format that the file's suffix names: .png, .pdf or .svg."""
     write_bytes(file, _drawn(figure, file.suffix.removeprefix("."), dpi))
@@ -194,8 +250,10 @@ def _drawn(figure: "Figure", form: str, dpi: float) -> bytes:
     return content.getvalue()
 
 
-def _panels(heights: Sequence[float], title: str) -> tuple["Figure", list["Axes"]]:
-    """Panels of a column's width, one above the other, over the same horizontal axis."""
+def _panels(
+    heights: Sequence[float], title: str, *, sharex: bool = True
+) -> tuple["Figure", list["Axes"]]:
+    """Panels of a column's width, one above the other, over the same horizontal axis or not."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -208,7 +266,7 @@ def _panels(heights: Sequence[float], title: str) -> tuple["Figure", list["Axes"
     with matplotlib.rc_context({"font.size": FONT, "axes.titlesize": FONT}):
         height = 0.5 + sum(heights)
         figure = Shown(figsize=(COLUMN, height), layout="constrained", dpi=150)
-        panels = list(figure.subplots(len(heights), sharex=True, height_ratios=heights))
+        panels = list(figure.subplots(len(heights), sharex=sharex, height_ratios=heights))
         for axes in panels:
             axes.grid(alpha=0.3)
         if title:

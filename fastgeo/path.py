@@ -1,15 +1,16 @@
-"""A path of N networks: two fixed ends and a stacked interior."""
+"""A path of N networks: two fixed ends, and what is between them as a map of control points."""
 
 import operator
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastgeo import figures
+from fastgeo.basis import Basis, Kind
 from fastgeo.store.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -24,12 +25,18 @@ WRAPPERS = (
 
 
 class Path:
-    """N networks from a start to an end; the N - 2 between them are stacked.
+    """N networks from a start to an end, on a curve that control points span.
+
+    The network at t is B(t) @ controls. Most often the control points are the N points themselves,
+    with straight lines between them (`linear`); a curve may have fewer (`bezier`, `polychain`).
 
     Attributes:
         start, end: name -> tensor, as in `state_dict()`.
-        interior: name -> [N - 2, ...], the floating point entries. Integer entries are the same in
-            all points and live in `start` and `end` only.
+        interior: name -> [K - 2, ...], the floating point entries of the control points between the
+            ends; K is N where they are the points. Integer entries are the same in all points and
+            live in `start` and `end` only.
+        kind: "polychain", straight lines from one control point to the next, or "bezier".
+        free: whether the control points are the points.
         interpolated: names of buffers that differ between the ends and are interpolated knowingly.
         history: of a path that `fastgeo.optimize` returned, a mapping for each step of that call
             with "step", "points" (N), "energy" (nats), "sqrt_jsd" and "euclidean" before it and
@@ -48,8 +55,14 @@ class Path:
         interior: Mapping[str, Tensor],
         end: StateDict,
         interpolated: Iterable[str] = (),
+        *,
+        kind: Kind = "polychain",
+        points: int | None = None,
     ):
         self.start, self.interior, self.end = dict(start), dict(interior), dict(end)
+        self.kind, self.free = kind, points is None
+        self._points = self.basis.size if points is None else points
+        self._weights: Tensor | None = None  # of the points between the ends, once they are asked
         self.history: list[dict[str, float]] = []
         self.interpolated = frozenset(interpolated)
 
@@ -94,8 +107,7 @@ class Path:
             check_buffers(a, b, uncompiled(modules[0]), interpolated=interpolate_buffers)
         if not any(tensor.is_floating_point() for tensor in a.values()):
             raise ValueError("the two ends have no floating point entries to interpolate")
-        if n < 3:
-            raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
+        _check_points(n)
         if spacing not in ("even", "release"):
             raise ValueError(f"spacing must be 'even' or 'release', got {spacing!r}")
         position = torch.arange(1, n - 1) / (n - 1 if spacing == "even" else n + 1)
@@ -107,9 +119,83 @@ class Path:
                 interior[name] = line.where(start != b[name], start)  # of infinities, too
         return cls(a, interior, b, interpolate_buffers)
 
+    @classmethod
+    def bezier(
+        cls,
+        a: StateDict | nn.Module,
+        b: StateDict | nn.Module,
+        n: int,
+        *,
+        controls: int = 1,
+        batchnorm: str = "refuse",
+    ) -> "Path":
+        """The straight line from a to b as a Bezier curve, which bends when it is optimised.
+
+        Args:
+            a, b, n, batchnorm: as in `linear`; point i of N is at t = i / (N - 1).
+            controls: control points between the ends, at least 1.
+
+        Raises:
+            ValueError: as in `linear`, or controls < 1.
+
+        Example:
+            >>> path = Path.bezier(model_a, model_b, 25)
+            >>> path = optimize(path, model_a, batches, descent=Descent(nodes=3))
+        """
+        return cls._curve(a, b, n, "bezier", controls, batchnorm)
+
+    @classmethod
+    def polychain(
+        cls,
+        a: StateDict | nn.Module,
+        b: StateDict | nn.Module,
+        n: int,
+        *,
+        bends: int = 1,
+        batchnorm: str = "refuse",
+    ) -> "Path":
+        """The straight line from a to b as a chain of bends + 1 lines; otherwise as `bezier`."""
+        return cls._curve(a, b, n, "polychain", bends, batchnorm)
+
+    @classmethod
+    def _curve(
+        cls,
+        a: StateDict | nn.Module,
+        b: StateDict | nn.Module,
+        n: int,
+        kind: Kind,
+        controls: int,
+        batchnorm: str,
+    ) -> "Path":
+        if controls < 1:
+            name = "bends" if kind == "polychain" else "controls"
+            raise ValueError(f"{name} must be at least 1, got {controls}")
+        _check_points(n)
+        line = cls.linear(a, b, controls + 2, batchnorm=batchnorm)
+        own = line.start, line.interior, line.end, line.interpolated
+        return cls(*own, kind=kind, points=n)
+
+    def with_interior(self, interior: Mapping[str, Tensor]) -> "Path":
+        """A curve of this kind with other control points between the ends."""
+        points = None if self.free else len(self)
+        own = self.start, interior, self.end, self.interpolated
+        return Path(*own, kind=self.kind, points=points)
+
+    @property
+    def basis(self) -> Basis:
+        return Basis(self.kind, len(next(iter(self.interior.values()))) + 2)
+
+    @property
+    def controls(self) -> dict[str, Tensor]:
+        """name -> [K, ...], the floating point entries of the control points with both ends."""
+        return {
+            name: torch.cat([self.start[name][None], between, self.end[name][None]])
+            for name, between in self.interior.items()
+        }
+
     def __len__(self) -> int:
         """N."""
-        return len(next(iter(self.interior.values()))) + 2
+        return self._points
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """The state dict of point i, counted from the end if negative; it shares the path's memory.
@@ -132,9 +218,10 @@ class Path:
 
     def __repr__(self) -> str:
         held = sum(t.nbytes for part in self._parts().values() for t in part.values())
+        curve = "" if self.free else f" on a {self.kind} of {self.basis.size} control points"
         return (
-            f"Path({len(self)} points of {size_of(self.start)} each; {held / 2**20:,.1f} MiB, "
-            f"{self.device})"
+            f"Path({len(self)} points of {size_of(self.start)} each{curve}; "
+            f"{held / 2**20:,.1f} MiB, {self.device})"
         )
 
     @property
@@ -143,8 +230,8 @@ class Path:
 
     def to(self, device: torch.device | str) -> "Path":
         """The same path on another device."""
-        moved = ({k: v.to(device) for k, v in part.items()} for part in self._parts().values())
-        return Path(*moved)
+        parts = self._parts().items()
+        return Path._of({name: {k: v.to(device) for k, v in p.items()} for name, p in parts})
 
     def stacked(self) -> dict[str, Tensor]:
         """All points: name -> [N, ...], the form of `torch.func.stack_module_state`."""
@@ -159,8 +246,9 @@ class Path:
 
     def stacked_interior(self) -> dict[str, Tensor]:
         """All points but the ends: name -> [N - 2, ...], integer entries included."""
+        interior = self.freed().interior
         return {
-            name: self.interior.get(name, constant.expand(len(self) - 2, *constant.shape))
+            name: interior.get(name, constant.expand(len(self) - 2, *constant.shape))
             for name, constant in self.start.items()
         }
 
@@ -180,16 +268,21 @@ class Path:
         return figures.lengths(self.history, title=title)
 
     def at(self, t: float) -> dict[str, Tensor]:
-        """The state dict at t in [0, 1]: point i at i / (N - 1), straight lines between points.
+        """The state dict at t in [0, 1]: point i at i / (N - 1), on the curve between points, which
+        are straight lines where the control points are the points.
 
         Raises:
             ValueError: t outside [0, 1].
         """
         if not 0 <= t <= 1:
             raise ValueError(f"t must be within [0, 1], got {t}")
-        edge = min(int(t * (len(self) - 1)), len(self) - 2)
-        weight = t * (len(self) - 1) - edge
-        low, high = self._point(edge), self._point(edge + 1)
+        if self.kind == "bezier":
+            mixed = self.mixed(self.basis.weights(torch.tensor([t], dtype=torch.float64)))
+            return {name: mixed[name][0] if name in mixed else s for name, s in self.start.items()}
+        edges = self.basis.size - 1
+        edge = min(int(t * edges), edges - 1)
+        weight = t * edges - edge
+        low, high = self._control(edge), self._control(edge + 1)
         return {
             name: torch.lerp(low[name], high[name], weight) if name in self.interior else low[name]
             for name in low
@@ -198,31 +291,56 @@ class Path:
     def resample(self, n: int) -> "Path":
         """The same curve with N = n: point i is `at(i / (n - 1))`.
 
-        With 2 N - 1 points, those of the path and the midpoints between them. Shares memory with
-        this path where n is its own N.
+        With 2 N - 1 points, those of the path and the midpoints between them. Control points that
+        are the points become n, too; others stay, and are shared with this path, as is all where n
+        is its own N.
 
         Raises:
             ValueError: n < 3.
         """
-        if n < 3:
-            raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
+        _check_points(n)
         if n == len(self):
             return self
+        if not self.free:
+            own = self.start, self.interior, self.end, self.interpolated
+            return Path(*own, kind=self.kind, points=n)
         edges = len(self) - 1
         places = torch.arange(1, n - 1, dtype=torch.float64) * edges / (n - 1)
         edge = places.floor().long().clamp(max=edges - 1)
         interior = {}
-        for name, between in self.interior.items():
-            whole = torch.cat([self.start[name][None], between, self.end[name][None]])
+        for name, whole in self.controls.items():
             weight = (places - edge).to(whole).view(-1, *(1,) * (whole.ndim - 1))
             low = edge.to(whole.device)
             interior[name] = torch.lerp(whole[low], whole[low + 1], weight)
         return Path(self.start, interior, self.end, self.interpolated)
 
+    def refined(self, size: int) -> "Path":
+        """The curve with K = size control points: the same one where this is a refinement
+        (`Basis.levels`), else one that meets it at as many even t."""
+        if size == self.basis.size:
+            return self
+        if self.free:
+            return self.resample(size)
+        mixed = self.mixed(self.basis.refinement(size)[1:-1])
+        return self.with_interior(mixed)
+
+    def freed(self) -> "Path":
+        """A path whose control points are the N points of this one; itself if they are already."""
+        if self.free:
+            return self
+        if self._weights is None:  # kept: a captured step may read them, but not make them
+            t = torch.arange(1, len(self) - 1, dtype=torch.float64) / (len(self) - 1)
+            self._weights = self.basis.weights(t).to(self.device)
+        return Path(self.start, self.mixed(self._weights), self.end, self.interpolated)
+
+    def mixed(self, weights: Tensor) -> dict[str, Tensor]:
+        """name -> [T, ...], the floating point entries of weights [T, K] @ controls."""
+        return {name: _product(weights, whole) for name, whole in self.controls.items()}
+
     def euclidean(self) -> Tensor:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
         squares = torch.zeros(len(self) - 1, device=self.device)
-        for name, between in self.interior.items():
+        for name, between in self.freed().interior.items():
             ends = (between[:1] - self.start[name], self.end[name] - between[-1:])
             steps = torch.cat([ends[0], between.diff(dim=0), ends[1]])
             steps = steps.to(torch.promote_types(steps.dtype, torch.float32))
@@ -230,7 +348,8 @@ class Path:
         return squares.sqrt()
 
     def save(self, file: str | os.PathLike) -> None:
-        """Write one safetensors file: start/NAME, interior/NAME [N - 2, ...], end/NAME."""
+        """Write one safetensors file: start/NAME, interior/NAME [K - 2, ...], end/NAME and, unless
+        the control points are the points, curve/KIND, which is N."""
         write_tensors(FilePath(file), "path", self._parts())
 
     @classmethod
@@ -240,16 +359,29 @@ class Path:
         Raises:
             ValueError: a missing or damaged file, or one that holds no path.
         """
-        return cls(**read_tensors(FilePath(file), "path", device))
+        return cls._of(read_tensors(FilePath(file), "path", device))
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         parts = {"start": self.start, "interior": self.interior, "end": self.end}
         if self.interpolated:
             parts["interpolated"] = {name: torch.empty(0) for name in sorted(self.interpolated)}
-        return parts
+        return parts if self.free else parts | {"curve": {self.kind: torch.tensor(len(self))}}
+
+    @classmethod
+    def _of(cls, parts: Mapping[str, Mapping[str, Any]]) -> "Path":
+        """The path that had these parts."""
+        ((kind, points),) = parts.get("curve", {"polychain": None}).items()
+        points = None if points is None else int(points)
+        own = parts["start"], parts["interior"], parts["end"], parts.get("interpolated", ())
+        return cls(*own, kind=cast(Kind, kind), points=points)
 
     def _point(self, i: int) -> dict[str, Tensor]:
         if i in (0, len(self) - 1):
+            return dict(self.start if i == 0 else self.end)
+        return self._control(i) if self.free else self.at(i / (len(self) - 1))
+
+    def _control(self, i: int) -> dict[str, Tensor]:
+        if i in (0, self.basis.size - 1):
             return dict(self.start if i == 0 else self.end)
         between = {name: tensor[i - 1] for name, tensor in self.interior.items()}
         return {name: between.get(name, constant) for name, constant in self.start.items()}
@@ -291,6 +423,19 @@ def uncompiled(module: nn.Module) -> nn.Module:
         )
     inner = module.module if isinstance(module, WRAPPERS) else getattr(module, "_orig_mod", module)
     return inner if inner is module else uncompiled(inner)
+
+
+def _check_points(n: int) -> None:
+    if n < 3:
+        raise ValueError(f"points must be at least 3 (two ends and one between), got {n}")
+
+
+def _product(weights: Tensor, stacked: Tensor) -> Tensor:
+    """[T, ...] of weights [T, K] and a tensor [K, ...]; of half precision taken in fp32."""
+    precise = torch.promote_types(stacked.dtype, torch.float32)
+    flat = stacked.reshape(len(stacked), -1).to(precise)
+    product = weights.to(flat) @ flat
+    return product.view(-1, *stacked.shape[1:]).to(stacked.dtype)
 
 
 def size_of(state: StateDict) -> str:

@@ -6,14 +6,14 @@ from pathlib import Path
 FLOORS = [  # what is above may import what is below
     "app",
     "profiling",
-    *("train", "matching"),
+    *("train", "matching", "plane"),
     *("optimize", "evaluate", "recalibrate"),
     "step",
     "operations",
     *("stacking", "symmetry"),
     "forward",
     *("data", "path", "models"),
-    "figures",
+    *("figures", "basis"),
     *("store", "schedule"),
 ]
 SIDE_BY_SIDE = [("stacking", "symmetry"), ("train", "matching"), ("data", "path")]

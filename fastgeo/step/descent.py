@@ -1,15 +1,17 @@
-"""How a path descends: learning rate, momentum, preconditioner, and from how many points."""
+"""How a path descends: what is lowered, at which rate, preconditioned, from how many points."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+from fastgeo.basis import Basis
+from fastgeo.path import Path
 
 SCHEDULES = {  # factor on the rate at a share of the steps
     "constant": lambda share: 1.0,
     "linear": lambda share: 1 - share,
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
 }
-COARSEST = 5  # points
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Descent:
         interior -= lr * inverse_path_laplacian(N - 2) @ gradient
 
     `Descent(momentum=0, lr_schedule="constant", precondition=False, coarse_to_fine=False)` is the
-    SGD of Tan et al.
+    SGD of Tan et al. `Descent(objective="cross_entropy", nodes=1)` on a `Path.bezier` is the curve
+    finding of Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs"
+    (2018), but for the preconditioner.
 
     Attributes:
         lr: learning rate of the first step.
@@ -34,12 +38,17 @@ class Descent:
             the step or as half a wave, "cosine".
         precondition: multiply the gradient by the inverse path Laplacian; no: the gradient itself
             (paper).
-        coarse_to_fine: begin with 5 points along the path and insert midpoints on the way; no: all
-            points from the start (paper). For a straight line: of any other path, what lies between
-            those points is lost.
+        coarse_to_fine: begin with 5 points along the path and insert midpoints on the way, or with
+            one control point of a Bezier curve and raise its degree; no: all of them from the start
+            (paper). For a straight line: of any other path, what lies between those points is lost.
+        objective: "jsd", the divergences of neighbours, which needs no labels (paper); or
+            "cross_entropy", the mean loss on labelled batches along the path.
+        nodes: how many networks between the ends a step evaluates, at t that are drawn anew in
+            every step, one in each of as many equal parts of the path; None: the path's own points
+            (paper).
 
     Raises:
-        ValueError: lr <= 0, momentum outside [0, 1), or an unknown schedule.
+        ValueError: lr <= 0, momentum outside [0, 1), nodes < 1, an unknown schedule or objective.
     """
 
     lr: float = 0.1
@@ -47,6 +56,8 @@ class Descent:
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     precondition: bool = True
     coarse_to_fine: bool = True
+    objective: Literal["jsd", "cross_entropy"] = "jsd"
+    nodes: int | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -56,6 +67,10 @@ class Descent:
         if self.lr_schedule not in SCHEDULES:
             names = ", ".join(SCHEDULES)
             raise ValueError(f"lr_schedule must be one of {names}: {self.lr_schedule!r}")
+        if self.objective not in ("jsd", "cross_entropy"):
+            raise ValueError(f"objective must be 'jsd' or 'cross_entropy', got {self.objective!r}")
+        if self.nodes is not None and self.nodes < 1:
+            raise ValueError(f"nodes must be at least 1, got {self.nodes}")
 
     @property
     def needs_steps(self) -> bool:
@@ -67,8 +82,12 @@ class Descent:
         share = min(step / steps, 1.0) if steps else 0.0
         return self.lr * SCHEDULES[self.lr_schedule](share)
 
-    def levels(self, points: int, steps: int | None) -> dict[int, int]:
-        """First step -> the number of points from it on, as in {0: 5, 40: 9, 70: 17, 90: 25}.
+    def at_control_points(self, path: Path) -> bool:
+        """Whether the networks of a step are the control points, with every edge alike."""
+        return path.free and self.nodes is None and self.objective == "jsd"
+
+    def levels(self, basis: Basis, steps: int | None) -> dict[int, int]:
+        """First step -> how many control points from it on, as in {0: 5, 40: 9, 70: 17, 90: 25}.
 
         The long waves of a path, which take the most steps, can be had on few points, where a step
         costs little; the points in between then start near to where they end. The k levels have k,
@@ -76,15 +95,12 @@ class Descent:
         many steps on all points.
 
         Args:
-            points: N at the end.
+            basis: of the path at the end.
             steps: of all levels together; with fewer than levels, the coarsest ones are left out.
         """
         if not self.coarse_to_fine or steps is None:
-            return {0: points}
-        sizes = [COARSEST]
-        while sizes[-1] < points:
-            sizes.append(2 * sizes[-1] - 1)
-        sizes = [*sizes[:-1], points][-steps:]
+            return {0: basis.size}
+        sizes = basis.levels()[-steps:]
         parts = len(sizes) * (len(sizes) + 1) // 2
         found, first = {}, 0
         for i, size in enumerate(sizes):

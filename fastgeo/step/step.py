@@ -1,7 +1,8 @@
-"""A step of descent on a path, on memory that never moves: energy, gradient, update."""
+"""A step of descent on a path, on memory that never moves: objective, gradient, update."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from fastgeo_kernels import path_update
@@ -10,14 +11,30 @@ from torch import Tensor, nn
 from fastgeo.data.inputs import Inputs
 from fastgeo.path import Path
 from fastgeo.step.descent import Descent
-from fastgeo.step.energy import energy_and_gradient
+from fastgeo.step.energy import energy_and_gradient, losses_and_gradient
 from fastgeo.step.engines import Engine
+from fastgeo.step.nodes import Grid
 from fastgeo.step.phases import phase
+
+
+class Batch(NamedTuple):
+    """What a step is taken on.
+
+    Attributes:
+        inputs: on the device of the path.
+        counted: [B, ...], which of the rows count; None for all.
+        labels: [B, ...], None where the objective needs none.
+    """
+
+    inputs: Inputs
+    counted: Tensor | None
+    labels: Tensor | None = None
 
 
 @dataclass
 class _Block:
-    """Parameters whose weights lie side by side, in one tensor [M, P] of the M interior points."""
+    """Parameters whose weights lie side by side, in one tensor [M, P] of the M control points
+    between the ends."""
 
     names: list[str]
     weight: Tensor
@@ -26,7 +43,7 @@ class _Block:
 
 
 class Step:
-    """The interior of a path, in memory that every step changes in place.
+    """The control points of a path, in memory that every step changes in place.
 
     On a GPU all parameters of a dtype lie side by side, so that the update is one kernel; on a CPU
     each lies by itself, as convolutions want it.
@@ -35,11 +52,12 @@ class Step:
         path: where to start; not changed.
         module: says which parameters are trained, and which of them are one.
         descent: how to descend.
-        velocity: first name of each parameter -> [N - 2, ...] of the momentum; none yet if empty.
+        velocity: first name of each parameter -> [M, ...] of the momentum; none yet if empty.
         channels_last: weights of images with their channels innermost.
 
     Attributes:
         path: as it is now; its tensors change with every step.
+        evaluated: the networks that the engine is given, as a path of free points.
         trained: name of every parameter to train -> the first name of it.
     """
 
@@ -62,15 +80,18 @@ class Step:
             if moving is not None and velocity:
                 moving.copy_(self._rows([velocity[name] for name in names]))
             self._blocks.append(_Block(names, weight, moving))
-        self._fixed, self._start, self._end = path.interior, path.start, path.end
-        self._interpolated = path.interpolated
+        self._origin = path
+        self._half: set[str] = set()
+        self._grid: Grid | None = None
         self.path = self._path_of(self._views("weight"))
-        self.evaluated = self.path  # what the engine is given
+        self.evaluated = self.path
 
     def keep_half(self, names: Iterable[str]) -> None:
         """From now on these parameters are read from a bf16 copy, which the update makes."""
+        self._half = names = set(names)
+        if self._grid is not None:
+            return self.place(self._grid)
         halves: dict[str, Tensor] = {}
-        names = set(names)
         for block in self._blocks:
             if names.intersection(block.names):
                 block.copy = block.weight.bfloat16()
@@ -78,22 +99,41 @@ class Step:
         own = self._views("weight") | {n: t for n, t in halves.items() if n in names}
         self.evaluated = self._path_of(own)
 
+    def place(self, grid: Grid | None) -> None:
+        """From now on the networks are those of the curve on this grid; None: control points."""
+        if grid is None:
+            return
+        self._grid, path = grid, self.path
+        points = path.mixed(grid.weights)
+        half = {name: points[name].bfloat16() for name in self._half}
+        self.evaluated = Path(path.start, points | half, path.end, path.interpolated)
+
     def gradient(
-        self, engine: Engine, inputs: Inputs, ends: Tensor, counted: Tensor | None
+        self, engine: Engine, batch: Batch, ends: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `energy_and_gradient`."""
-        return energy_and_gradient(self.evaluated, engine, inputs, self.trained, ends, counted)
+        given = self.evaluated, engine, batch.inputs, self.trained
+        counts = None if self._grid is None else self._grid.counts
+        return energy_and_gradient(*given, ends, batch.counted, counts)
+
+    def loss_gradient(
+        self, engine: Engine, batch: Batch, *, check: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of `losses_and_gradient`."""
+        assert batch.labels is not None
+        given = self.evaluated, engine, batch.inputs, self.trained
+        return losses_and_gradient(*given, batch.labels, batch.counted, check=check)
 
     def update(self, gradient: Mapping[str, Tensor], rate: float | Tensor) -> None:
-        """Move the interior along the energy's gradient, first name -> [N - 2, ...]."""
+        """Move the control points along a gradient to the networks, first name -> [T, ...]."""
         how = self.descent
         with phase("update"):
             for block in self._blocks:
                 path_update(
                     block.weight,
-                    self._rows([gradient[name] for name in block.names]),
+                    self._back(self._rows([gradient[name] for name in block.names])),
                     rate,
-                    precondition=how.precondition,
+                    precondition=how.precondition and self._grid is None,
                     momentum=how.momentum,
                     nesterov=how.momentum > 0,
                     velocity=block.velocity,
@@ -101,7 +141,7 @@ class Step:
                 )
 
     def velocity(self) -> dict[str, Tensor]:
-        """A copy of the momentum's, first name -> [N - 2, ...]; empty without momentum."""
+        """A copy of the momentum's, first name -> [M, ...]; empty without momentum."""
         views = self._views("velocity") if self.descent.momentum else {}
         return {name: _copied(view) for name, view in views.items()}
 
@@ -116,7 +156,14 @@ class Step:
 
     def _path_of(self, trained: Mapping[str, Tensor]) -> Path:
         own = {name: trained[first] for name, first in self.trained.items()}
-        return Path(self._start, self._fixed | own, self._end, self._interpolated)
+        return self._origin.with_interior(self._origin.interior | own)
+
+    def _back(self, rows: Tensor) -> Tensor:
+        """[M, P] of a gradient to the networks [T, P], preconditioned if the grid says so."""
+        if self._grid is None:
+            return rows
+        precise = torch.promote_types(rows.dtype, torch.float32)
+        return self._grid.back.to(rows.device, precise) @ rows.to(precise)
 
     def _side_by_side(self, path: Path) -> list[list[str]]:
         if path.device.type == "cpu":
@@ -165,12 +212,14 @@ def trained_names(module: nn.Module) -> dict[str, str]:
     return trained
 
 
-def resampled(velocity: dict[str, Tensor], points: int) -> dict[str, Tensor]:
-    """The velocity [N - 2, ...] of a path with another N: a curve, too, which is 0 at the ends."""
+def resampled(velocity: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The velocity [M, ...] of other control points as that of a path's, which is finer or coarser:
+    a curve, too, that is 0 at the ends."""
     if not velocity:
         return {}
     zero = {name: torch.zeros_like(tensor[0]) for name, tensor in velocity.items()}
-    return Path(zero, velocity, zero).resample(points).interior
+    curve = Path(zero, velocity, zero, kind=path.kind, points=None if path.free else len(path))
+    return curve.refined(path.basis.size).interior
 
 
 def _copied(tensor: Tensor) -> Tensor:

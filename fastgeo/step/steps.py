@@ -17,11 +17,12 @@ from fastgeo.forward.options import Forward
 from fastgeo.path import Path
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
-from fastgeo.step.energy import EndLogits
+from fastgeo.step.energy import EndLogits, cross_entropies
 from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.step.memory import path_work
+from fastgeo.step.nodes import Grid, Nodes
 from fastgeo.step.phases import phase
-from fastgeo.step.step import Step
+from fastgeo.step.step import Batch, Step
 
 AT_ONCE = 50  # captured steps that the host reads together
 WARM_UP = 3  # steps before a capture, in which libraries choose and compile what they run
@@ -31,16 +32,19 @@ class Taken(NamedTuple):
     """What some steps found, those before one that is not finite if there is one.
 
     Attributes:
-        energies: [K, E] nats, of each edge before each step.
+        energies: [K, E] nats, of each edge before each step, or [K, T] of each network where the
+            objective is the cross-entropy.
         lengths: [K], Σ‖Δθ‖ of the path before each step.
         why: what stopped them, in words; empty if nothing did.
         unsound: whether the path before the first of them has no finite energy.
+        counts: as energies, what each of them counts in the objective; None where all are alike.
     """
 
     energies: Tensor
     lengths: Tensor
     why: str = ""
     unsound: bool = False
+    counts: Tensor | None = None
 
 
 class Steps:
@@ -50,14 +54,17 @@ class Steps:
         module: the network of all points, in the mode that it is to be evaluated in.
         order: the batches.
         capture: whether steps are captured; None for where nothing forbids it, on a GPU.
-        most: interior points of the finest path to come.
+        most: networks between the ends in a step of the finest path to come.
         on_choice: as of `fastgeo.optimize`.
 
     Attributes:
         step: of the path as it is now; `begin` makes it.
+        nodes: where its networks are, likewise.
+        generator: draws those that are random.
     """
 
     step: Step
+    nodes: Nodes
 
     def __init__(
         self,
@@ -75,7 +82,8 @@ class Steps:
         self.most = most
         self._on_choice, self._device = on_choice, device
         self._ends: EndLogits | None = None
-        self._last: tuple[Inputs, Tensor | None] | None = None  # batch
+        self._last: Batch | None = None
+        self.generator = torch.Generator().manual_seed(torch.initial_seed())
         self._must, self._captures = bool(capture), bool(capture)
         if capture is None:
             stackable = forward.engine in ("auto", "stacked") and forward.batchnorm == "refuse"
@@ -92,6 +100,7 @@ class Steps:
         self.choice.next_level()
         innermost = self._captures and bool(self.choice.forward.channels_last)
         self.step = Step(path, self.module, self.descent, velocity, channels_last=innermost)
+        self.nodes = Nodes(path, self.descent, self.generator)
         self._way = self._captured() if self._captures else self._one_by_one
 
     def take(self, rates: list[float]) -> Taken | None:
@@ -112,12 +121,29 @@ class Steps:
 
     @torch.no_grad()
     def energies(self) -> Tensor:
-        """[E] nats, of the path as it is now on the last batch."""
+        """[E] or [N] nats, of the points of the path as it is now on the last batch."""
         assert self._last is not None and self.choice.chosen is not None
-        inputs, counted = self._last
+        inputs, counted, labels = self._last
         outputs = self.choice.chosen.forward(self.step.path.stacked(), inputs)
+        if labels is not None:
+            return cross_entropies(outputs, logits_of(outputs), labels, counted)
         weight = None if counted is None else counted.flatten().to(self.step.path.device)
         return path_js_div(logits_of(outputs), sample_weight=weight)
+
+    def batch(self, given: Inputs, targets: Any, *, look: bool) -> Batch:
+        """What was drawn, on the device; of targets, if no labels are needed, where they count."""
+        device = self._device
+        inputs = on_device(given, device)
+        counted = rows_that_count(inputs, targets, self.forward.mask, look=look)
+        counted = counted if look or counted is None else counted.to(device)
+        if self.descent.objective == "jsd":
+            return Batch(inputs, counted)
+        if not isinstance(targets, Tensor):
+            raise ValueError(
+                "the cross-entropy needs batches (inputs, labels) with labels in a tensor, got "
+                f"{type(targets).__name__} beside the inputs"
+            )
+        return Batch(inputs, counted, targets.to(device))
 
     def _new_choice(self) -> EngineChoice:
         forward = self.forward
@@ -131,30 +157,30 @@ class Steps:
     def prepare(self, inputs: Inputs) -> None:
         """Line up the engines, or choose the one there is."""
         if self.choice.chosen is None:
-            path = self.step.path
-            one = {name: tensor[None] for name, tensor in path.start.items()}
-            self.choice.prepare(one, inputs, points=len(path) - 2, most=self.most)
+            one = {name: tensor[None] for name, tensor in self.step.path.start.items()}
+            self.choice.prepare(one, inputs, points=self.nodes.count, most=self.most)
 
     def _one_by_one(self, rates: list[float]) -> Taken | None:
         """A step at the first of the rates, which is looked at before the path is moved by it."""
         with phase("data"):
-            batch = next(self.order, None)
-        if batch is None:
+            drawn = next(self.order, None)
+        if drawn is None:
             return None
-        (given, targets), path = batch, self.step.path
-        inputs = on_device(given, path.device)
-        counted = rows_that_count(inputs, targets, self.forward.mask)
-        self._last = inputs, counted
-        self.prepare(inputs)
+        given, path, grid = drawn[0], self.step.path, self.nodes.draw()
+        batch = self._last = self.batch(*drawn, look=True)
+        self.step.place(grid)
+        self.prepare(batch.inputs)
         ends = self._ends = self._ends or EndLogits(path)  # of every number of points
 
         def look(engine: Engine) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.step.gradient(engine, inputs, ends(given, inputs, engine), counted)
+            if batch.labels is not None:
+                return self.step.loss_gradient(engine, batch, check=True)
+            return self.step.gradient(engine, batch, ends(given, batch.inputs, engine))
 
         energies, gradient = self.choice.run(look)
         lengths = path.euclidean().sum()[None]
         if not energies.isfinite().all():
-            why = self._why_not_finite(energies, inputs)
+            why = self._why_not_finite(energies, batch.inputs)
             return Taken(energies[None][:0], lengths, why, unsound=True)
         if not all_finite(gradient.values()):
             name, i = first_not_finite(gradient)
@@ -162,16 +188,24 @@ class Steps:
             why = f"the gradient of {name} is not finite at {place}"
             return Taken(energies[None][:0], lengths, why)
         self.step.update(gradient, rates[0])
-        return Taken(energies[None], lengths)
+        return Taken(energies[None], lengths, counts=None if grid is None else grid.counts[None])
 
     def _why_not_finite(self, energies: Tensor, inputs: Inputs) -> str:
         """In words: the first edge that has no finite divergence, and the layer where it begins."""
-        edge = int((~energies.isfinite()).nonzero()[0])
-        for point in (edge, edge + 1):
-            reason = where(self.module, self.step.path._point(point), inputs)
+        first = int((~energies.isfinite()).nonzero()[0])
+        of_edges = self.descent.objective == "jsd"
+        for point in (first, first + 1) if of_edges else (first + 1,):
+            reason = where(self.module, self.step.evaluated._point(point), inputs)
             if "every layer" not in reason:
                 break
-        return f"{_divergence(energies)}, since at point {point} {reason}"
+        return f"{self.first_bad(energies)}, since at point {point} {reason}"
+
+    def first_bad(self, energies: Tensor) -> str:
+        """In words, the first of a step's that is not finite."""
+        first = int((~energies.isfinite()).nonzero()[0])
+        if self.descent.objective == "jsd":
+            return f"the divergence of edge {first} is {energies[first].item()}"
+        return f"the cross-entropy of point {first + 1} is {energies[first].item()}"
 
     def _captured(self) -> Callable[[list[float]], Taken | None]:
         return _Captured(self).take
@@ -181,8 +215,8 @@ class _Captured:
     """Steps that a GPU replays from a CUDA graph, and that the host reads many at a time.
 
     What makes a step different from the next lies on the device at fixed places: the batch, the
-    rate, the number of the step, the energies. A batch of another shape than the first one is done
-    operation by operation, as all are without a GPU.
+    rate, the grid, the number of the step, the energies. A batch of another shape than the first
+    one is done operation by operation, as all are without a GPU.
     """
 
     def __init__(self, steps: Steps):
@@ -191,9 +225,10 @@ class _Captured:
         precise = torch.promote_types(next(iter(path.interior.values())).dtype, torch.float32)
         self._rates = torch.zeros(AT_ONCE, dtype=precise, device=path.device)
         self._turn = torch.zeros(1, dtype=torch.long, device=path.device)
-        self._energies = self._rates.new_zeros(AT_ONCE, len(path) - 1)
+        self._energies = self._rates.new_zeros(AT_ONCE, steps.nodes.terms)
         self._lengths = torch.zeros_like(self._rates)
         self._ends: dict[str, Tensor] = {}
+        self._grid: Grid | None = None
         self._form: Any = None  # of the batch that is captured
         self._batch: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -201,9 +236,13 @@ class _Captured:
     def take(self, rates: list[float]) -> Taken | None:
         self._rates[: len(rates)].copy_(torch.tensor(rates, dtype=self._rates.dtype))
         self._turn.zero_()
+        grids = [grid for _ in rates if (grid := self.steps.nodes.draw()) is not None]
+        if grids and self._grid is None:
+            self._grid = Grid(*map(torch.clone, grids[0]))
+            self.step.place(self._grid)
         taken = 0
         for drawn in islice(self.steps.order, len(rates)):
-            batch = self._on_device(*drawn)
+            batch = self.steps.batch(*drawn, look=False)
             leaves, form = _taken_apart(batch)
             if self._form is None:
                 try:
@@ -211,22 +250,27 @@ class _Captured:
                 except NotCaptured:
                     self.steps.order.put_back(drawn)
                     raise
+            if self._grid is not None:
+                torch._foreach_copy_(list(self._grid), list(grids[taken]))
             if form == self._form:
                 torch._foreach_copy_(self._batch, leaves)
                 self._replay()
             else:
-                self._run(*batch)
+                self._run(batch)
             self.steps._last = batch
             taken += 1
         if not taken:
             return None
         energies = self._energies[:taken].cpu()  # here the host waits
         lengths = self._lengths[:taken].cpu()
+        counts = torch.stack([grid.counts for grid in grids[:taken]]).cpu() if grids else None
         bad = (~energies.isfinite()).any(1).nonzero()
         if not len(bad):
-            return Taken(energies, lengths)
+            return Taken(energies, lengths, counts=counts)
         good = int(bad[0])
-        return Taken(energies[:good], lengths, _divergence(energies[good]), unsound=good == 0)
+        why = self.steps.first_bad(energies[good])
+        counts = None if counts is None else counts[:good]
+        return Taken(energies[:good], lengths, why, unsound=good == 0, counts=counts)
 
     def warm_up(self) -> None:
         """Steps that leave everything as it was."""
@@ -234,22 +278,15 @@ class _Captured:
         kept = [tensor.clone() for tensor in changed]
         for _ in range(WARM_UP):
             self._turn.zero_()
-            self._run(*self._held())
+            self._run(self._held())
         for tensor, before in zip(changed, kept, strict=True):
             tensor.copy_(before)
 
-    def _on_device(self, given: Inputs, targets: Any) -> tuple[Inputs, Tensor | None]:
-        """Inputs on the device, and which of their rows count."""
-        device = self.step.path.device
-        inputs = on_device(given, device)
-        counted = rows_that_count(inputs, targets, self.steps.forward.mask, look=False)
-        return inputs, None if counted is None else counted.to(device)
-
-    def _begin(self, batch: tuple, leaves: list[Tensor], form: Any) -> None:
+    def _begin(self, batch: Batch, leaves: list[Tensor], form: Any) -> None:
         """Choose the engine, and capture the step of a batch like this."""
         path = self.step.path
         try:
-            self.steps.prepare(batch[0])
+            self.steps.prepare(batch.inputs)
         except ValueError as error:
             raise NotCaptured(str(error)) from error
         network = self._engine().network
@@ -280,29 +317,33 @@ class _Captured:
         gc.collect()  # or what only cycles hold stays beside the graph's own
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):  # nothing runs
-            self._run(*self._held())
+            self._run(self._held())
 
     def _replay(self) -> None:
         if self._graph is None:
-            self._run(*self._held())
+            self._run(self._held())
         else:
             self._graph.replay()
 
-    def _held(self) -> tuple[Inputs, Tensor | None]:
+    def _held(self) -> Batch:
         """The batch at its fixed place."""
         structure, others, _ = self._form
         held = iter(self._batch)
         leaves = [next(held) if other is Tensor else other for other in others]
         return pytree.tree_unflatten(leaves, structure)
 
-    def _run(self, inputs: Inputs, counted: Tensor | None) -> None:
+    def _run(self, batch: Batch) -> None:
         """One step, operation by operation; nothing waits for the device."""
         engine = self._engine()
-        with torch.no_grad():
-            ends = logits_of(engine.network(self._ends, inputs))
+        self.step.place(self._grid)
         length = self.step.path.euclidean().sum()[None]
         self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
-        energies, gradient = self.step.gradient(engine, inputs, ends, counted)
+        if batch.labels is not None:
+            energies, gradient = self.step.loss_gradient(engine, batch, check=False)
+        else:
+            with torch.no_grad():
+                ends = logits_of(engine.network(self._ends, batch.inputs))
+            energies, gradient = self.step.gradient(engine, batch, ends)
         self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
         self._energies.index_copy_(0, self._turn, energies[None].to(self._energies))
         self._turn += 1
@@ -310,11 +351,6 @@ class _Captured:
 
 class NotCaptured(ValueError):
     """Why a step cannot be captured."""
-
-
-def _divergence(energies: Tensor) -> str:
-    edge = int((~energies.isfinite()).nonzero()[0])
-    return f"the divergence of edge {edge} is {energies[edge].item()}"
 
 
 def _taken_apart(value: Any) -> tuple[list[Tensor], Any]:

@@ -5,6 +5,7 @@ import torch
 from conftest import images, plain, settings, tiny_resnet
 
 from fastgeo import Checkpoints, Descent, Forward, Path, optimize
+from fastgeo.basis import Basis
 from fastgeo.step.step import resampled
 
 
@@ -21,8 +22,9 @@ from fastgeo.step.step import resampled
     ],
 )
 def test_levels(points, steps, expected):
-    assert Descent().levels(points, steps) == expected
-    assert plain().levels(points, steps) == {0: points}
+    basis = Basis("polychain", points)
+    assert Descent().levels(basis, steps) == expected
+    assert plain().levels(basis, steps) == {0: points}
 
 
 @pytest.mark.parametrize("points", [3, 4, 7, 13, 25, 30])
@@ -65,8 +67,9 @@ def test_coarse_to_fine_is_optimisation_at_each_number_of_points(module):
 
 
 def test_the_velocity_is_a_curve_that_rests_at_the_ends():
-    assert resampled({}, 9) == {}
-    got = resampled({"w": torch.tensor([[1.0, 10], [3, 20], [2, 40]])}, 9)
+    path = Path.linear({"w": torch.zeros(2)}, {"w": torch.ones(2)}, 9)
+    assert resampled({}, path) == {}
+    got = resampled({"w": torch.tensor([[1.0, 10], [3, 20], [2, 40]])}, path)
     expected = [[0.5, 5], [1, 10], [2, 15], [3, 20], [2.5, 30], [2, 40], [1, 20]]
     torch.testing.assert_close(got["w"], torch.tensor(expected))
 
