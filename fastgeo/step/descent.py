@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fastgeo.basis import Basis
-from fastgeo.path import Path
+if TYPE_CHECKING:  # a command that prints its help needs no torch
+    from fastgeo.basis import Basis
+    from fastgeo.path import Path
 
 SCHEDULES = {  # factor on the rate at a share of the steps
     "constant": lambda share: 1.0,
@@ -82,11 +83,11 @@ class Descent:
         share = min(step / steps, 1.0) if steps else 0.0
         return self.lr * SCHEDULES[self.lr_schedule](share)
 
-    def at_control_points(self, path: Path) -> bool:
+    def at_control_points(self, path: "Path") -> bool:
         """Whether the networks of a step are the control points, with every edge alike."""
         return path.free and self.nodes is None and self.objective == "jsd"
 
-    def levels(self, basis: Basis, steps: int | None) -> dict[int, int]:
+    def levels(self, basis: "Basis", steps: int | None) -> dict[int, int]:
         """First step -> how many control points from it on, as in {0: 5, 40: 9, 70: 17, 90: 25}.
 
         The long waves of a path, which take the most steps, can be had on few points, where a step
