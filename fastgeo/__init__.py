@@ -23,7 +23,11 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "__version__":
-            return import_module("importlib.metadata").version("fastgeo")
+            metadata = import_module("importlib.metadata")
+            try:
+                return metadata.version("fastgeo")
+            except metadata.PackageNotFoundError:
+                return "not installed"  # a working copy
         own = name == "__all__" or not name.startswith("__")
         if own and (name in FUNCTIONS or find_spec(f"fastgeo.{name}") is None):
             public = vars(import_module("fastgeo._public"))

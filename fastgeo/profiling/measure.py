@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -78,7 +78,10 @@ def headline(environment: dict) -> str:
 def version_of(package: str) -> str:
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return "none"
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # but found, as in a working copy
 
 
 def time_alternating(
