@@ -92,9 +92,10 @@ def optimize(
         TypeError: a path, module or batches of another type, or no logits in what the module
             returns.
         ValueError: a path that is not of this module, a mask or targets with -100 whose shape is
-            not that of the logits, no parameter to train, too few batches, no number of steps where
-            the descent needs one, an energy or gradient that stops being finite, checkpoints of
-            another path, or cuda_graph=True for a step that cannot be captured.
+            not that of the logits, no labels where the objective needs them, no parameter to train,
+            too few batches, no number of steps where the descent needs one, an energy or gradient
+            that stops being finite, checkpoints of another path, or cuda_graph=True for a step that
+            cannot be captured.
 
     Example:
         >>> path = Path.linear(a, b, 25)
