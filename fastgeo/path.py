@@ -128,11 +128,13 @@ class Path:
         *,
         controls: int = 1,
         batchnorm: str = "refuse",
+        interpolate_buffers: Collection[str] = (),
     ) -> "Path":
         """The straight line from a to b as a Bezier curve, which bends when it is optimised.
 
         Args:
-            a, b, n, batchnorm: as in `linear`; point i of N is at t = i / (N - 1).
+            a, b, n, batchnorm, interpolate_buffers: as in `linear`; point i of N is at
+                t = i / (N - 1).
             controls: control points between the ends, at least 1.
 
         Raises:
@@ -142,7 +144,7 @@ class Path:
             >>> path = Path.bezier(model_a, model_b, 25)
             >>> path = optimize(path, model_a, batches, descent=Descent(nodes=3))
         """
-        return cls._curve(a, b, n, "bezier", controls, batchnorm)
+        return cls._curve(a, b, n, "bezier", controls, batchnorm, interpolate_buffers)
 
     @classmethod
     def polychain(
@@ -153,9 +155,10 @@ class Path:
         *,
         bends: int = 1,
         batchnorm: str = "refuse",
+        interpolate_buffers: Collection[str] = (),
     ) -> "Path":
         """The straight line from a to b as a chain of bends + 1 lines; otherwise as `bezier`."""
-        return cls._curve(a, b, n, "polychain", bends, batchnorm)
+        return cls._curve(a, b, n, "polychain", bends, batchnorm, interpolate_buffers)
 
     @classmethod
     def _curve(
@@ -166,12 +169,14 @@ class Path:
         kind: Kind,
         controls: int,
         batchnorm: str,
+        interpolate_buffers: Collection[str],
     ) -> "Path":
         if controls < 1:
             name = "bends" if kind == "polychain" else "controls"
             raise ValueError(f"{name} must be at least 1, got {controls}")
         _check_points(n)
-        line = cls.linear(a, b, controls + 2, batchnorm=batchnorm)
+        how: dict[str, Any] = dict(batchnorm=batchnorm, interpolate_buffers=interpolate_buffers)
+        line = cls.linear(a, b, controls + 2, **how)
         own = line.start, line.interior, line.end, line.interpolated
         return cls(*own, kind=kind, points=n)
 

@@ -107,7 +107,7 @@ def plane(
     middle = path.at(0.5) if c is None else c
     third = Path.linear(path.start, middle, 3, batchnorm=forward.batchnorm).end
     between = {name: third[name][None] for name in path.interior}
-    corners = Path(path.start, between, path.end)  # a, c, b
+    corners = Path(path.start, between, path.end, path.interpolated)  # a, c, b
     base, (x_c, y_c), places, distance = _projected(corners, path)
     around = margin * base
     x = _grid([0.0, base, x_c, *(x for x, _ in places)], around, size)
@@ -174,4 +174,5 @@ def _row(corners: Path, weights: Tensor) -> Path:
     mixed = corners.mixed(weights)
     first, last = ({name: t[i] for name, t in mixed.items()} for i in (0, -1))
     between = {name: tensor[1:-1] for name, tensor in mixed.items()}
-    return Path(corners.start | first, between, corners.end | last)
+    own = corners.start | first, between, corners.end | last, corners.interpolated
+    return Path(*own)

@@ -73,6 +73,7 @@ def recalibrate(
     found = statistics(module, path.start, inputs)
     names = [name for name in path.start if name in found.names]
     check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=names)
+    path = path.freed()  # what is computed for each point is on no curve of few control points
     updates, stacked = _Updates(path, module, found, forward), path.stacked()
     kinds = _Kinds.of(module, path.start, inputs, found)
     for name in kinds.kept.keys() - path.start.keys():
@@ -117,11 +118,13 @@ def settled(
     if not free:
         return path
     free &= _Kinds.of(module, path.start, inputs, found).free
-    stacked = path.stacked()
+    controls = Path(path.start, path.interior, path.end, path.interpolated)
+    stacked = controls.stacked()
     values = {name: path.start[name].expand_as(stacked[name]).clone() for name in sorted(free)}
-    _Updates(path, module, found, forward).settle(values, free, inputs)
-    interior = path.interior | {name: tensor[1:-1].clone() for name, tensor in values.items()}
-    return Path(path.start, interior, path.end, path.interpolated)
+    _Updates(controls, module, found, forward).settle(values, free, inputs)
+    return path.with_interior(
+        path.interior | {name: tensor[1:-1].clone() for name, tensor in values.items()}
+    )
 
 
 class _Updates:

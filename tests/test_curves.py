@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_resnet
+from conftest import images, plain, tiny_resnet
 from torch import nn
 
-from fastgeo import Path
+from fastgeo import Forward, Path, evaluate, optimize, plane, recalibrate
 from fastgeo.basis import Basis
 
 CURVES = [("bezier", 1), ("bezier", 3), ("polychain", 1), ("polychain", 4)]
@@ -157,3 +157,58 @@ def test_a_curve_says_what_it_is_and_what_it_cannot_be():
         Path.polychain(*ends, 25, bends=0)
     with pytest.raises(ValueError, match="points must be at least 3 .* got 2"):
         Path.bezier(*ends, 2)
+
+
+def test_statistics_of_a_curve_are_those_of_its_points():
+    def network(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+
+    how, x, y = Forward(batchnorm="recalibrate"), images().float(), torch.arange(12) % 5
+    path = Path.bezier(network(1), network(2), 5, batchnorm="recalibrate")
+    path = optimize(path, network(0), [x], steps=2, descent=plain(nodes=2), forward=how)
+    assert path.basis == Basis("bezier", 3)
+    got = recalibrate(path, network(0), [x])
+    expected = recalibrate(path.freed(), network(0), [x])
+    assert got.free and len(got) == 5
+    torch.testing.assert_close(got.stacked(), expected.stacked(), rtol=0, atol=0)
+    for i, point in enumerate(path):
+        module = network(0)
+        module.load_state_dict(point)
+        module[2].reset_running_stats()
+        module[2].momentum = None
+        module.train()(x)
+        torch.testing.assert_close(got[i]["2.running_mean"], module[2].running_mean)
+    assert evaluate(path, network(0), (x, y), forward=how).energy > 0
+
+
+def test_what_a_spectral_norm_computes_is_settled_at_the_control_points():
+    def network(seed):
+        torch.manual_seed(seed)
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 5))
+        return nn.Sequential(nn.Flatten(), layer)
+
+    how, ends = Forward(batchnorm="recalibrate"), (network(1), network(2))
+    path = Path.bezier(*ends, 6, controls=2, batchnorm="recalibrate")
+    got = optimize(path, network(0), [images().float()], descent=plain(), forward=how)
+    assert got.basis == Basis("bezier", 4) and len(got) == 6
+
+
+def test_buffers_that_are_to_be_interpolated_are_so_on_curves_and_planes():
+    def network(scale):
+        torch.manual_seed(int(scale))
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        module.register_buffer("table", torch.full((2,), scale))
+        return module
+
+    a, b, data = network(2.0), network(4.0), (images().float(), torch.arange(12) % 5)
+    with pytest.raises(ValueError, match="table is a buffer"):
+        Path.bezier(a, b, 5)
+    for make in (Path.bezier, Path.polychain):
+        path = make(a, b, 5, interpolate_buffers=["table"])
+        path = path.to("cpu").resample(7)
+        assert path.interpolated == path.freed().interpolated == {"table"}
+        assert path[3]["table"].tolist() == pytest.approx([3, 3])
+        moved = optimize(path, a, [data], steps=2, descent=plain(nodes=2))
+        assert moved.interpolated == {"table"}
+        assert len(plane(path, a, data, c=network(5.0).state_dict(), size=3).loss) == 3
