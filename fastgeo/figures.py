@@ -167,8 +167,9 @@ def lengths(history: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure
     steps = [line["step"] for line in history]
     objective = "sqrt_jsd" if "sqrt_jsd" in history[0] else "cross_entropy"
     for axes, key, style in zip(panels, (objective, "euclidean"), PALETTE, strict=False):
-        values = [line[key] for line in history]
-        axes.plot(steps, values, color=style.colour, **LINE)
+        measured = [line for line in history if key in line]
+        values = [line[key] for line in measured]
+        axes.plot([line["step"] for line in measured], values, color=style.colour, **LINE)
         axes.set_ylim(0, 1.1 * max(values))
     names = {"sqrt_jsd": "Σ√JSD of a batch (√nats)", "cross_entropy": "loss on a batch (nats)"}
     upper.set_ylabel(names[objective])

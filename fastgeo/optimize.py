@@ -140,6 +140,7 @@ def optimize(
         capture=cuda_graph,
         device=path.device,
         most=most,
+        measured=watched,
         on_choice=on_choice,
     )
     check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=updated)
@@ -152,6 +153,7 @@ def optimize(
     ):
         moving.begin(path, velocity)
         count, begun = 1, time.monotonic()
+        length = path.euclidean().sum().item()
         while True:
             if sizes.get(taken, path.basis.size) != path.basis.size:
                 path = moving.step.copied_path().refined(sizes[taken])
@@ -201,6 +203,7 @@ def optimize(
             last = Taken(moving.energies()[None], path.euclidean().sum()[None])
             history += _metrics(taken, last, len(path), descent.objective)
             history[-1]["seconds"] = time.monotonic() - begun
+            history[0].setdefault("euclidean", length)
     if not all_finite(path.interior.values()):
         if checkpoints is not None:
             checkpoints.distrust()
@@ -278,7 +281,8 @@ def _metrics(first: int, found: Taken, points: int, objective: str) -> list[dict
     else:
         total = energies if counts is None else energies * counts / (points - 1)
         columns = {"energy": total.sum(1), "sqrt_jsd": energies.sqrt().sum(1)}
-    columns["euclidean"] = lengths[: len(energies)]
+    if lengths is not None:
+        columns["euclidean"] = lengths[: len(energies)]
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [
         {"step": first + i, **dict(zip(columns, row, strict=True)), "points": points}

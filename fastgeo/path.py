@@ -39,9 +39,10 @@ class Path:
         free: whether the control points are the points.
         interpolated: names of buffers that differ between the ends and are interpolated knowingly.
         history: of a path that `fastgeo.optimize` returned, a mapping for each step of that call
-            with "step", "points" (N), "energy" (nats), "sqrt_jsd" and "euclidean" before it and
-            "seconds" since the first one, and a last one for the path itself, whose energy is that
-            on the last batch. Empty for all others; it is not saved.
+            with "step", "points" (N), "energy" (nats) and "sqrt_jsd" before it and "seconds" since
+            the first one, and a last one for the path itself, whose energy is that on the last
+            batch. "euclidean" is in the first and the last one, and in all of them where there was
+            an on_step or checkpoints. Empty for all other paths; it is not saved.
 
     Example:
         >>> path = Path.linear(model_a, model_b, 25)

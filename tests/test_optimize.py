@@ -135,6 +135,12 @@ def test_the_path_tells_the_history_of_its_optimisation(path, module):
     assert len(got.plot().axes) == 2 and not path.history
 
 
+def test_a_path_that_nobody_watches_is_measured_at_its_first_and_last_step(path, module):
+    got = optimize(path, module, [images()], steps=4, descent=plain())
+    assert ["euclidean" in line for line in got.history] == [True, False, False, False, True]
+    assert got.history[0]["euclidean"] == pytest.approx(path.euclidean().sum().item())
+
+
 def test_an_energy_that_does_not_fall_is_warned_of(path, module):
     with pytest.warns(UserWarning, match=r"the energy did not fall: .* lower lr \(now 1e-09\)"):
         optimize(path, module, [images()], steps=12, descent=plain(lr=1e-9))

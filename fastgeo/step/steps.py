@@ -34,14 +34,14 @@ class Taken(NamedTuple):
     Attributes:
         energies: [K, E] nats, of each edge before each step, or [K, T] of each network where the
             objective is the cross-entropy.
-        lengths: [K], Σ‖Δθ‖ of the path before each step.
+        lengths: [K], Σ‖Δθ‖ of the path before each step; None if it is not measured.
         why: what stopped them, in words; empty if nothing did.
         unsound: whether the path before the first of them has no finite energy.
         counts: as energies, what each of them counts in the objective; None where all are alike.
     """
 
     energies: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     why: str = ""
     unsound: bool = False
     counts: Tensor | None = None
@@ -55,6 +55,7 @@ class Steps:
         order: the batches.
         capture: whether steps are captured; None for where nothing forbids it, on a GPU.
         most: networks between the ends in a step of the finest path to come.
+        measured: whether the path's length Σ‖Δθ‖ is, which takes a pass over all weights.
         on_choice: as of `fastgeo.optimize`.
 
     Attributes:
@@ -76,10 +77,11 @@ class Steps:
         capture: bool | None,
         device: torch.device,
         most: int,
+        measured: bool = False,
         on_choice: Callable[[dict], None] | None,
     ):
         self.module, self.order, self.descent, self.forward = module, order, descent, forward
-        self.most = most
+        self.most, self.measured = most, measured
         self._on_choice, self._device = on_choice, device
         self._ends: EndLogits | None = None
         self._last: Batch | None = None
@@ -178,7 +180,7 @@ class Steps:
             return self.step.gradient(engine, batch, ends(given, batch.inputs, engine))
 
         energies, gradient = self.choice.run(look)
-        lengths = path.euclidean().sum()[None]
+        lengths = path.euclidean().sum()[None] if self.measured else None
         if not energies.isfinite().all():
             why = self._why_not_finite(energies, batch.inputs)
             return Taken(energies[None][:0], lengths, why, unsound=True)
@@ -226,7 +228,7 @@ class _Captured:
         self._rates = torch.zeros(AT_ONCE, dtype=precise, device=path.device)
         self._turn = torch.zeros(1, dtype=torch.long, device=path.device)
         self._energies = self._rates.new_zeros(AT_ONCE, steps.nodes.terms)
-        self._lengths = torch.zeros_like(self._rates)
+        self._lengths = torch.zeros_like(self._rates) if steps.measured else None
         self._ends: dict[str, Tensor] = {}
         self._grid: Grid | None = None
         self._form: Any = None  # of the batch that is captured
@@ -262,7 +264,7 @@ class _Captured:
         if not taken:
             return None
         energies = self._energies[:taken].cpu()  # here the host waits
-        lengths = self._lengths[:taken].cpu()
+        lengths = None if self._lengths is None else self._lengths[:taken].cpu()
         counts = torch.stack([grid.counts for grid in grids[:taken]]).cpu() if grids else None
         bad = (~energies.isfinite()).any(1).nonzero()
         if not len(bad):
@@ -336,8 +338,9 @@ class _Captured:
         """One step, operation by operation; nothing waits for the device."""
         engine = self._engine()
         self.step.place(self._grid)
-        length = self.step.path.euclidean().sum()[None]
-        self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
+        if self._lengths is not None:
+            length = self.step.path.euclidean().sum()[None]
+            self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
         if batch.labels is not None:
             energies, gradient = self.step.loss_gradient(engine, batch, check=False)
         else:
