@@ -13,7 +13,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +25,7 @@ from benchmarks.elastic import elastic_band
 from benchmarks.harness import RESULTS, environment, printed, write_result
 from fastgeo import Descent, Forward, Path, evaluate, keep_pages, match, optimize
 from fastgeo.app.config import PRESETS
-from fastgeo.app.folder import Run
+from fastgeo.app.given import Given
 from fastgeo.basis import Basis
 from fastgeo.figures import write_figure
 from fastgeo.profiling.measure import headline
@@ -105,7 +104,7 @@ METHODS = {
     "Bezier, cross-entropy": Method(Path.bezier, LABELLED),
     "polychain, JSD": Method(Path.polychain, Descent(nodes=3)),
     "polychain, cross-entropy": Method(Path.polychain, LABELLED),
-    "elastic band": Method(None),
+    "elastic band": Method(None, rates=(0.01, 0.02, 0.04)),
 }
 
 
@@ -117,27 +116,28 @@ class Pair:
     """
 
     def __init__(self, options: Options, number: int):
-        config = PRESETS[options.preset]
-        config = replace(config, seed_a=2 * number, seed_b=2 * number + 1)
-        run = Run(FilePath(), replace(config, model=options.model or config.model))
-        self.config = c = run.config
-        self.dataset, self.module = run.dataset, run.new_module().to(run.device)
-        train = c.seeds, c.training
-        a, b = train_ends(run.new_module, run.dataset, *train, progress=True, forward=STACKED)
-        inputs, _ = next(iter(run.dataset.in_order("train", c.eval_batch_size)))
-        matching = match(a, b, inputs, module=self.module, restarts=c.match_restarts)
+        preset = PRESETS[options.preset]
+        seeds = dict(seed_a=2 * number, seed_b=2 * number + 1)
+        given = Given(preset.changed(**seeds, model=options.model or preset.ends.model))
+        self.config = c = given.config
+        self.dataset, self.module = given.dataset, given.new_module().to(given.device)
+        train = given.new_module, self.dataset, c.ends.seeds, c.training
+        a, b = train_ends(*train, progress=True, forward=STACKED)
+        inputs, _ = next(iter(self.dataset.in_order("train", c.evaluation.eval_batch_size)))
+        restarts = c.matching.match_restarts
+        matching = match(a, b, inputs, module=self.module, restarts=restarts)
         self.ends = {"matched": (a, matching.state_dict), "unmatched": (a, b)}
 
     def networks(self, budget: float) -> int:
         """Passes of one network on a batch that a method may cost."""
-        return round(budget * self._each(self.config.descent) * self.config.steps)
+        return round(budget * self._each(self.config.descent) * self.config.path.steps)
 
     def path(self, method: Method, kind: str, lr: float, budget: float) -> Path:
         """What a method finds; ValueError if it diverges."""
-        torch.manual_seed(self.config.path_seed)  # of random nodes
-        networks, points = self.networks(budget), self.config.points
-        order = torch.Generator().manual_seed(self.config.path_seed)
-        batches = self.dataset.shuffled(self.config.batch_size, order)
+        torch.manual_seed(self.config.path.path_seed)  # of random nodes
+        networks, points = self.networks(budget), self.config.path.points
+        order = torch.Generator().manual_seed(self.config.path.path_seed)
+        batches = self.dataset.shuffled(self.config.path.batch_size, order)
         if method.make is None:
             return elastic_band(*self.ends[kind], self.module, batches, lr=lr, networks=networks)
         path = method.make(*self.ends[kind], points)
@@ -156,7 +156,7 @@ class Pair:
             if "lower lr" not in str(error):
                 raise
             return dict.fromkeys(FOUND, math.inf) | {"seconds": math.inf, "losses": []}
-        seconds, size = perf_counter() - started, self.config.eval_batch_size
+        seconds, size = perf_counter() - started, self.config.evaluation.eval_batch_size
         splits = {split: self.dataset.in_order(split, size) for split in ("train", "test")}
         path = path.resample(SEEN)
         found = evaluate(path, self.module, splits, forward=STACKED)
@@ -172,7 +172,7 @@ class Pair:
         """Networks that a step evaluates, on average."""
         if descent.nodes is not None:
             return descent.nodes
-        basis = Basis("polychain", self.config.points)
+        basis = Basis("polychain", self.config.path.points)
         first, size = zip(*descent.levels(basis, MANY).items(), strict=True)
         last = (*first[1:], MANY)
         spans = zip(first, last, size, strict=True)
@@ -198,7 +198,7 @@ def measured(
             lr = chosen(held_out or pairs, method, kind, budget)
             results = [pair.result(method, kind, lr, budget) for pair in pairs]
             reference = results if name == REFERENCE else reference
-            images = pairs[0].networks(budget) * pairs[0].config.batch_size
+            images = pairs[0].networks(budget) * pairs[0].config.path.batch_size
             row = {
                 "image·points": f"{images:.3g}" if method.descent or not method.make else "0",
                 "ends": kind,

@@ -15,7 +15,7 @@ from fastgeo.app.config import PRESETS
 @pytest.fixture
 def tiny(monkeypatch):
     small = dict(width=0.25, train_subset=200, epochs=2, points=9, batch_size=50, steps=12)
-    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["digits"], **small))
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"].changed(**small))
     monkeypatch.setattr(curves, "SEEN", 9)
     return curves.Options(pairs=1, held_out=1, preset="tiny", budgets=(0.5, 1.0))
 
