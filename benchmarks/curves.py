@@ -104,7 +104,7 @@ METHODS = {
     "Bezier, cross-entropy": Method(Path.bezier, LABELLED),
     "polychain, JSD": Method(Path.polychain, Descent(nodes=3)),
     "polychain, cross-entropy": Method(Path.polychain, LABELLED),
-    "elastic band": Method(None, rates=(0.01, 0.02, 0.04)),
+    "elastic band": Method(None, rates=(0.01, 0.02, 0.05)),
 }
 
 
