@@ -244,13 +244,24 @@ def test_matplotlib_is_imported_when_a_figure_is_drawn():
 def test_own_networks_and_loaders_are_called_what_they_are(digits):
     """They have no width, and batches of their own."""
     own = digits | {"config": digits["config"] | dict(model="net:build", data="net:loaders")}
+    own["batch_size"] = 64
     assert "net:build, on net:loaders; N = 25" in shown(plot.loss_figure(own))
     text = report.markdown(own)
     assert "width" not in text and "batch of 128" not in text
-    assert "each on a batch as the loader gives it" in text
+    assert "a batch of the loader, the first of which has 64 inputs" in text
     for name in ("batch_size", "train_batch_size", "eval_batch_size", "augment", "norm"):
         assert f"`{name}`" not in text and f"`{name}`" in report.markdown(digits)
     whole = digits["matching"] | {"left_out": ["all from sweep 6 on of start 2"]}
     assert "work than the first: all from sweep 6 on" in report.markdown(own | {"matching": whole})
     assert "Left out" not in text
-    assert "width 0.5" in report.markdown(digits) and "a batch of 128" in report.markdown(digits)
+    text = report.markdown(digits)
+    assert "width 0.5" in text and "a batch of 128 images" in text
+
+
+def test_matching_is_told_in_a_sentence(digits):
+    found = digits["matching"] | dict(objectives=[2.0], objective_after=2.0, sweeps=1)
+    text = report.markdown(digits | {"matching": found})
+    assert "is 2.00 after 1 sweep over all permutations. The outputs" in text
+    found |= dict(objectives=[2.0, 3.0], objective_after=3.0, sweeps=5)
+    text = report.markdown(digits | {"matching": found})
+    assert "is 3.00 after 5 sweeps over all permutations, the best of 2 starts (2.00, 3.00)" in text

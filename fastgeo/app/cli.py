@@ -1,7 +1,8 @@
-"""fastgeo run does everything; each of its stages can be done by itself on what the one before
-left. fastgeo --version says which this is.
+"""fastgeo run does everything. Each of its stages is a command, too, which works on what the stage
+before it left in the run folder. fastgeo COMMAND --help lists the settings of a command, and
+fastgeo --version prints the version.
 
-Several processes on one machine do not slow each other with OMP_NUM_THREADS=1.
+Where several processes share a machine, set OMP_NUM_THREADS=1, or they slow each other down.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, get_args, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
@@ -26,7 +27,8 @@ from tyro.constructors import (
 )
 
 import fastgeo
-from fastgeo.app.config import PRESETS, Config, Pace, about, flag, meanings
+from fastgeo.app.config import PRESETS, Config, Drawing, Format, Pace, about, flag, meanings
+from fastgeo.schedule import within
 
 if TYPE_CHECKING:  # torch takes seconds to import, and help needs none of it
     from fastgeo.app.folder import Run
@@ -64,30 +66,32 @@ class _Stage(Command):
     """A command that works in a run folder.
 
     Attributes:
-        overwrite: replace what is there, and drop what later stages made of it
-        resume: go on where it was stopped or killed, with the run's own settings; start it if it
-            was not
+        overwrite: replace what is there, and remove what later stages made of it
+        resume: go on where the run was stopped or killed, with its own settings; start it if it was
+            not started yet
         quiet: show no progress
         pace: when a long command saves its state and stops, and what it logs
+        drawing: how figures are drawn
     """
 
     overwrite: bool = False
     resume: bool = False
     quiet: bool = False
     pace: Pace = Pace()
+    drawing: Drawing = Drawing()
 
     def opened(self) -> "contextlib.AbstractContextManager[Run]":
         raise NotImplementedError
 
     def do(self, run: "Run") -> str:
-        """The work; what to say behind it."""
+        """Do the work, and return what to say after it."""
         raise NotImplementedError
 
     def __call__(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
         with self.opened() as run:
-            run.pace, run.quiet = self.pace, self.quiet
+            run.pace, run.quiet, run.drawing = self.pace, self.quiet, self.drawing
             _say_if_busy()
             print(self.do(run))
 
@@ -97,8 +101,8 @@ class _New(_Stage):
     """A command that starts a run folder.
 
     Attributes:
-        preset: digits (bundled data, under a minute on a CPU), paper-small (1,000 images of
-            CIFAR-10, for a CPU), cifar10, or paper (both for a GPU)
+        preset: whose settings are the defaults: digits (bundled data, under a minute on a CPU),
+            paper-small (1,000 images of CIFAR-10, for a CPU), cifar10 or paper (both for a GPU)
         out: run folder; runs/PRESET by default
     """
 
@@ -133,9 +137,9 @@ class RunCommand(_New):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(_New):
-    """Train the ends in one stacked pass, or take their weights from files; starts a run folder."""
+    """Start a run folder: train the two ends together, or take their weights from files."""
 
-    takes = ("device", "data", "ends", "training", "forward")
+    takes, lacks = ("device", "data", "ends", "training", "forward"), ("drawing",)
 
     def do(self, run: "Run") -> str:
         from fastgeo.app.stages import train
@@ -154,6 +158,7 @@ class _Existing(_Stage):
     """
 
     stage: ClassVar[str]
+    lacks: ClassVar[tuple[str, ...]] = ("drawing",)
 
     folder: Positional[FilePath]
 
@@ -181,15 +186,18 @@ class _Existing(_Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class MatchCommand(_Existing):
-    """Permute end b towards end a; needs `fastgeo train`."""
+    """Permute the channels of end b to resemble end a's; needs `fastgeo train`."""
 
-    stage, takes, lacks = "match", ("device", "matching"), ("resume", "pace")
+    stage, takes = "match", ("device", "matching")
+    lacks = ("resume", "pace", "drawing")
 
     def done(self, run: "Run") -> str:
+        from fastgeo.app.report import counted
+
         found = run.stages["match"]
         return (
-            f"inner product with a: {found['objective_before']:.2f} before, "
-            f"{found['objective_after']:.2f} after {found['sweeps']} sweeps\n"
+            f"inner product of the parameters of a and b: {found['objective_before']:.2f} before, "
+            f"{found['objective_after']:.2f} after {counted(found['sweeps'], 'sweep')}\n"
             f"{run.file('matching.md')}, {run.file('matched.safetensors')}; "
             f"next: {run.again('optimize')}"
         )
@@ -211,7 +219,7 @@ class EvaluateCommand(_Existing):
 
 @dataclass(frozen=True, kw_only=True)
 class PlotCommand(_Existing):
-    """Draw the figures and write report.md, again if they are there; needs `fastgeo evaluate`."""
+    """Write report.md and draw its figures, in place of earlier ones; needs `fastgeo evaluate`."""
 
     stage, takes, lacks = "plot", (), ("resume", "pace")
 
@@ -223,12 +231,14 @@ class PlotCommand(_Existing):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
-    """Put runs beside each other: a table, and a figure of all in one.
+    """Compare runs in one table and one figure.
 
     Attributes:
         runs: run folders
-        path: which of their paths
-        figure: where to draw them
+        path: which path of every run
+        figure: file of the figure, a .png, .pdf or .svg
+        dpi: dots per inch of a png
+        title: what stands above the figure; the name of the path by default
     """
 
     takes = ()
@@ -236,25 +246,33 @@ class CompareCommand(Command):
     runs: Positional[tuple[FilePath, ...]]
     path: Literal["geodesic", "matched", "linear"] = "geodesic"
     figure: FilePath = FilePath("comparison.png")
+    dpi: int = 300
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.figure.suffix.removeprefix(".") not in get_args(Format):
+            raise ValueError(f"--figure must end with .png, .pdf or .svg, got {self.figure}")
+        within(10, 2400, dpi=self.dpi)
 
     def __call__(self) -> None:
-        from fastgeo.figures import compare, write_figure
+        from fastgeo.figures import PATHS, compare, write_figure
 
         found = compare(self.runs, path=self.path)
-        write_figure(self.figure, found.plot(title=self.path))
+        figure = found.plot(title=PATHS[self.path] if self.title is None else self.title)
+        write_figure(self.figure, figure, dpi=self.dpi)
         print(f"{found.table()}\n\n{self.figure}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileCommand(Command):
-    """Measure the optimisation step beside what people set up instead; needs no run folder.
+    """Time an optimisation step against the loops people write instead; needs no run folder.
 
     Attributes:
-        preset: digits, paper-small, cifar10 or paper
-        repeats: measurements of each implementation, which take turns
-        compiled: also the loop over compiled modules, which takes a while to compile
-        trace: write a trace of some steps here, for chrome://tracing or ui.perfetto.dev
-        json: write the rows here, for python -m benchmarks.compare
+        preset: whose settings are the defaults: digits, paper-small, cifar10 or paper
+        repeats: how often each implementation is measured; they take turns
+        compiled: also measure the loop over compiled modules, which take a while to compile
+        trace: file for a trace of some steps, to open in chrome://tracing or ui.perfetto.dev
+        json: file for the rows of the table, which python -m benchmarks.compare reads
     """
 
     takes = ("device", "data", "ends", "path", "descent", "forward")
@@ -283,7 +301,7 @@ class _First:
 
     Attributes:
         preset: whose settings are the defaults
-        version: say which version this is
+        version: print the version
     """
 
     preset: str | None = None
@@ -293,8 +311,8 @@ class _First:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point.
 
-    Exits with 0; 2 for bad input and what cannot be read or written; 75 when its minutes are over;
-    130 when interrupted; 141 when nobody reads what it says; 143 when terminated.
+    Exits with 0; with 2 for bad input and files that cannot be read or written, 75 when its minutes
+    are over, 130 when interrupted, 141 when nobody reads its output, 143 when terminated.
     """
     with _silent_if_nobody_reads(), _terminable(), _errors_as_sentences(), _progress_by_lines():
         _wait_without_spinning()
@@ -481,13 +499,13 @@ def _say_if_busy() -> None:
 
     if _busy() and torch.get_num_threads() > 1:
         print(
-            f"Other processes keep {_busy():.0f} cores busy: OMP_NUM_THREADS=1 may be faster than "
-            f"{torch.get_num_threads()} threads"
+            f"Other processes keep about {_busy():.0f} of the cores busy; OMP_NUM_THREADS=1 may be "
+            f"faster than {torch.get_num_threads()} threads"
         )
 
 
 class _Lines:
-    """Progress as a line every some seconds, where no terminal draws a bar over itself."""
+    """Progress as a line every few seconds, where no terminal draws a bar over itself."""
 
     def __init__(self, stream: TextIO):
         self._stream, self._bar, self._drawing, self._next = stream, "", False, 0.0

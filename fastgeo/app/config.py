@@ -18,6 +18,7 @@ from fastgeo.schedule import Training, within
 from fastgeo.step.descent import Descent
 
 SEEDS = (0, 2**63 - 1)
+Format = Literal["png", "pdf", "svg"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,12 @@ class Data:
 
     Attributes:
         data: digits (bundled), cifar10, cifar100, mnist, fashion-mnist (downloaded), npz:PATH, or
-            PACKAGE.MODULE:FUNCTION, which returns (train, test), iterables of batches (inputs,
+            PACKAGE.MODULE:FUNCTION, which returns two iterables, (train, test), of batches (inputs,
             labels)
-        data_root: where downloads are kept
-        train_subset: use the first so many training images; None for all
-        augment: random mirror and 4-pixel reflected crop (paper); auto: for CIFAR only
+        data_root: folder where downloads are kept
+        train_subset: how many training images to use, from the first on; None for all
+        augment: flip-crop: mirror images at random and crop them after 4 pixels of reflected
+            padding (paper); auto: do so on CIFAR only
     """
 
     data: str = "digits"
@@ -46,13 +48,16 @@ class Ends:
     Attributes:
         model: resnet8, resnet14, resnet20, ... or mlp (paper: resnet20), or
             PACKAGE.MODULE:FUNCTION, which returns an nn.Module
-        a: weights of end a, instead of training it: a state dict in a .safetensors or .pt file
-        b: weights of end b
-        count: networks to train; the further ones, c, d, ..., are not used by later stages
+        a: file with the weights of end a, which is then not trained: a state dict in a .safetensors
+            or .pt file, or RUN/ends.safetensors#a of an earlier run
+        b: the same for end b
+        count: how many networks to train; later stages use the first two, a and b, only
         width: factor on the ResNet's 16-32-64 channels, or on the MLP's 512 (paper: 4)
-        norm: group: statistics over C, H, W (paper); channel: over C at each pixel (Git Re-Basin)
-        seed_a: weights, order and augmentation of end a (paper: 0)
-        seed_b: the same of end b (paper: 1); c, d, ... have the seeds that follow
+        norm: group: normalise over C, H and W together (paper); channel: over C at each pixel (Git
+            Re-Basin)
+        seed_a: seed of the first weights, the order of the images and their augmentation, for end
+            a (paper: 0)
+        seed_b: the same for end b (paper: 1); the networks c, d, ... take the seeds that follow
     """
 
     model: str = "resnet8"
@@ -71,10 +76,14 @@ class Ends:
         if (self.a is None) != (self.b is None):
             raise ValueError("--a and --b go together; give both files of weights or neither")
         if self.a is not None and self.count != 2:
-            raise ValueError("--count is of networks to train; --a and --b are given instead")
+            raise ValueError(
+                "--count says how many networks to train, and --a and --b replace training; leave "
+                "one of them out"
+            )
         if len(set(self.seeds)) < self.count:
             raise ValueError(
-                f"seed_a ({self.seed_a}) is one of the seeds from seed_b on: {self.seeds[1:]}"
+                f"the networks need different seeds: seed_a is {self.seed_a}, and those from "
+                f"seed_b on are {', '.join(map(str, self.seeds[1:]))}"
             )
 
     @property
@@ -93,14 +102,14 @@ class Matching:
     """Weight matching of end b to end a.
 
     Attributes:
-        match_method: weights: coordinate descent on the inner product of the parameters (paper);
-            activations: by the correlations of the features on a batch of eval-batch-size training
-            inputs
-        match_restarts: starts of the coordinate descent, the best of which is kept: b as it is
-            (paper), from the fixed axes inwards, from the activations and mixtures of permutations,
-            then random ones
-        match_sweeps: limit on the sweeps over all permutations in each (paper)
-        match_seed: of the order of the permutations in a sweep (paper: 0), and of random starts
+        match_method: weights: maximise the inner product of the parameters by coordinate descent
+            (paper); activations: pair features by their correlations on a batch of eval-batch-size
+            training inputs
+        match_restarts: how many starts the coordinate descent has, the best of which is kept: first
+            b as it is (paper), then one that goes from the fixed axes inwards, then one from the
+            activations through mixtures of permutations, then random ones
+        match_sweeps: from each start, go over all permutations at most so many times (paper)
+        match_seed: seed of the order of the permutations in a sweep (paper: 0) and of random starts
     """
 
     match_method: Literal["weights", "activations"] = "weights"
@@ -118,15 +127,17 @@ class PathSettings:
     """The points of the path and the steps of its optimisation.
 
     Attributes:
-        points: N, networks on the path with both ends (paper)
-        spacing: even: point i at i / (N - 1) (paper); release: at i / (N + 1) (its public code)
-        steps: optimisation steps (paper: 3,920, 20 epochs of 196; a partial batch is left out here)
+        points: N, the number of networks on the path, both ends included (paper: 25)
+        spacing: even: point i starts at i / (N - 1) of the way (paper); release: at i / (N + 1), as
+            in the paper's public code
+        steps: optimisation steps (paper: 3,920, which is 20 epochs of 196; the last, partial batch
+            of an epoch is left out here)
         batch_size: images in an optimisation step (paper: 256)
-        path_seed: order and augmentation of the images in the optimisation
-        cuda_graph: True: the whole step is captured in a CUDA graph and replayed, without a GPU
-            done one operation after the other; it is stacked, and on a GPU in channels-last, and no
-            chunk is chosen. The host looks at it, and may save a state or stop, every 50 steps or
-            five seconds. None: on a GPU, where nothing forbids it
+        path_seed: seed of the order and augmentation of the images in the optimisation
+        cuda_graph: True: capture the whole step in a CUDA graph and replay it. Networks are stacked
+            then, on a GPU in channels-last, and no chunk is chosen; states are saved, and the run
+            can stop, every 50 steps or five seconds. Without a GPU the operations run one by one.
+            None: do so on a GPU where nothing forbids it
     """
 
     points: int = 25
@@ -150,7 +161,7 @@ class Evaluation:
     """Evaluation of the three paths.
 
     Attributes:
-        eval_batch_size: images in one pass over all points
+        eval_batch_size: images in one pass over all points of a path
     """
 
     eval_batch_size: int = 256
@@ -171,10 +182,10 @@ class Config:
         matching: how end b is permuted towards end a
         path: its points, and the steps of its optimisation
         descent: how its energy is descended
-        forward: how N networks are evaluated. Presets name the stacked engine, with which a run
+        forward: how N networks are evaluated. The presets name the stacked engine, so that a run
             repeats itself to the last bit; auto is often faster on a CPU. Precision and memory
-            budget are those of the optimisation: training and evaluation are in fp32
-        evaluation: of the line, the matched line and the geodesic
+            budget are for the optimisation alone: training and evaluation are in fp32
+        evaluation: how the line, the matched line and the geodesic are evaluated
     """
 
     device: str = "auto"
@@ -192,7 +203,9 @@ class Config:
         if self.path.cuda_graph and self.forward.engine not in ("auto", "stacked"):
             raise ValueError(f"--cuda-graph runs networks stacked, not as a {self.forward.engine}")
         if self.path.cuda_graph and self.forward.batchnorm != "refuse":
-            raise ValueError("--cuda-graph has no --batchnorm recalibrate; leave one of them out")
+            raise ValueError(
+                "--cuda-graph and --batchnorm recalibrate exclude each other; leave one of them out"
+            )
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Config":
@@ -237,11 +250,12 @@ class Pace:
     """When a long command saves its state and stops, and what it logs.
 
     Attributes:
-        checkpoint_seconds: between two saved states; longer where saving one takes more than a
-            twentieth of that
-        max_minutes: stop with the state saved after so many, with exit code 75; --resume goes on
-        log: also write what each step finds as csv when a stage ends or stops, or as it is found
-            for tensorboard (which needs the package of that name)
+        checkpoint_seconds: how often the state is saved; less often if saving would take more than
+            a twentieth of the time
+        max_minutes: save the state after so many minutes and stop with exit code 75; --resume goes
+            on
+        log: also write what each step finds: csv, a table when a stage ends or stops; tensorboard,
+            step by step (needs the package of that name)
     """
 
     checkpoint_seconds: float = 60.0
@@ -258,6 +272,29 @@ class Pace:
             raise ValueError(f"max-minutes must be positive, got {self.max_minutes}")
         if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--log tensorboard needs a package: pip install tensorboard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How the figures of a run are drawn.
+
+    Attributes:
+        format: png, or pdf or svg beside the png, which report.md shows
+        dpi: dots per inch of a png
+        title: what stands above the figures, "" for nothing; by default the network, the data and
+            the number of points
+    """
+
+    format: Format = "png"
+    dpi: int = 300
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        within(10, 2400, dpi=self.dpi)
+
+    def files(self, figure: str) -> list[str]:
+        """The names of the files of a figure."""
+        return [f"{figure}.{form}" for form in sorted({"png", self.format})]
 
 
 def flag(setting: str) -> str:

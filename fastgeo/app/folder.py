@@ -11,7 +11,7 @@ matching.md             what was matched, how well, and which axes stay and why
 path.safetensors        the geodesic
 metrics.jsonl           a line an optimisation step
 report.json             the evaluation of the three paths
-report.md, path_loss.png, path_length.png
+report.md, path_loss.png, path_length.png      (and the figures as .pdf or .svg, by --format)
 checkpoint/             where a stage that is not finished goes on from
 training.csv, metrics.csv, tensorboard/     if they are asked for by --log
 """
@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as FilePath
+from typing import get_args
 
 from tqdm import tqdm
 
 from fastgeo.app import preflight, report
-from fastgeo.app.config import Config, Pace, about, flag
+from fastgeo.app.config import Config, Drawing, Format, Pace, about, flag
 from fastgeo.app.given import Given, State, with_absolute_files
 from fastgeo.forward.options import Forward
 from fastgeo.store import lock
@@ -40,12 +41,13 @@ from fastgeo.store.files import (
     write_json,
 )
 
+FIGURES = ("path_loss", "path_length")
 WRITES = {
     "train": ("ends.safetensors", "training.jsonl", "training.csv"),
     "match": ("permutation.safetensors", "matched.safetensors", "matching.md"),
     "optimize": ("path.safetensors", "metrics.jsonl", "metrics.csv"),
     "evaluate": ("report.json",),
-    "plot": ("report.md", "path_loss.png", "path_length.png"),
+    "plot": ("report.md", *(f"{name}.{form}" for name in FIGURES for form in get_args(Format))),
 }
 STAGES = tuple(WRITES)
 WEIGHTS = tuple(WRITES[stage][0] for stage in ("train", "match", "optimize"))
@@ -73,6 +75,7 @@ class Run:
         data: SHA-256 of the file of data npz:PATH, None for other data.
         pace: how often states are saved, and when to stop.
         quiet: whether stages show no progress.
+        drawing: how figures are drawn.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Run:
         self.folder, self.config = folder, config
         self.given = Given(config)
         self.stages, self.engines, self.data = dict(stages or {}), dict(engines or {}), data
-        self.pace, self.quiet = Pace(), False
+        self.pace, self.quiet, self.drawing = Pace(), False, Drawing()
         self._verified: set[str] = set()
 
     @classmethod
@@ -127,8 +130,8 @@ class Run:
             ) from error
         if not overwrite:
             raise ValueError(
-                f"{folder} already holds a run; name another with --out, go on with it by "
-                "--resume, or --overwrite it"
+                f"{folder} already holds a run; name another folder with --out, go on with the run "
+                "by --resume, or replace it by --overwrite"
             )
 
     @classmethod
@@ -148,8 +151,8 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             what = str(error) if str(file) in str(error) else f"cannot read {file}: {error}"
             raise ValueError(
-                f"{what}; bring back a copy of it, or begin anew in another folder: the settings "
-                f"are lost, not the weights in {folder}"
+                f"{what}; restore a copy of it, or begin anew in another folder: the settings "
+                f"are lost, but not the weights in {folder}"
             ) from error
 
     @classmethod
@@ -211,14 +214,14 @@ class Run:
                 )
         if self.file(WRITES[stage][0]).exists() and not again:
             raise ValueError(
-                f"{self.file(WRITES[stage][0])} exists; --overwrite replaces it and what later "
-                "stages made of it"
+                f"{self.file(WRITES[stage][0])} exists already; --overwrite replaces it, and "
+                "removes what later stages made of it"
             )
         begun = max(self.file("checkpoint").glob(f"{stage}-*"), default=None)
         if begun and not again:
             raise ValueError(
-                f"{begun} is where an unfinished {stage} goes on from; give --resume to do so, or "
-                "--overwrite to begin anew"
+                f"{begun} holds the state of an unfinished {stage}; give --resume to go on from "
+                "it, or --overwrite to begin anew"
             )
 
     def refuse_changes(self, config: Config) -> None:
@@ -227,8 +230,9 @@ class Run:
         for name, value in there.items():
             if value != here[name]:
                 raise ValueError(
-                    f"--{flag(name)} is {value} in {self.folder}, not {here[name]}; --resume goes "
-                    "on with the run's own settings: leave it out, or begin anew with --overwrite"
+                    f"--{flag(name)} is {value} in {self.folder}, not {here[name]}, and --resume "
+                    "goes on with the run's own settings; leave the setting out, or begin anew "
+                    "with --overwrite"
                 )
 
     def tidy(self) -> None:
@@ -243,7 +247,7 @@ class Run:
         return f"fastgeo {stage} {self.folder}"
 
     def next_after(self, stage: str) -> str:
-        """What a stage left, and the command for the one behind it."""
+        """What a stage left, and the command for the next one."""
         following = STAGES[STAGES.index(stage) + 1]
         return f"{self.file(WRITES[stage][0])}; next: {self.again(following)}"
 
@@ -280,11 +284,11 @@ class Run:
             try:
                 same = sha256_of(self.file(name)) == self.recorded(name)
             except ValueError as error:
-                raise ValueError(f"{error}; make it anew with: {again}") from error
+                raise ValueError(f"{error}; make it again with: {again}") from error
             if not same:
                 raise ValueError(
-                    f"cannot read {self.file(name)}: it is not as {stage} left it here, but "
-                    f"damaged, edited or of another run; make it anew with: {again}"
+                    f"cannot read {self.file(name)}: it is not as {stage} left it here; it was "
+                    f"damaged or edited, or is of another run; make it again with: {again}"
                 )
             self._verified.add(name)
 
@@ -296,8 +300,8 @@ class Run:
             found = sha256_of(FilePath(file))
             if self.data not in (None, found):
                 raise ValueError(
-                    f"{file} is not what it was when {self.folder} was begun; bring that back, or "
-                    "begin anew in another folder"
+                    f"{file} has changed since {self.folder} was begun; restore it, or begin anew "
+                    "in another folder"
                 )
             self.data = found
         preflight.check(self.given)
@@ -352,7 +356,7 @@ class Run:
             self.save_config()
             if seconds := choice["seconds"]:
                 times = "; ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-                tqdm.write(f"{stage}: engine {choice['engine']}, of {times}")
+                tqdm.write(f"{stage}: engine {choice['engine']} was chosen ({times})")
 
         return forward, None if known else on_choice
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastgeo import data, models
 from fastgeo.app.config import Config
 from fastgeo.data.images import Dataset
+from fastgeo.data.inputs import tensors_of
 from fastgeo.data.loaders import LoaderData, loader_data
 from fastgeo.path import check_tied
 
@@ -76,6 +77,14 @@ class Given:
         return found.to(self.device)
 
     @cached_property
+    def batch_size(self) -> int:
+        """Inputs in an optimisation step; of a user's own loader, those in its first batch."""
+        if not isinstance(self.dataset, LoaderData):
+            return self.config.path.batch_size
+        inputs, _ = next(iter(self.dataset.in_order("train", 1)))
+        return len(tensors_of(inputs)[0])
+
+    @cached_property
     def module(self) -> nn.Module:
         """The network, for all that needs no weights of its own in it."""
         return self.new_module()
@@ -97,7 +106,10 @@ class Given:
                 f"returns an nn.Module as PACKAGE.MODULE:FUNCTION, got {c.model!r}"
             )
         if isinstance(self.dataset, LoaderData):
-            raise ValueError(f"model {c.model} fits images only; give your data's own model, too")
+            raise ValueError(
+                f"model {c.model} is for the data sets of images that have a name here; with "
+                "loaders of your own, give a model of your own by --model PACKAGE.MODULE:FUNCTION"
+            )
         (channels, height, width), classes = self.dataset.image_shape, self.dataset.num_classes
         if not depth:
             hidden = max(1, round(512 * c.width))
@@ -154,7 +166,7 @@ def _function(name: str) -> Callable[[], Any]:
     for attribute in attributes.split("."):
         found = getattr(found, attribute)
     if not callable(found):
-        raise TypeError(f"it is a {type(found).__name__}, not a function")
+        raise TypeError(f"it is of type {type(found).__name__} and cannot be called")
     return found
 
 
@@ -200,6 +212,10 @@ def read_state(file: str, module: nn.Module) -> State:
             raise ValueError(f"{file}: there is no {end} in that file")
         state = {name.removeprefix(f"{end}/"): state[name] for name in own_names}
     own = module.state_dict()
+    ends = sorted({name.partition("/")[0] for name in state if "/" in name})
+    if ends and not any(name in own for name in state):
+        several = " or ".join(f"{file}#{one}" for one in ends)
+        raise ValueError(f"{file} holds several networks; name one of them: {several}")
     for prefix in ("module.", "_orig_mod.", "module."):  # one of them around the other, too
         if all(name.startswith(prefix) and name not in own for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -13,22 +13,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def loss_figure(report: Mapping) -> "Figure":
+def loss_figure(report: Mapping, title: str | None = None) -> "Figure":
     """Loss and accuracy along the three paths (Tan et al., Figure 2, right).
 
     A run of the paper's network on CIFAR-10 with as many points has the paper's values as crosses.
+
+    Args:
+        title: above the figure; None for what was run.
     """
     return figures.along(
         report["paths"],
         splits=("train", "test"),
-        title=_title(report),
+        title=_title(report) if title is None else title,
         published=_papers_values() if _is_of_the_paper(report["config"]) else None,
     )
 
 
-def length_figure(metrics: Sequence[Mapping], report: Mapping) -> "Figure":
-    """Lengths of the path during optimisation (Tan et al., Figure 2, left)."""
-    return figures.lengths(metrics, title=_title(report))
+def length_figure(
+    metrics: Sequence[Mapping], report: Mapping, title: str | None = None
+) -> "Figure":
+    """Lengths of the path during optimisation (Tan et al., Figure 2, left); title as above."""
+    return figures.lengths(metrics, title=_title(report) if title is None else title)
 
 
 def _is_of_the_paper(config: Mapping) -> bool:

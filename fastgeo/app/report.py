@@ -2,30 +2,32 @@
 
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 import torch
 
 from fastgeo import figures
 from fastgeo.app.config import Config, about
-from fastgeo.app.given import is_function
+from fastgeo.app.given import Given, is_function
 from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table
 from fastgeo.profiling.measure import cpu_name, version_of
+from fastgeo.schedule import Training
 from fastgeo.symmetry.spec import PermutationSpec
 
-# Settings that say nothing of a user's own network, and of a user's own loaders.
+# Settings that say nothing of a user's own network, of a user's own loaders, and of given weights.
 OF_NETWORKS = {"width", "norm"}
 OF_IMAGES = {
     *("data_root", "train_subset", "augment"),
     *("batch_size", "train_batch_size", "eval_batch_size"),
 }
+OF_TRAINING = {"count", "seed_a", "seed_b", *(setting.name for setting in fields(Training))}
 
 
 def build(
-    config: Config,
+    given: Given,
     stages: Mapping[str, Mapping],
     engines: Mapping[str, Mapping],
     files: Mapping[str, str],
-    device: torch.device,
     results: Mapping[str, Mapping],
 ) -> dict:
     """The content of report.json.
@@ -38,8 +40,9 @@ def build(
     own = ("seconds", "files")
     matching = {key: value for key, value in stages["match"].items() if key not in own}
     return {
-        "environment": environment(device),
-        "config": config.settings,
+        "environment": environment(given.device),
+        "config": given.config.settings,
+        "batch_size": given.batch_size,
         "seconds": seconds | {"total": sum(seconds.values())},
         "matching": matching,
         "engines": dict(engines),
@@ -55,7 +58,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         **{key: version_of(name) for key, name in names.items()},
         "python": platform.python_version(),
-        "device": gpu or f"{cpu_name()}, {torch.get_num_threads()} threads",
+        "device": gpu or f"{cpu_name()}, {counted(torch.get_num_threads(), 'thread')}",
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -65,8 +68,10 @@ def summary(report: Mapping) -> str:
     bound = report["paths"]["geodesic"]["fisher_rao_lower_bound"]
     return (
         f"{figures.table(report['paths'], splits=('train', 'test'))}\n\n"
-        "The barrier is over the mean of the ends. No path between these ends has a Fisher-Rao\n"
-        f"length below {bound:.3f} rad.\n"
+        "The barrier is the highest loss less the mean of the two ends'. Σ√JSD is the sum of the\n"
+        "roots of the Jensen-Shannon divergences between neighbours' predictions, Fisher-Rao the\n"
+        "angle by which the predictions turn along the path, and Σ‖Δθ‖ its length in the weights.\n"
+        f"No path between these ends has a Fisher-Rao length below {bound:.3f} rad.\n"
     )
 
 
@@ -76,18 +81,27 @@ def markdown(report: Mapping) -> str:
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
-        f"{_networks(c)}, on {c['data']}; N = {c['points']} points; {c['steps']} steps, each on "
-        f"{_batch(c)}, {_descent(c)}.",
+        f"Two networks, {_networks(c)}, are joined on {c['data']} by three paths of "
+        f"N = {c['points']} networks, both ends included. The *line* goes straight from a to b. "
+        "The *matched line* does so after the channels of b were permuted to resemble a's, which "
+        "does not change what b computes. The *geodesic* began as the matched line and was "
+        f"optimised by {c['steps']} steps of {_descent(c)}, each step on {_batch(report)}.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
         if first[split]:
             parts += [f"## Along the path, {title}", markdown_table(_split_rows(report, split))]
     parts += [
+        "The barrier is the highest loss on the path less the mean of the two ends' losses; above "
+        "the line, it is the most by which the loss exceeds a straight line between those two.",
         "## Lengths, on the training images",
         markdown_table(_length_rows(report)),
-        f"Chord: no path between these ends is shorter than {first['fisher_rao_lower_bound']:.4f} "
-        "rad, the Fisher-Rao distance of their predictions.",
+        "The energy, which the optimisation lowers, is the sum over neighbours on the path of the "
+        "Jensen-Shannon divergence (JSD) of their predictions; Σ√JSD sums its square roots, which "
+        "makes it a length, the one in the paper's figure. The Fisher-Rao length is the angle by "
+        "which the predicted distributions turn along the path, and Σ‖Δθ‖ the length in the space "
+        "of the weights. No path between these ends has a Fisher-Rao length below "
+        f"{first['fisher_rao_lower_bound']:.4f} rad, the distance of the two ends' predictions.",
         "![Lengths during optimisation](path_length.png)",
         "## Matching",
         _matching(report["matching"]),
@@ -113,30 +127,34 @@ def _settings(config: Mapping) -> list[str]:
     """Those that the run depended on."""
     idle = OF_NETWORKS if is_function(config["model"]) else set()
     idle = idle | (OF_IMAGES if is_function(config["data"]) else set())
+    idle = idle | (OF_TRAINING if config["a"] else set())
     return [name for name in about() if name in config and name not in idle]
 
 
-def _batch(config: Mapping) -> str:
+def _batch(report: Mapping) -> str:
+    config = report["config"]
     if is_function(config["data"]):
-        return "a batch as the loader gives it"
-    return f"a batch of {config['batch_size']}"
+        return f"a batch of the loader, the first of which has {report['batch_size']} inputs"
+    return f"a batch of {config['batch_size']} images"
 
 
 def _descent(config: Mapping) -> str:
     c = config
-    words = f"{'preconditioned' if c['precondition'] else 'plain'} SGD at rate {c['lr']:g}"
-    if c["lr_schedule"] != "constant":
-        words += f" falling to 0 ({c['lr_schedule']})"
+    words = "preconditioned SGD" if c["precondition"] else "plain SGD"
     if c["momentum"]:
         words += f" with Nesterov momentum {c['momentum']:g}"
-    return words + (", from few points to many" if c["coarse_to_fine"] else "")
+    words += f" at rate {c['lr']:g}"
+    if c["lr_schedule"] != "constant":
+        words += f", which falls to 0 ({c['lr_schedule']})"
+    return words + (", with few points first and more on the way" if c["coarse_to_fine"] else "")
 
 
 def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
     """matching.md."""
     parts = [
         "# Matching of b to a",
-        f"{_networks(config.settings)}; by {config.matching.match_method}.",
+        f"The two networks are {_networks(config.settings)}. The channels of b were permuted to "
+        f"resemble a's, by their {config.matching.match_method}.",
         _matching(found),
         "## Permutations",
         f"```\n{spec}\n```",
@@ -152,20 +170,28 @@ def network(config: Mapping) -> str:
 
 def _networks(config: Mapping) -> str:
     c = config
-    ends = f"seeds {c['seed_a']} and {c['seed_b']}" if c["a"] is None else f"{c['a']} and {c['b']}"
-    return f"{network(c)}, {ends}"
+    if c["a"] is None:
+        return f"{network(c)} trained with the seeds {c['seed_a']} and {c['seed_b']}"
+    return f"{network(c)} with the weights {c['a']} and {c['b']}"
 
 
 def _matching(found: Mapping) -> str:
-    spread = ", ".join(f"{objective:.2f}" for objective in found["objectives"])
+    starts = [f"{objective:.2f}" for objective in found["objectives"]]
     left = ", ".join(found.get("left_out", ()))
     return (
-        f"Inner product of the two ends' parameters: {found['objective_before']:.2f} before, "
-        f"{found['objective_after']:.2f} after {found['sweeps']} sweeps; at the end of each of "
-        f"{len(found['objectives'])} starts: {spread}. The permuted network's outputs are those of "
-        f"b within {found['relative_change']:.1e} of the largest."
+        f"The inner product of the two ends' parameters was {found['objective_before']:.2f} before "
+        f"and is {found['objective_after']:.2f} after {counted(found['sweeps'], 'sweep')} over all "
+        "permutations"
+        + (f", the best of {len(starts)} starts ({', '.join(starts)})" if starts[1:] else "")
+        + ". The outputs of the permuted network are those of b within "
+        f"{found['relative_change']:.1e} of the largest one."
         + (f" Left out, since no start does more work than the first: {left}." if left else "")
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """As "1 sweep" or "2 sweeps"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _engine_rows(report: Mapping) -> Iterable[list[str]]:
@@ -177,7 +203,7 @@ def _engine_rows(report: Mapping) -> Iterable[list[str]]:
             choice["engine"],
             "yes" if choice["channels_last"] else "no",
             str(choice["chunk"] or "all"),
-            "; ".join(times) or "named, not measured",
+            "; ".join(times) or "none, since it was named",
         ]
 
 

@@ -16,7 +16,6 @@ from fastgeo.app import plot, preflight, report
 from fastgeo.app.config import Config
 from fastgeo.app.folder import READS, STAGES, WEIGHTS, Run
 from fastgeo.app.given import Given, State
-from fastgeo.data.inputs import tensors_of
 from fastgeo.evaluate import evaluate
 from fastgeo.figures import write_figure
 from fastgeo.matching.pair import match
@@ -167,7 +166,7 @@ def evaluate_paths(run: Run) -> None:
         seconds = found["seconds"] + time.perf_counter() - started
         stages = run.stages | {"evaluate": {"seconds": seconds}}
         files = {name: run.recorded(name) or "" for name in WEIGHTS}
-        content = report.build(c, stages, run.engines, files, given.device, results)
+        content = report.build(given, stages, run.engines, files, results)
         write_json(run.file("report.json"), content)
 
 
@@ -179,15 +178,17 @@ def plot_report(run: Run) -> None:
         for name in WEIGHTS:
             if content["files"][name] != run.recorded(name):
                 raise ValueError(
-                    f"{run.file('report.json')} is about another {name}; make it anew with: "
+                    f"{run.file('report.json')} is about another {name}; make it again with: "
                     f"{run.again('evaluate')} --overwrite"
                 )
+        how = run.drawing
         figures = {
-            "path_loss.png": plot.loss_figure(content),
-            "path_length.png": plot.length_figure(metrics, content),
+            "path_loss": plot.loss_figure(content, how.title),
+            "path_length": plot.length_figure(metrics, content, how.title),
         }
         for name, figure in figures.items():
-            write_figure(run.file(name), figure)
+            for file in how.files(name):
+                write_figure(run.file(file), figure, dpi=how.dpi)
         write_bytes(run.file("report.md"), report.markdown(content).encode())
 
 
@@ -223,11 +224,17 @@ def profile(
     """
     c, given = config, Given(config)
     if c.forward.batchnorm != "refuse":
-        raise ValueError("profile measures networks without BatchNorm only")
+        raise ValueError(
+            "profile measures networks without BatchNorm only; leave out --batchnorm recalibrate"
+        )
     if c.path.cuda_graph:
-        raise ValueError("profile measures steps that are not replayed; leave out --cuda-graph")
+        raise ValueError(
+            "profile measures steps outside of a CUDA graph only; leave out --cuda-graph"
+        )
     if c.forward.output != "logits" or c.forward.mask is not None:
-        raise ValueError("profile measures steps on all logits; leave out --output and --mask")
+        raise ValueError(
+            "profile measures steps on all rows of plain logits only; leave out --output and --mask"
+        )
     preflight.check(given)
     print(headline(machine()), flush=True)
     a, b = given.weights() or [given.new_module().to(given.device).state_dict() for _ in range(2)]
@@ -237,8 +244,7 @@ def profile(
     inputs, _ = next(batches)
     forward = chosen_forward(module, path, inputs, replace(c.forward, precision="fp32"))
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
-    size = len(tensors_of(inputs)[0])  # which a loader decides for itself
-    setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {size}"
+    setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {given.batch_size}"
     print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
     descent = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
     print(breakdown(module, path, batches, descent=descent, forward=forward, trace=trace))

@@ -444,6 +444,43 @@ def test_plot_draws_again(run):
         assert FilePath("r", name).read_bytes() == (run / name).read_bytes()
 
 
+@pytest.mark.parametrize("form, start", [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_figures_are_drawn_in_other_formats_beside_the_png(run, form, start):
+    shutil.copytree(run, "r")
+    main(["plot", "r", "--format", form, "--title", "of mine", "--dpi", "100"])
+    for name in ("path_loss", "path_length"):
+        assert FilePath("r", f"{name}.{form}").read_bytes().startswith(start)
+        assert width("r", name) == 340 and width(run, name) == 1020  # of 3.4 inches
+    if form == "svg":
+        titled = FilePath("r/path_loss.svg").read_text()
+        assert "of mine" in titled and "resnet8" not in titled
+    main(["plot", "r"])
+    assert set(os.listdir("r")) == FILES and width("r", "path_loss") == 1020
+
+
+def width(folder, figure):
+    """Pixels, of which a PNG's header tells."""
+    return int.from_bytes(FilePath(folder, f"{figure}.png").read_bytes()[16:20], "big")
+
+
+def test_a_run_draws_as_it_is_told():
+    main(["run", "--out", "r", *SMALL, "--format", "pdf", "--title", "", "--dpi", "50"])
+    assert set(os.listdir("r")) == FILES | {"path_loss.pdf", "path_length.pdf"}
+    assert width("r", "path_loss") == 170
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["plot", "r", "--dpi", "0"], "dpi must be within 10..2400, got 0"),
+        (["compare", "r", "--dpi", "0"], "dpi must be within 10..2400, got 0"),
+        (["compare", "r", "--figure", "x.xyz"], "--figure must end with .png, .pdf or .svg, got x"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_refused(capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
 def test_runs_are_compared(run, capsys):
     shutil.copytree(run, "first")
     shutil.copytree(run, "second")
@@ -455,7 +492,9 @@ def test_runs_are_compared(run, capsys):
     expected = fastgeo.compare(["first", "second"])
     assert str(expected.table()) in said and said.endswith("both.png\n")
     assert "first" in said and "second" in said and "geodesic" not in said
-    assert FilePath("both.png").read_bytes().startswith(b"\x89PNG")
+    assert FilePath("both.png").read_bytes().startswith(b"\x89PNG") and width(".", "both") == 1020
+    main(["compare", "first", "second", "--figure", "both.svg", "--title", "of mine"])
+    assert "of mine" in FilePath("both.svg").read_text()
     assert "cannot read third/report.json" in refused(capsys, "compare", "first", "third")
 
 
@@ -482,6 +521,9 @@ def test_an_end_of_an_earlier_run_is_taken_by_its_letter(run, capsys):
     there, here = (read_tensors(f / "ends.safetensors", "ends") for f in (run, FilePath("r")))
     torch.testing.assert_close(here["a"], there["b"], rtol=0, atol=0)
     torch.testing.assert_close(here["b"], there["a"], rtol=0, atol=0)
+    options[1] = f"{run}/ends.safetensors"
+    both = f"holds several networks; name one of them: {options[1]}#a or {options[1]}#b"
+    assert both in refused(capsys, "train", "--out", "s", *options)
     options[1] = f"{run}/ends.safetensors#z"
     assert "ends.safetensors#z: there is no z in that file" in refused(
         capsys, "train", "--out", "s", *options
@@ -532,7 +574,7 @@ def test_a_busy_machine_is_said(capsys, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (64.0, 1.0, 1.0))
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
-    assert "cores busy: OMP_NUM_THREADS=1 may be faster than 2 threads" in capsys.readouterr().out
+    assert "cores busy; OMP_NUM_THREADS=1 may be faster than 2 threads" in capsys.readouterr().out
 
 
 def test_help_names_every_command_and_the_defaults_of_the_preset(capsys):

@@ -121,8 +121,9 @@ def test_a_run_with_an_own_network_and_own_data():
     assert report["engines"]["train"]["seconds"]  # 15 steps: measured
     text = open("r/report.md").read()
     assert (
-        "mine.code:Masked, seeds 14 and 15, on mine.code:loaders" in text and "| train | " in text
+        "mine.code:Masked trained with the seeds 14 and 15, are joined on mine.code:loaders" in text
     )
+    assert "| train | " in text and "a batch of the loader, the first of which has 8" in text
     path = Path.load("r/path.safetensors")
     assert torch.equal(path.interior["embed.weight"], path.interior["head.weight"])
     steps = [json.loads(line) for line in open("r/training.jsonl")]
@@ -153,8 +154,8 @@ def test_matching_two_checkpoints_of_an_own_network(capsys):
     torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
     text = open("r/matching.md").read()
     for words in (
-        "mine.code:deep, ",
-        "Inner product of the two ends' parameters: ",
+        "mine.code:deep with the weights ",
+        "The inner product of the two ends' parameters was ",
         "Sequential: 2 permutations",
         "1.weight[0]: 12 positions",
         "1.weight[1]: it is the network's input",
@@ -247,7 +248,8 @@ def test_ends_are_read_from_files(weights, b):
     config = json.loads(open("r/config.json").read())
     assert config["stages"]["train"]["b"] == os.path.abspath(b) == config["config"]["b"]
     assert not os.path.exists("r/training.jsonl")
-    assert "a.safetensors and" in open("r/report.md").read()
+    text = open("r/report.md").read()
+    assert "a.safetensors and" in text and "`seed_a`" not in text and "`epochs`" not in text
 
 
 @pytest.mark.parametrize(
@@ -272,19 +274,22 @@ def test_weights_that_do_not_fit_get_one_sentence(weights, capsys, file, words):
     "options, words",
     [
         (["--a", "a.safetensors"], "--a and --b go together"),
-        (["--a", "a.pt", "--b", "b.pt", "--count", "3"], "--count is of networks to train"),
+        (["--a", "a.pt", "--b", "b.pt", "--count", "3"], "--count says how many networks to train"),
         (["--model", "nowhere:net"], "nowhere:net cannot be used: ModuleNotFoundError"),
         (["--model", "mine.code:absent"], "cannot be used: AttributeError"),
-        (["--model", "mine.code:number"], "it is a int, not a function"),
+        (["--model", "mine.code:number"], "it is of type int and cannot be called"),
         (["--model", "mine.code:fails"], "mine.code:fails cannot be used: KeyError: 'here'"),
         (["--model", "mine.code:nothing"], "must return an nn.Module, got NoneType"),
-        (["--data", "mine.code:images"], "model resnet8 fits images only"),
+        (
+            ["--data", "mine.code:images"],
+            "model resnet8 is for the data sets of images that have a name",
+        ),
         (["--data", "mine.code:once"], "can be gone through once only"),
         (["--data", "mine.code:empty"], "the train loader is empty"),
         (["--data", "mine.code:three"], "a tuple (train, test)"),
         ([*GIVEN[:2], "--data", "mine.code:triples"], "must give batches (inputs, labels)"),
         (["--count", "1"], "count must be within 2..26"),
-        (["--count", "3", "--seed-a", "16"], "seed-a (16) is one of the seeds from seed-b on"),
+        (["--count", "3", "--seed-a", "16"], "the networks need different seeds: seed-a is 16"),
         (["--chunk", "2", "--memory-budget", "1GB"], "give one of them"),
         (["--memory-budget", "much"], "a memory budget is a size as in 8GiB"),
     ],

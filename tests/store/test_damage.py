@@ -125,11 +125,11 @@ def test_going_on_with_data_that_changed_is_refused(capsys):
     assert stop.value.code == 75
     save(1)
     sentence = refused(capsys, "run", "--out", "r", "--resume")
-    assert "data.npz is not what it was when r was begun; bring that back" in sentence
+    assert "data.npz has changed since r was begun; restore it" in sentence
     save(0)
     main(["run", "--out", "r", "--resume"])
     save(1)
-    assert "is not what it was" in refused(capsys, "optimize", "r", "--overwrite")
+    assert "has changed since" in refused(capsys, "optimize", "r", "--overwrite")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -160,9 +160,9 @@ def test_the_command_line_names_a_damaged_file_and_what_to_do(runs, name, capsys
     again |= {"path_loss": "plot r", "path_length": "plot r"}
     again |= {"matched": "match r", "matching": "match r"}
     stage = "plot r" if name == "report.md" else again.get(name.split(".")[0])
-    advice = f"make it anew with: fastgeo {stage} --overwrite"
+    advice = f"make it again with: fastgeo {stage} --overwrite"
     if name == "config.json":
-        advice = "bring back a copy of it, or begin anew in another folder"
+        advice = "restore a copy of it, or begin anew in another folder"
     shutil.copytree(runs[0], "r")
     file = FilePath("r") / name
     content = file.read_bytes()
@@ -184,7 +184,7 @@ def test_stages_refuse_what_the_stage_before_did_not_leave(runs, capsys):
     for command in ("match", "optimize", "evaluate", "plot"):
         sentence = refused(capsys, command, "r", "--overwrite")
         assert "cannot read r/ends.safetensors: it is not as train left it here" in sentence
-        assert "make it anew with: fastgeo train --out r --overwrite" in sentence
+        assert "make it again with: fastgeo train --out r --overwrite" in sentence
     shutil.rmtree("r")
     shutil.copytree(runs[0], "r")
     with open("r/metrics.jsonl", "a") as stream:
@@ -200,7 +200,7 @@ def test_a_report_is_tied_to_the_weights_that_it_is_about(runs, capsys):
     run.stages["evaluate"] = other.stages["evaluate"]
     run.save_config()
     sentence = refused(capsys, "plot", "r", "--overwrite")
-    assert "r/report.json is about another ends.safetensors; make it anew with:" in sentence
+    assert "r/report.json is about another ends.safetensors; make it again with:" in sentence
     report = read_json(FilePath("r/report.json"))
     assert set(report["files"]) == {"ends.safetensors", "permutation.safetensors"} | {
         "path.safetensors"
@@ -258,8 +258,8 @@ def test_the_state_of_another_run_is_refused(stopped, runs, capsys):
 def test_a_stage_that_was_begun_is_not_begun_anew_unasked(stopped, capsys):
     shutil.copytree(stopped, "r")
     sentence = refused(capsys, "optimize", "r")
-    assert "is where an unfinished optimize goes on from; give --resume to do so, or" in sentence
-    assert "--lr is 0.1 in r, not 0.3; --resume goes on with" in refused(
+    assert "holds the state of an unfinished optimize; give --resume to go on from" in sentence
+    assert "--lr is 0.1 in r, not 0.3, and --resume goes on with" in refused(
         capsys, "optimize", "r", "--resume", "--lr", "0.3"
     )
     assert "give one of them" in refused(capsys, "optimize", "r", "--resume", "--overwrite")
@@ -270,7 +270,7 @@ def test_a_stage_that_was_begun_is_not_begun_anew_unasked(stopped, capsys):
 def test_going_on_takes_the_runs_settings_and_refuses_others(runs, capsys):
     shutil.copytree(runs[0], "r")
     main(["run", "--out", "r", "--resume", "--points", "3"])
-    assert "--points is 3 in r, not 4; --resume" in refused(
+    assert "--points is 3 in r, not 4, and --resume" in refused(
         capsys, "run", "--out", "r", "--resume", "--points", "4"
     )
     # A preset that is named stands for all of its settings.
