@@ -1,1 +1,1 @@
-"""Small programs to begin from, one for each job; the tests run them."""
+"""Small programs to start from, one for each job; the tests run them all."""

@@ -1,7 +1,7 @@
 """Three networks in one frame, averaged: python -m benchmarks.examples.average_three
 
-The mean of independently trained networks is useless as they are, since each has its channels in an
-order of its own. Permuted towards each other (`fastgeo.match_many`), their mean is a good network.
+The mean of independently trained networks is useless, since each has its channels in its own order.
+After the channels were permuted to agree (`fastgeo.match_many`), their mean is a good network.
 """
 
 import torch

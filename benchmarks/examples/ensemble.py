@@ -9,7 +9,7 @@ from fastgeo import Training, data, models, stack, train_ends
 
 
 def main(epochs: int = 6, networks: int = 4) -> dict[str, float]:
-    """Test accuracies: the mean of the members, and of their mean prediction."""
+    """Test accuracies: the members' mean, and that of their mean prediction."""
     digits = data.load("digits")
 
     def make() -> models.MLP:

@@ -1,7 +1,8 @@
 """A path between two language models of transformers: python -m benchmarks.examples.language_model
 
-The models are tiny and untrained, so that nothing is downloaded; yours come by `from_pretrained`.
-Batches are a tokenizer's, and padding is left out by its attention mask.
+The models are tiny and untrained, so that nothing is downloaded; yours come from `from_pretrained`.
+Batches look like a tokenizer's, whose attention mask says which tokens are padding: they do not
+count.
 """
 
 import torch
@@ -13,7 +14,8 @@ from fastgeo import Forward
 
 def model(seed: int) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    size = dict(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    config = GPT2Config(**size, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -29,7 +31,7 @@ def batches(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def main(steps: int = 30) -> list[float]:
-    """The energy, nats, before each step and behind the last."""
+    """The energy, nats, before each step and after the last one."""
     a, b = model(0), model(1)
     texts = batches(4)
     matching = fastgeo.match(a, b, texts[0])
@@ -38,7 +40,7 @@ def main(steps: int = 30) -> list[float]:
     forward = Forward(mask="attention_mask")
     path = fastgeo.optimize(path, a, texts, steps=steps, forward=forward)
     energies = [line["energy"] for line in path.history]
-    print(f"energy: {energies[0]:.4g} nats before, {energies[-1]:.4g} behind {steps} steps")
+    print(f"energy: {energies[0]:.4g} nats before, {energies[-1]:.4g} after {steps} steps")
     return energies
 
 

@@ -134,7 +134,8 @@ def _settings(config: Mapping) -> list[str]:
 def _batch(report: Mapping) -> str:
     config = report["config"]
     if is_function(config["data"]):
-        return f"a batch of the loader, the first of which has {report['batch_size']} inputs"
+        size = report.get("batch_size")
+        return "a batch of the loader" + (f", the first of which has {size} inputs" if size else "")
     return f"a batch of {config['batch_size']} images"
 
 

@@ -38,6 +38,11 @@ from fastgeo.store.files import (
 from fastgeo.train import LETTERS, seeded, train_ends
 
 OnStep = Callable[[dict, Any], None]
+LEGEND = (
+    'p20, p50 and p80 are percentiles of the measurements. "of matmul" is the share of the rate\n'
+    'of a large matrix product, "peak MiB" memory beyond the weights, and "error" that of energy\n'
+    "and gradient against the loop in float64, relative to the largest entry."
+)
 
 
 def train(run: Run) -> None:
@@ -245,7 +250,7 @@ def profile(
     forward = chosen_forward(module, path, inputs, replace(c.forward, precision="fp32"))
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
     setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {given.batch_size}"
-    print(f"\n{setting}\n\n{table(rows)}\n", flush=True)
+    print(f"\n{setting}\n\n{table(rows)}\n\n{LEGEND}\n", flush=True)
     descent = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
     print(breakdown(module, path, batches, descent=descent, forward=forward, trace=trace))
     if rows_file is not None:
