@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path as FilePath
@@ -314,7 +315,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exits with 0; with 2 for bad input and files that cannot be read or written, 75 when its minutes
     are over, 130 when interrupted, 141 when nobody reads its output, 143 when terminated.
     """
-    with _silent_if_nobody_reads(), _terminable(), _errors_as_sentences(), _progress_by_lines():
+    with (
+        _silent_if_nobody_reads(),
+        _terminable(),
+        _errors_as_sentences(),
+        _warnings_as_sentences(),
+        _progress_by_lines(),
+    ):
         _wait_without_spinning()
         command = _command(list(sys.argv[1:] if argv is None else argv))
         from fastgeo.step.allocator import keep_pages
@@ -340,6 +347,23 @@ def _errors_as_sentences() -> Iterator[None]:
     except KeyboardInterrupt as error:
         _complain(f"\nfastgeo: {error if str(error) else 'interrupted'}", error)
         sys.exit(getattr(error, "exit_code", INTERRUPTED))
+
+
+@contextlib.contextmanager
+def _warnings_as_sentences() -> Iterator[None]:
+    """Warnings without the line of code that gives them, which a command's user does not know."""
+    before: Any = warnings.formatwarning
+
+    def sentence(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        if category is not UserWarning:
+            return before(message, category, *place)
+        return f"fastgeo: warning: {_in_flags(str(message))}\n"
+
+    warnings.formatwarning = sentence  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextlib.contextmanager

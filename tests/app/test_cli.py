@@ -120,7 +120,7 @@ def test_two_runs_with_one_seed_are_identical(run):
 
 def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(capsys):
     main(["run", "--out", "r", *SMALL])
-    assert "r/path.safetensors exists; --overwrite" in refused(capsys, "optimize", "r")
+    assert "r/path.safetensors exists already; --overwrite" in refused(capsys, "optimize", "r")
     main(["optimize", "--overwrite", "--no-precondition", "r"])  # flags first, too
     config = json.loads(open("r/config.json").read())
     assert config["config"]["points"] == 5 and config["config"]["batch_size"] == 50
@@ -427,6 +427,16 @@ def test_lines_of_progress_are_some_seconds_apart(monkeypatch):
     ]
 
 
+def test_warnings_are_sentences():
+    main(["run", "--out", "r", *SMALL, "--quiet"])
+    command = [sys.executable, "-m", "fastgeo", "optimize", "r", "--overwrite", "--quiet"]
+    said = subprocess.run(
+        [*command, "--lr", "5", "--steps", "12"], capture_output=True, text=True, check=True
+    )
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("fastgeo: warning: the energy did not fall")
+
+
 def test_nobody_reads_what_it_says():
     command = f"{sys.executable} -m fastgeo run --help"
     process = subprocess.run(
@@ -624,10 +634,10 @@ def test_config_json_says_where_every_setting_is_from(run):
     content = json.loads((run / "config.json").read_text())
     assert content["about"].keys() == content["config"].keys()
     assert content["about"]["train_lr"] == "peak of the one-cycle rate (paper)"
-    assert (
-        "| `points` | `5` | N, networks on the path with both ends (paper) |"
-        in (run / "report.md").read_text()
+    row = (
+        "| `points` | `5` | N, the number of networks on the path, both ends included (paper: 25) |"
     )
+    assert row in (run / "report.md").read_text()
 
 
 def test_matched_end_computes_what_b_computes(run):
