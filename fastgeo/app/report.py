@@ -81,7 +81,7 @@ def markdown(report: Mapping) -> str:
     first = report["paths"]["geodesic"]
     parts = [
         "# Geodesic between two trained networks",
-        f"Two networks, {_networks(c)}, are joined on {c['data']} by three paths of "
+        f"Two networks ({_networks(c)}) are joined on {c['data']} by three paths of "
         f"N = {c['points']} networks, both ends included. The *line* goes straight from a to b. "
         "The *matched line* does so after the channels of b were permuted to resemble a's, which "
         "does not change what b computes. The *geodesic* began as the matched line and was "
@@ -166,14 +166,14 @@ def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
 def network(config: Mapping) -> str:
     """What the network is: a user's own has no width."""
     model = config["model"]
-    return model if is_function(model) else f"{model}, width {config['width']:g}"
+    return model if is_function(model) else f"{model} of width {config['width']:g}"
 
 
 def _networks(config: Mapping) -> str:
     c = config
     if c["a"] is None:
-        return f"{network(c)} trained with the seeds {c['seed_a']} and {c['seed_b']}"
-    return f"{network(c)} with the weights {c['a']} and {c['b']}"
+        return f"{network(c)}, trained with the seeds {c['seed_a']} and {c['seed_b']}"
+    return f"{network(c)}, with the weights {c['a']} and {c['b']}"
 
 
 def _matching(found: Mapping) -> str:

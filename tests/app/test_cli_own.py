@@ -121,7 +121,8 @@ def test_a_run_with_an_own_network_and_own_data():
     assert report["engines"]["train"]["seconds"]  # 15 steps: measured
     text = open("r/report.md").read()
     assert (
-        "mine.code:Masked trained with the seeds 14 and 15, are joined on mine.code:loaders" in text
+        "(mine.code:Masked, trained with the seeds 14 and 15) are joined on mine.code:loaders"
+        in text
     )
     assert "| train | " in text and "a batch of the loader, the first of which has 8" in text
     path = Path.load("r/path.safetensors")
@@ -154,7 +155,7 @@ def test_matching_two_checkpoints_of_an_own_network(capsys):
     torch.testing.assert_close(b.state_dict(), a.state_dict(), rtol=0, atol=0)
     text = open("r/matching.md").read()
     for words in (
-        "mine.code:deep with the weights ",
+        "mine.code:deep, with the weights ",
         "The inner product of the two ends' parameters was ",
         "Sequential: 2 permutations",
         "1.weight[0]: 12 positions",
