@@ -54,7 +54,7 @@ def test_loss_and_accuracy_are_those_of_the_report(digits):
     assert not linear.collections  # published values are of another network
     words = shown(figure)
     assert {"line", "matched line", "geodesic", "train", "test"} <= set(words)
-    assert "resnet8, width 0.5, on digits; N = 25" in words
+    assert "resnet8 of width 0.5, on digits; N = 25" in words
 
 
 def test_the_geodesic_takes_a_tenth_of_the_log_panel(digits):

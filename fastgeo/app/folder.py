@@ -356,7 +356,10 @@ class Run:
             self.save_config()
             if seconds := choice["seconds"]:
                 times = "; ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-                tqdm.write(f"{stage}: engine {choice['engine']} was chosen ({times})")
+                ways = [choice["engine"]]
+                ways += ["channels-last"] if choice["channels_last"] else []
+                ways += [f"{choice['chunk']} at a time"] if choice["chunk"] else []
+                tqdm.write(f"{stage}: engine {', '.join(ways)} was chosen ({times})")
 
         return forward, None if known else on_choice
 

@@ -187,8 +187,11 @@ def test_dropout_repeats_itself_with_the_seed():
 
 def test_an_engine_once_chosen_is_kept_when_a_stage_is_done_again(capsys):
     main(["run", "--out", "r", *SMALL, "--steps", "15", "--engine", "auto"])
-    assert "optimize: engine " in capsys.readouterr().out
+    said = capsys.readouterr().out
     before = json.loads(open("r/config.json").read())["engines"]
+    assert f"optimize: engine {before['optimize']['engine']}" in said
+    at_once = before["evaluate"]["chunk"]
+    assert not at_once or f"{at_once} at a time was chosen (" in said
     assert before["optimize"]["seconds"] and before["optimize"]["device"] == "cpu"
     first = open("r/path.safetensors", "rb").read()
     main(["optimize", "r", "--overwrite"])
