@@ -89,9 +89,10 @@ def _memory(given: Given) -> None:
     params = {name: tensor[None] for name, tensor in given.module.state_dict().items()}
     own = isinstance(given.dataset, LoaderData)
     points, batch_size = c.path.points, c.path.batch_size
+    at_once = c.descent.nodes or points - 2
     steps = {
         "training": ("training", c.training.train_batch_size, c.ends.count, False, True),
-        "optimisation": (path_work(c.descent.momentum), batch_size, points - 2, True, True),
+        "optimisation": (path_work(c.descent.momentum), batch_size, at_once, True, True),
         "evaluation": ("evaluation", c.evaluation.eval_batch_size, points, False, False),
     }
     if c.ends.files:

@@ -147,7 +147,11 @@ def _descent(config: Mapping) -> str:
     words += f" at rate {c['lr']:g}"
     if c["lr_schedule"] != "constant":
         words += f", which falls to 0 ({c['lr_schedule']})"
-    return words + (", with few points first and more on the way" if c["coarse_to_fine"] else "")
+    if c["coarse_to_fine"]:
+        words += ", with few points first and more on the way"
+    if c.get("nodes"):  # a setting that older reports lack
+        words += f", at {c['nodes']} random places in each step"
+    return words + (", on the labels" if c.get("objective") == "cross_entropy" else "")
 
 
 def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
