@@ -116,7 +116,7 @@ def along(
     if any(max(path[split]["loss"]) > 0 for path in paths.values() for split in splits):
         logarithmic.set(ylabel="the same, log scale", yscale="log")
     accuracy.set(ylabel="accuracy", xlabel="position on the path, from end a to end b", xlim=(0, 1))
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     lines: list[dict[str, Any]] = [
         dict(color=own.colour, marker=own.marker, label=PATHS.get(name, name))
         for name, own in style.items()
@@ -327,7 +327,8 @@ class Table:
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
     """Rows of cells, the first of which are the titles, as Markdown."""
     head, *body = rows
-    rule = ["---", *["---:"] * (len(head) - 1)]
+    numbers = [all(cell[:1] in "-.0123456789" for cell in own) for own in zip(*body, strict=True)]
+    rule = ["---:" if number and i else "---" for i, number in enumerate(numbers)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
 
 
@@ -382,7 +383,7 @@ def summary(path: Mapping[str, Any]) -> Table:
         rows.append([title, f"{path[key]:.4f}", *others])
         if key == "fisher_rao":
             bound = path["fisher_rao_lower_bound"]
-            rows.append([f"{title}, of any path at least", f"{bound:.4f}", *others])
+            rows.append([f"lowest possible {title}", f"{bound:.4f}", *others])
     titles = ["", *(SPLITS.get(split, split) for split in splits)]
     return Table(titles, [titles], rows)
 
@@ -453,7 +454,7 @@ def compare(
         else:
             paths[name] = run.to_json()
     if not paths:
-        raise ValueError("runs must name at least one run or evaluation, got none")
+        raise ValueError("name at least one run folder or evaluation to compare")
     found = Comparison(paths)
     if not found._splits():
         inside = "; ".join(f"{name}: {', '.join(splits_of(own))}" for name, own in paths.items())

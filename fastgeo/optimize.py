@@ -231,8 +231,8 @@ def _warn_of_no_fall(history: list[dict], lr: float) -> None:
         times = "times N - 1 " if what == "energy" else ""
         warnings.warn(
             f"the {what} did not fall: {times}it was {first:.4g} nats at the first step and is "
-            f"{last:.4g} behind the last; lower lr (now {lr}), or give more steps",
-            stacklevel=3,
+            f"{last:.4g} after the last; lower lr (now {lr}), or give more steps",
+            stacklevel=4,
         )
 
 

@@ -50,7 +50,7 @@ def within(low: float, high: float = math.inf, *, above: bool = False, **values:
     """
     for name, value in values.items():
         if not low <= value <= high or (above and value == low) or value == math.inf:
-            bounds = f"within {low:g}..{high:g}"
+            bounds = f"above {low:g} and at most {high:g}" if above else f"within {low:g}..{high:g}"
             if high == math.inf:
                 bounds = "positive" if above and not low else f"at least {low:g}"
             raise ValueError(f"{name} must be {bounds}, got {value}")

@@ -211,7 +211,7 @@ def test_runs_and_evaluations_are_compared(evaluation, digits, tmp_path):
     assert str(tmp_path) in str(line) and " 0.966 " in str(line)
     other = Evaluation({"else": evaluation.splits["test"]}, 0, 0, 0, 0, 0)
     for runs, words in (
-        ({}, "at least one run or evaluation"),
+        ({}, "at least one run folder or evaluation"),
         ({"a": evaluation, "b": other}, "no split in common .*a: train, test; b: else"),
         ([tmp_path / "none"], "cannot read .*none/report.json: there is no such file"),
     ):

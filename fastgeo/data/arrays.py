@@ -32,7 +32,10 @@ def read_arrays(name: str, root: str) -> list[np.ndarray]:
         return _from_torchvision(name, root)
     if name.startswith("npz:"):
         return _from_npz(FilePath(name.removeprefix("npz:")).expanduser())
-    raise ValueError(f"data must be one of {', '.join(NAMES)}, got {name!r}")
+    raise ValueError(
+        f"data must be one of {', '.join(NAMES)}, or a function that returns loaders as "
+        f"PACKAGE.MODULE:FUNCTION, got {name!r}"
+    )
 
 
 def _from_npz(file: FilePath) -> list[np.ndarray]:

@@ -111,7 +111,7 @@ class CommonFrame:
                 )
         lines += [
             f"  outputs as before within {self.relative_change:.0e} of the largest",
-            f"  {self.sweeps} sweeps, {self.seconds:.1f} s",
+            f"  sweeps: {self.sweeps}, {self.seconds:.1f} s",
         ]
         return "\n".join(lines)
 

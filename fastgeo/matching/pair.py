@@ -87,7 +87,7 @@ class Matching:
             f"  inner product of the parameters: {self.objective_before:.2f} before, "
             f"{self.objective_after:.2f} after; by starts: {starts}\n"
             f"  outputs as before within {self.relative_change:.0e} of the largest\n"
-            f"  {self.sweeps} sweeps, {self.seconds:.1f} s"
+            f"  sweeps: {self.sweeps}, {self.seconds:.1f} s"
             + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         )
 

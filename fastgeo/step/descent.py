@@ -33,10 +33,10 @@ class Descent:
 
     Attributes:
         lr: learning rate of the first step.
-        momentum: of Nesterov, on the preconditioned gradient; 0 for none (paper). In the long run
-            steps are 1 / (1 - momentum) times as long, so the rate is to be smaller.
-        lr_schedule: "constant" (paper), or the rate falls to 0 behind the last step, "linear" in
-            the step or as half a wave, "cosine".
+        momentum: Nesterov momentum on the preconditioned gradient; 0 for none (paper). Steps grow
+            to 1 / (1 - momentum) times their length, so use a lower rate with it.
+        lr_schedule: "constant" (paper), or the rate falls to 0 after the last step, "linear" in
+            the step or along half a "cosine" wave.
         precondition: multiply the gradient by the inverse path Laplacian; no: the gradient itself
             (paper).
         coarse_to_fine: begin with 5 points along the path and insert midpoints on the way, or with
@@ -79,7 +79,7 @@ class Descent:
         return self.lr_schedule != "constant" or self.coarse_to_fine
 
     def rate(self, step: int, steps: int | None) -> float:
-        """The learning rate of a step of so many; 0 from behind the last one on."""
+        """The learning rate of a step of so many; 0 after the last one."""
         share = min(step / steps, 1.0) if steps else 0.0
         return self.lr * SCHEDULES[self.lr_schedule](share)
 

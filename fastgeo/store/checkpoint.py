@@ -237,7 +237,7 @@ class Checkpoints:
         if self._asked is not None:
             raise Stopped(f"{why} at once", code)
         self._asked = Stopped(why, code)
-        tqdm.write(f"{why}: finishing the step; once more to stop at once", file=sys.stderr)
+        tqdm.write(f"{why}: finishing the step; interrupt again to stop at once", file=sys.stderr)
 
     def _saved_folders(self) -> list[FilePath]:
         """The newest first."""

@@ -249,7 +249,7 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
         (["--train-subset", "9999"], "train-subset must be within 1..1437"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),
         (["--device", "meta"], "device 'meta' cannot be used: fastgeo runs on cpu and cuda"),
-        (["--width", "inf"], "width must be within 0..1000, got inf"),
+        (["--width", "inf"], "width must be above 0 and at most 1000, got inf"),
         (["--lr", "nan"], "lr must be positive, got nan"),
         (["--lr-start-divisor", "0"], "lr-start-divisor must be positive"),
         (["--warmup-fraction", "2"], "warmup-fraction must be within 0..1, got 2"),
@@ -349,7 +349,7 @@ def test_ctrl_c_keeps_what_was_finished_and_says_where():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted: finishing the step; once more to stop at once" in errors
+    assert "interrupted: finishing the step; interrupt again to stop at once" in errors
     assert "fastgeo: interrupted; go on with: fastgeo run --out r --resume" in errors
     (saved,) = glob.glob("r/checkpoint/*/path.safetensors")
     assert len(Path.load(saved)) == 5  # of 25, at the beginning

@@ -121,7 +121,7 @@ def test_a_second_signal_stops_at_once(fastgeo, uncut):
     process = fastgeo.start("optimize", "r", *big)
     wait_until(lambda: "optimize:" in process.stderr)
     process.kill(signal.SIGINT)
-    wait_until(lambda: "once more to stop at once" in process.stderr)
+    wait_until(lambda: "again to stop at once" in process.stderr)
     process.kill(signal.SIGINT)
     assert process.wait() == 130 and "interrupted at once" in process.stderr
     assert finished("r") == ["train", "match"]
