@@ -154,8 +154,8 @@ def limit(
     if others >= OTHERS and others + threads > cores and (waits or not on_gpu):
         return (
             f"Other processes limit the step: they kept {others:.1f} of {cores} cores busy beside "
-            f"its {threads} thread{'s' * (threads != 1)}; measure again without them, or set OMP_NUM_THREADS to what "
-            "they leave."
+            f"its {threads} thread{'s' * (threads != 1)}; measure again without them, or set "
+            "OMP_NUM_THREADS to what they leave."
         )
     if waits:
         what = "the device waits" if on_gpu else "no operation runs"

@@ -154,6 +154,11 @@ class StackedModule:
             warnings.warn(f"{name} runs as {engine}: {reason}", stacklevel=2)
         return outputs
 
+    def __repr__(self) -> str:
+        layout = ", channels-last" if self.channels_last else ""
+        name = type(self.module).__name__
+        return f"{name} of N networks: engine {self.engine}{layout}, {self.precision}"
+
     def explain(self, inputs: Inputs | None = None) -> str:
         """Which way each call of the module runs, and why; of inputs, or of the last ones.
 
