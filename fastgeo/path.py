@@ -399,17 +399,26 @@ def state_dict(network: StateDict | nn.Module) -> dict[str, Tensor]:
 
 
 def state_of(network: StateDict | nn.Module) -> dict[str, Tensor]:
-    """The state of a module or state dict, not copied, without the prefix of torch.compile.
+    """The state of a module or state dict, not copied, without the prefix of torch.compile and
+    without extra states, which are no tensors of numbers.
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else, or entries that are packed or quantised.
     """
     if isinstance(network, nn.Module):
         network = uncompiled(network).state_dict()
-    if not isinstance(network, Mapping) or not all(map(torch.is_tensor, network.values())):
+    if not isinstance(network, Mapping):
         raise TypeError(
             f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
         )
+    network = {k: tensor for k, tensor in network.items() if not str(k).endswith("_extra_state")}
+    for name, tensor in network.items():
+        if not torch.is_tensor(tensor) or tensor.is_quantized:
+            kind = "quantised" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
+            raise TypeError(
+                f"{name} in a state dict is {kind}, and no tensor of numbers that can be "
+                "interpolated; give the network before it was packed or quantised"
+            )
     compiled = "_orig_mod." if all(name.startswith("_orig_mod.") for name in network) else ""
     return {name.removeprefix(compiled): tensor.detach() for name, tensor in network.items()}
 
@@ -487,7 +496,7 @@ def check_tied(state: StateDict, module: nn.Module, where: str) -> None:
         for name, tensor in named(remove_duplicate=False):
             if name in state:
                 other = first.setdefault(tensor, name)
-                if not torch.equal(state[name], state[other]):
+                if name != other and not torch.equal(state[name], state[other]):
                     raise ValueError(
                         f"{other} and {name} are one tensor in the module and differ in {where}; "
                         "give both the same values, or a module in which they are not tied"

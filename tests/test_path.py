@@ -160,7 +160,7 @@ def test_integer_entries_stay_and_floating_buffers_interpolate(tmp_path):
             ValueError,
             "linear.bias has dtype torch.float64 in a and torch.float16 in b",
         ),
-        (lambda b: b.update(extra="text"), TypeError, "an nn.Module or a state dict"),
+        (lambda b: b.update(extra="text"), TypeError, "extra in a state dict is a str"),
     ],
 )
 def test_ends_that_differ_are_named(change, error, words):
@@ -192,3 +192,20 @@ def test_fewer_than_three_points_are_refused(path):
 def test_batch_norm_statistics_are_refused():
     with pytest.raises(ValueError, match="running_mean belongs to a BatchNorm.*GroupNorm"):
         Path.linear(nn.BatchNorm1d(3), nn.BatchNorm1d(3), 3)
+
+
+def test_extra_states_are_left_out_and_packed_ones_are_named():
+    class Extra(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"scale": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    assert list(Path.linear(Extra(4, 2), Extra(4, 2), 3).start) == ["weight", "bias"]
+    state = {"weight": torch.ones(2), "packed": ("a", 1)}
+    with pytest.raises(TypeError, match="packed in a state dict is a tuple, and no tensor of num"):
+        Path.linear(state, state, 3)
+    state["packed"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match="packed in a state dict is quantised"):
+        Path.linear(state, state, 3)

@@ -7,24 +7,20 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgeo import data, models
 from fastgeo.app.config import Config
+from fastgeo.app.weights import State, read_state
 from fastgeo.data.images import Dataset
 from fastgeo.data.inputs import tensors_of
 from fastgeo.data.loaders import LoaderData, loader_data
-from fastgeo.path import check_tied
-
-State = dict[str, Tensor]
 
 
 class Given:
@@ -168,84 +164,6 @@ def _function(name: str) -> Callable[[], Any]:
     if not callable(found):
         raise TypeError(f"it is of type {type(found).__name__} and cannot be called")
     return found
-
-
-def read_state(file: str, module: nn.Module) -> State:
-    """The state of a module from a file.
-
-    Args:
-        file: .safetensors, or what `torch.save` wrote of a state dict: by itself or under the key
-            "state_dict", "model_state_dict" or "model"; names may begin with "module." (of a
-            DataParallel) and "_orig_mod." (of torch.compile). Nothing in it is executed.
-            FILE#a, FILE#b, ... are ends of a run.
-        module: of which it must be a state; its own values of buffers that the file lacks are kept.
-
-    Raises:
-        ValueError: a missing, damaged or refused file, or one of another module.
-    """
-    name, _, end = file.partition("#")
-    path = FilePath(name).expanduser()
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"cannot read {file}: there is no such file") from error
-    except Exception as error:  # noqa: BLE001 - torch.load and its unpickler raise what they like
-        reason = _first_line(error).removesuffix(".")
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            reason = (
-                "it holds more than tensors, which could run code; save the state dict by itself: "
-                "torch.save(module.state_dict(), file)"
-            )
-        raise ValueError(f"cannot read {file}: {reason}") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{file} holds no state dict (names and tensors)")
-    if end:
-        own_names = [name for name in state if name.startswith(f"{end}/")]
-        if not own_names:
-            raise ValueError(f"{file}: there is no {end} in that file")
-        state = {name.removeprefix(f"{end}/"): state[name] for name in own_names}
-    own = module.state_dict()
-    ends = sorted({name.partition("/")[0] for name in state if "/" in name})
-    if ends and not any(name in own for name in state):
-        several = " or ".join(f"{file}#{one}" for one in ends)
-        raise ValueError(f"{file} holds several networks; name one of them: {several}")
-    for prefix in ("module.", "_orig_mod.", "module."):  # one of them around the other, too
-        if all(name.startswith(prefix) and name not in own for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return _fitted(file, state, module)
-
-
-def _fitted(file: str, state: Mapping[str, Tensor], module: nn.Module) -> State:
-    """The state in the module's order and types; ValueError at the first name that differs."""
-    own, buffers = module.state_dict(), {name for name, _ in module.named_buffers()}
-    tied: dict[nn.Parameter, list[str]] = {}  # all names of each parameter
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        tied.setdefault(parameter, []).append(name)
-    names = {name: names for names in tied.values() for name in names}
-    for name in state:
-        if name not in own:
-            raise ValueError(f"{file} holds {name}, which the module does not have")
-    check_tied(state, module, file)
-    fitted = {}
-    for name, tensor in own.items():
-        present = [other for other in (name, *names.get(name, ())) if other in state]
-        if not present and name not in buffers:
-            raise ValueError(f"{file} lacks {name}")
-        given = state[present[0]] if present else tensor
-        if given.shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {list(given.shape)} in {file} and {list(tensor.shape)} in the "
-                "module"
-            )
-        fitted[name] = given.detach().to(tensor, copy=True)
-    return fitted
 
 
 def _first_line(error: Exception) -> str:

@@ -331,7 +331,10 @@ def test_what_a_cuda_graph_cannot_do_is_refused_before_a_run(capsys, tmp_path, m
 def test_what_a_cuda_graph_cannot_do_is_named(capsys):
     for options, words in (
         (["--engine", "loop"], "--cuda-graph runs networks stacked, not as a loop"),
-        (["--batchnorm", "recalibrate"], "--cuda-graph has no --batchnorm recalibrate"),
+        (
+            ["--batchnorm", "recalibrate"],
+            "--cuda-graph and --batchnorm recalibrate exclude each other",
+        ),
     ):
         assert words in refused(capsys, "run", "--cuda-graph", "True", *options)
     words = refused(capsys, "profile", "--cuda-graph", "True")
