@@ -469,7 +469,7 @@ def check_path_of(path: Path, module: nn.Module) -> nn.Module:
     if not isinstance(path, Path):
         raise TypeError(f"path must be a fastgeo.Path, got {type(path).__name__}")
     module = uncompiled(module)
-    state = module.state_dict()
+    state = state_of(module)
     for name in [*state, *path.start]:
         if name not in state or name not in path.start:
             there, missing = ("path", "module") if name in path.start else ("module", "path")
@@ -478,6 +478,12 @@ def check_path_of(path: Path, module: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{name} has shape {list(path.start[name].shape)} in the path and "
                 f"{list(state[name].shape)} in the module"
+            )
+        own, wanted = path.start[name].dtype, state[name].dtype
+        if own != wanted and {own, wanted} & {torch.bfloat16, torch.float16}:
+            raise ValueError(
+                f"{name} has dtype {own} in the path and {wanted} in the module; give both in one, "
+                f"for example by module.to({own})"
             )
     for where, part in (("start", path.start), ("interior", path.interior), ("end", path.end)):
         check_tied(part, module, f"the {where} of the path")

@@ -8,6 +8,7 @@ from conftest import tiny_resnet
 from torch import nn
 
 from fastgeo import Path
+from fastgeo.path import check_path_of
 
 
 def test_linear_places_points_evenly(path):
@@ -202,10 +203,20 @@ def test_extra_states_are_left_out_and_packed_ones_are_named():
         def set_extra_state(self, state):
             pass
 
-    assert list(Path.linear(Extra(4, 2), Extra(4, 2), 3).start) == ["weight", "bias"]
+    path = Path.linear(Extra(4, 2), Extra(4, 2), 3)
+    assert list(path.start) == ["weight", "bias"]
+    assert check_path_of(path, Extra(4, 2))
     state = {"weight": torch.ones(2), "packed": ("a", 1)}
     with pytest.raises(TypeError, match="packed in a state dict is a tuple, and no tensor of num"):
         Path.linear(state, state, 3)
     state["packed"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match="packed in a state dict is quantised"):
         Path.linear(state, state, 3)
+
+
+def test_half_precision_states_want_a_module_of_their_type():
+    state = torch.nn.Linear(3, 2).bfloat16().state_dict()
+    path = Path.linear(state, state, 3)
+    with pytest.raises(ValueError, match=r"dtype torch.bfloat16 in the path and torch.float32 in"):
+        check_path_of(path, torch.nn.Linear(3, 2))
+    assert check_path_of(path, torch.nn.Linear(3, 2).bfloat16())
