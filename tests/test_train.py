@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastgeo import Forward, Training, models
 from fastgeo.data.images import load
+from fastgeo.data.loaders import loader_data
 from fastgeo.train import train_ends
 
 CONFIG = Training(epochs=4, train_batch_size=16, train_lr=0.05)
@@ -117,3 +119,45 @@ def test_settings_that_leave_no_steps_are_refused(dataset):
 def test_numbers_that_cannot_be_meant_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Training(**changes)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "vmap", "loop"])
+@pytest.mark.parametrize("options", [dict(sparse=True), dict(max_norm=0.5)], ids=str)
+def test_sparse_and_bounded_embeddings_are_trained_as_one_network_would_be(engine, options):
+    """Against torch's own steps on one network; the other trains beside it."""
+    tokens = torch.arange(40).view(10, 4) % 7
+    batches = [(tokens, tokens.sum(1) % 3)] * 4
+    made = []
+
+    def make():
+        made.append(nn.Sequential(nn.Embedding(7, 4, **options), nn.Flatten(), nn.Linear(16, 3)))
+        return made[-1]
+
+    how = Training(epochs=1, train_lr=0.1, weight_decay=0.0)
+    got, _ = train_ends(
+        *(make, loader_data((batches, batches)), (0, 1), how),
+        forward=Forward(engine=engine),
+    )
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Embedding(7, 4, max_norm=options.get("max_norm")), nn.Flatten(), nn.Linear(16, 3)
+    )
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR(
+        *(sgd, 0.1, 4),
+        pct_start=0.5,
+        base_momentum=0.85,
+        max_momentum=0.95,
+        div_factor=1e9,
+        final_div_factor=1e6,
+    )
+    for x, y in batches:
+        sgd.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        sgd.step()
+        if one_cycle.last_epoch < 3:
+            one_cycle.step()
+    expected = plain(tokens)
+    module = made[0]
+    module.load_state_dict(got)
+    torch.testing.assert_close(module(tokens), expected)
