@@ -18,11 +18,11 @@ from torch import Tensor
 from benchmarks import ends
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Forward, evaluate, keep_pages, optimize
-from fastgeo.figures import write_figure
+from fastgeo.figures import PALETTE, Style, write_figure
 from fastgeo.profiling.measure import headline, table
 
 SMOOTH = 10  # steps
-COLOURS = {"bf16": "tab:orange", "tf32": "tab:green"}
+STYLES = {"fp32": PALETTE[0], "bf16": PALETTE[1], "tf32": PALETTE[3]}
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ def figure(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor]]
     """Energies over the steps, the mean of `SMOOTH`, and the loss along the path behind them."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     axes = drawn.subplots(1, 2)
-    lines = [("fp32, other orders of the images", "0.7", order) for order in orders[:0:-1]]
-    lines.append(("fp32", "tab:blue", orders[0]))
-    lines += [(f"{p}, the same order", COLOURS[p], result) for p, result in others.items()]
-    for name, colour, result in lines:
+    grey = Style("0.75", "", "-")
+    lines = [("fp32, other orders of the images", grey, order) for order in orders[:0:-1]]
+    lines.append(("fp32", STYLES["fp32"], orders[0]))
+    lines += [(f"{p}, the same order", STYLES[p], result) for p, result in others.items()]
+    for name, style, result in lines:
         energies, loss = result["energy of a step"], result["train loss"]
         energies = energies.unfold(0, window := min(SMOOTH, len(energies)), 1).mean(1)
-        how = dict(color=colour, linewidth=1, label=name)
+        how = dict(color=style.colour, linestyle=style.dashes, linewidth=1.2, label=name)
         axes[0].plot(range(window - 1, window - 1 + len(energies)), energies, **how)
         axes[1].plot(torch.linspace(0, 1, len(loss)), loss, **how)
     axes[0].set(xlabel="step", ylabel=f"energy, mean of {SMOOTH} batches, nats", yscale="log")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
 from fastgeo import Descent, Forward, Path, keep_pages, models, optimize
-from fastgeo.figures import write_figure
+from fastgeo.figures import PALETTE, write_figure
 from fastgeo.profiling.measure import headline, now, peak_bytes, quantiles, table
 
 
@@ -103,14 +103,16 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     drawn = Figure(figsize=(12, 5.5), layout="constrained")
     axes = drawn.subplots(2, len(names), sharex="col")
     for column, name in enumerate(names):
-        for sweep in (sweep for sweep in SWEEPS if sweep.split(",")[0] == name):
+        sweeps = [sweep for sweep in SWEEPS if sweep.split(",")[0] == name]
+        for sweep, style in zip(sweeps, PALETTE, strict=False):
+            look = dict(color=style.colour, marker=style.marker, ls=style.dashes, markersize=3)
             own = [row for row in rows if row["sweep"] == sweep]
             x = [row["value"] for row in own]
             streams = "4 at a time" if "," in sweep else "all at once" if name == "points" else None
             low, middle, high = ([row["ms"][q] for row in own] for q in ("p20", "p50", "p80"))
-            (line,) = axes[0][column].plot(x, middle, "o-", markersize=3, label=streams)
-            axes[0][column].fill_between(x, low, high, alpha=0.2, color=line.get_color())
-            axes[1][column].plot(x, [row["peak MiB"] for row in own], "o-", markersize=3)
+            axes[0][column].plot(x, middle, label=streams, **look)
+            axes[0][column].fill_between(x, low, high, alpha=0.2, color=style.colour)
+            axes[1][column].plot(x, [row["peak MiB"] for row in own], **look)
             if streams:
                 axes[0][column].legend(frameon=False)
         axes[1][column].set_xlabel({"points": "N, points", "batch": "B, images"}.get(name, name))
