@@ -346,7 +346,9 @@ def test_augmented_batches_in_order_are_the_same_in_every_pass(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="one of digits, cifar10, .* npz:PATH, got 'imagenet'"):
+    with pytest.raises(
+        ValueError, match="one of digits, cifar10, .* npz:PATH, or a function .*, got 'imagenet'"
+    ):
         data.load("imagenet")
     with pytest.raises(ValueError, match="'flip-crop', got 'mixup'"):
         data.load("digits", augment="mixup")
