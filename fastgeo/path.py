@@ -412,15 +412,20 @@ def state_of(network: StateDict | nn.Module) -> dict[str, Tensor]:
             f"a network must be an nn.Module or a state dict, got {type(network).__name__}"
         )
     network = {k: tensor for k, tensor in network.items() if not str(k).endswith("_extra_state")}
-    for name, tensor in network.items():
-        if not torch.is_tensor(tensor) or tensor.is_quantized:
-            kind = "quantised" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
-            raise TypeError(
-                f"{name} in a state dict is {kind}, and no tensor of numbers that can be "
-                "interpolated; give the network before it was packed or quantised"
-            )
+    check_numbers("a state dict", network)
     compiled = "_orig_mod." if all(name.startswith("_orig_mod.") for name in network) else ""
     return {name.removeprefix(compiled): tensor.detach() for name, tensor in network.items()}
+
+
+def check_numbers(where: str, state: Mapping[str, Any]) -> None:
+    """TypeError, which begins with where, unless all entries of a state are tensors of numbers."""
+    for name, value in state.items():
+        if not torch.is_tensor(value) or value.is_quantized:
+            kind = "quantised" if torch.is_tensor(value) else f"a {type(value).__name__}"
+            raise TypeError(
+                f"{where}: {name} is {kind}, and no tensor of numbers that can be interpolated; "
+                "give the state of the network before it was packed or quantised"
+            )
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

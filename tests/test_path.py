@@ -161,7 +161,7 @@ def test_integer_entries_stay_and_floating_buffers_interpolate(tmp_path):
             ValueError,
             "linear.bias has dtype torch.float64 in a and torch.float16 in b",
         ),
-        (lambda b: b.update(extra="text"), TypeError, "extra in a state dict is a str"),
+        (lambda b: b.update(extra="text"), TypeError, "a state dict: extra is a str"),
     ],
 )
 def test_ends_that_differ_are_named(change, error, words):
@@ -207,10 +207,10 @@ def test_extra_states_are_left_out_and_packed_ones_are_named():
     assert list(path.start) == ["weight", "bias"]
     assert check_path_of(path, Extra(4, 2))
     state = {"weight": torch.ones(2), "packed": ("a", 1)}
-    with pytest.raises(TypeError, match="packed in a state dict is a tuple, and no tensor of num"):
+    with pytest.raises(TypeError, match="a state dict: packed is a tuple, and no tensor of num"):
         Path.linear(state, state, 3)
     state["packed"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match="packed in a state dict is quantised"):
+    with pytest.raises(TypeError, match="a state dict: packed is quantised"):
         Path.linear(state, state, 3)
 
 

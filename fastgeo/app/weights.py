@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.path import check_tied
+from fastgeo.path import check_numbers, check_tied
 
 State = dict[str, Tensor]
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as `save_pretrained` writes them
@@ -46,13 +46,10 @@ def read_state(file: str, module: nn.Module) -> State:
         for key, value in state.items()
         if key != "n_averaged" and not key.endswith("_extra_state")
     }
-    for key, value in state.items():
-        if not torch.is_tensor(value) or value.is_quantized:
-            kind = "quantised" if torch.is_tensor(value) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"{file}: {key} is {kind}, and no tensor of numbers that can be interpolated; save "
-                "the state dict of the network before it was packed or quantised"
-            )
+    try:
+        check_numbers(file, state)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     if end:
         own_names = [key for key in state if key.startswith(f"{end}/")]
         if not own_names:

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+STAT = FilePath("/proc/stat")
 QUANTILES = ("p20", "p50", "p80")
 
 
@@ -59,7 +60,7 @@ def _busy() -> float:
     """Seconds that all processes together have spent on those cores."""
     names = {f"cpu{core}" for core in usable_cores()}
     try:
-        lines = [line.split() for line in FilePath("/proc/stat").read_text().splitlines()]
+        lines = [line.split() for line in STAT.read_text().splitlines()]
     except OSError:
         return 0.0
     ticks = 0

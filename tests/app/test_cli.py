@@ -557,7 +557,6 @@ def test_steps_are_logged_as_csv_too():
 
 
 def test_steps_are_logged_for_tensorboard_too():
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     main(["run", "--out", "r", *SMALL, "--log", "tensorboard"])

@@ -229,7 +229,6 @@ print("mapped")
 
 
 def test_the_hub_loads_the_folder_and_maps_the_layer(tmp_path):
-    pytest.importorskip("kernels")
     script = tmp_path / "hub.py"
     script.write_text(HUB)
     code = (

@@ -63,7 +63,8 @@ def test_trl_s_loss(beta):
 def test_liger_s_layers(monkeypatch):
     """Its own kernels do not run on a CPU; TRL's formula is the same. With Liger itself: see
     `triton_interpreted.py`."""
-    transformers = pytest.importorskip("liger_kernel.transformers")
+    from liger_kernel import transformers
+
     for layer in (transformers.LigerJSD, transformers.LigerFusedLinearJSD):
         monkeypatch.setattr(layer, "forward", layer.forward)  # which is put back afterwards
     run("LigerJSD.forward = layers")

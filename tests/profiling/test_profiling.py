@@ -1,12 +1,9 @@
 """What is measured is what it says, and an implementation that is wrong has no time."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from zoo import GPT, words
 from benchmarks import compare as compare_files
 from fastgeo import Forward, Path, optimize
 from fastgeo.app.cli import main
-from fastgeo.profiling import baselines, breakdown
+from fastgeo.profiling import baselines, breakdown, measure
 from fastgeo.profiling import compare as profiling
 from fastgeo.profiling.measure import (
     QUANTILES,
@@ -27,7 +24,6 @@ from fastgeo.profiling.measure import (
     quantiles,
     table,
     time_alternating,
-    usable_cores,
 )
 
 STACKED = Forward(engine="stacked", channels_last=False)
@@ -192,19 +188,27 @@ def test_one_sentence_says_what_limits_a_step(operations, floor, given, words):
     assert re.search(words, breakdown.limit(operations, 10.0, floor, **given))
 
 
-def test_what_other_processes_keep_busy_is_seen():
-    """One that does nothing but count, on the cores that this one may use."""
-    if not os.path.exists("/proc/stat"):
-        pytest.skip("the system does not tell")
-    counting = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        time.sleep(0.3)
-        load = OtherLoad()
-        time.sleep(1)
-        assert 0.4 < load.cores() <= len(usable_cores()) + 0.1
-    finally:
-        counting.kill()
-        counting.wait()
+def test_what_other_processes_keep_busy_is_counted_on_the_cores_of_this_one(tmp_path, monkeypatch):
+    """Ticks of 10 ms: 3.5 s of work, 1 s of it this process's own, within 2 s."""
+    stat, now = tmp_path / "stat", SimpleNamespace(perf_counter=0.0, process_time=5.0)
+    clock = SimpleNamespace(**{name: lambda n=name: getattr(now, n) for name in vars(now)})
+    monkeypatch.setattr(measure, "STAT", stat)
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "usable_cores", lambda: [1, 3])
+    monkeypatch.setattr(measure.os, "sysconf", lambda name: 100)
+    #      user nice system idle iowait irq softirq steal guest guest_nice
+    before = ["cpu 9 9 9 9 9 9 9 9 9 9", "cpu0 5 5 5 5 5 5 5 5 5 5"]
+    stat.write_text(
+        "\n".join([*before, "cpu1 10 0 0 7 0 0 0 0 0 0", "cpu3 0 0 0 0 0 0 0 0 0 0", ""])
+    )
+    load = OtherLoad()
+    now.perf_counter, now.process_time = 2.0, 6.0
+    after = ["cpu1 110 20 30 900 80 5 5 40 60 0", "cpu3 190 0 0 0 0 0 0 0 0 0", "intr 1 2 3"]
+    stat.write_text("\n".join(["cpu 0 0 0 0 0 0 0 0 0 0", "cpu0 999 0 0 0 0 0 0 0 0 0", *after]))
+    assert load.cores() == pytest.approx((3.5 - 1) / 2)
+    stat.unlink()
+    load, now.perf_counter = OtherLoad(), 3.0
+    assert load.cores() == 0  # a system that does not tell
 
 
 def test_the_command_line_profiles_and_its_rows_can_be_compared(tmp_path, monkeypatch, capsys):
