@@ -2,11 +2,12 @@
 
 One path is optimised in fp32 over several orders of the images, and in the other precisions over
 the first of them. What a precision changes in energies and losses is set against what another
-order changes.
+order changes. With --networks it is the training of the ends that is compared, over their seeds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import Tensor
 
 from benchmarks import ends
 from benchmarks.harness import RESULTS, device_slug, environment, write_result
-from fastgeo import Forward, evaluate, keep_pages, optimize
+from fastgeo import Forward, Path, evaluate, keep_pages, optimize
+from fastgeo.app.config import PRESETS
+from fastgeo.app.given import Given
 from fastgeo.figures import PALETTE, Style, write_figure
 from fastgeo.profiling.measure import headline, table
+from fastgeo.train import train_ends
 
 SMOOTH = 10  # steps
 STYLES = {"fp32": PALETTE[0], "bf16": PALETTE[1], "tf32": PALETTE[3]}
@@ -33,8 +37,10 @@ class Options(ends.Options):
     """the preset's by default"""
     orders: int = 4
     """of the images, in fp32; two at least"""
+    networks: int | None = None
+    """train so many networks in each precision instead, from the seeds 0, 1, ...; three at least"""
     save: bool = False
-    """write benchmarks/results/precision-PRESET-DEVICE.json and .png"""
+    """write benchmarks/results/precision-PRESET-DEVICE.json and .png, or precision-ends-..."""
 
 
 def curve(between: ends.Ends, precision: str, seed: int) -> dict[str, Tensor]:
@@ -81,6 +87,41 @@ def compared(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor
     return rows
 
 
+def trained(preset: str, precision: str, seeds: range) -> dict[str, list[float]]:
+    """Of networks that were trained in a precision: losses and accuracies, evaluated in fp32."""
+    given = Given(PRESETS[preset])
+    c, data, module = given.config, given.dataset, given.new_module().to(given.device)
+    forward = Forward(engine="stacked", precision=precision)
+    states = train_ends(given.new_module, data, seeds, c.training, forward=forward, progress=True)
+    between = {name: torch.stack([one[name] for one in states[1:-1]]) for name in states[0]}
+    networks = Path(states[0], between, states[-1])
+    splits = {name: data.in_order(name, c.evaluation.eval_batch_size) for name in ("train", "test")}
+    found = evaluate(networks, module, splits, forward=Forward(engine="stacked")).splits
+    return {
+        "train loss, nats": found["train"].loss,
+        "test loss, nats": found["test"].loss,
+        "test accuracy, %": [100 * share for share in found["test"].accuracy],
+    }
+
+
+def compared_ends(found: dict[str, dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
+    """A row for each quantity and precision: mean ± standard deviation over the seeds, and the mean
+    difference from fp32, seed by seed, ± its standard error."""
+    for key in found["fp32"]:
+        exact = torch.tensor(found["fp32"][key])
+        for precision in found:
+            own = torch.tensor(found[precision][key])
+            away, count = own - exact, len(own)
+            error = away.std() / count**0.5
+            difference = "-" if precision == "fp32" else f"{away.mean():.2g} ± {error:.2g}"
+            yield {
+                f"{count} networks": key,
+                "precision": precision,
+                "over the seeds": f"{own.mean():.4g} ± {own.std():.2g}",
+                "less fp32's": difference,
+            }
+
+
 def figure(orders: list[dict[str, Tensor]], others: dict[str, dict[str, Tensor]]) -> Figure:
     """Energies over the steps, the mean of `SMOOTH`, and the loss along the path behind them."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
@@ -108,11 +149,22 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.precision", description=__doc__)
     if options.orders < 2:
         raise SystemExit(f"--orders must be at least 2, got {options.orders}")
+    if options.networks is not None and options.networks < 3:
+        raise SystemExit(f"--networks must be at least 3, got {options.networks}")
     keep_pages()
     print(headline(environment()), end="\n\n", flush=True)
+    reduced = ["tf32", "bf16"] if torch.cuda.is_available() else ["bf16"]
+    if options.networks is not None:
+        seeds = range(options.networks)
+        found = {p: trained(options.preset, p, seeds) for p in ("fp32", *reduced)}
+        rows = list(compared_ends(found))
+        print(table(rows))
+        if options.save:
+            name = f"precision-ends-{options.preset}-{device_slug()}"
+            print(f"\nwrote {write_result(name, {'rows': rows, 'networks': found})}")
+        return
     between = ends.Ends(options)
     orders = [curve(between, "fp32", seed) for seed in range(options.orders)]
-    reduced = ["tf32", "bf16"] if torch.cuda.is_available() else ["bf16"]
     others = {precision: curve(between, precision, 0) for precision in reduced}
     rows = compared(orders, others)
     print(table(rows))

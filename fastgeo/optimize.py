@@ -22,6 +22,7 @@ from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_buffers, check_path_of
 from fastgeo.recalibrate import settled
 from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.capture import paced
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite
 from fastgeo.step.step import resampled
@@ -30,7 +31,6 @@ from fastgeo.store.checkpoint import Checkpoints, Groups, State
 
 FEW = 10  # steps, of which nothing is concluded
 FALLEN = 0.99  # of the energy, if it fell
-SECONDS = 5.0  # to the next look at them, about, if states are saved
 
 
 @torch.inference_mode(False)
@@ -71,8 +71,8 @@ def optimize(
             default channels-last on a GPU. Elsewhere the same steps are done one operation after
             the other.
         on_choice: called once for each number of points with {"engine", "channels_last", "chunk",
-            "points": interior ones, "seconds": measured a step of each candidate, "failed": why
-            others were left out} when the engine is known.
+            "precision", "points": interior ones, "seconds": measured a step of each candidate,
+            "failed": why others were left out} when the engine is known.
         on_step: called for every step with {"step", "energy": nats, "sqrt_jsd", "euclidean",
             "points": N} on its batch, with "cross_entropy" in nats instead of energy and sqrt_jsd
             if that is the objective, and a path which may be kept: the one that has them, or, if
@@ -190,8 +190,7 @@ def optimize(
                 raise ValueError(f"optimisation stopped at step {taken}: {found.why}; {cause}")
             count = moving.at_once
             if checkpoints is not None:
-                each = (time.monotonic() - started) / len(found.energies)
-                count = min(count, max(1, int(SECONDS / max(each, 1e-6))))
+                count = paced(count, (time.monotonic() - started) / len(found.energies))
             bar.update(len(found.energies))
             shown = "energy" if descent.objective == "jsd" else "cross_entropy"
             bar.set_postfix_str(f"{shown} {lines[-1][shown]:.4f} nats", refresh=False)

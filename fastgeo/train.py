@@ -1,9 +1,10 @@
 """Train K networks from different seeds at once, as one stacked network with K inputs."""
 
 import contextlib
+import math
 import string
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
 from fastgeo.forward.options import Forward
 from fastgeo.schedule import Training
 from fastgeo.stacking.module import part_of
+from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.capture import (
+    AT_ONCE,
+    NotCaptured,
+    Replay,
+    captured_forward,
+    captures,
+    check_capturable,
+    paced,
+)
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
 from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.store.checkpoint import Checkpoints, State
@@ -33,6 +44,7 @@ def train_ends(
     training: Training = Training(),
     *,
     forward: Forward = Forward(),
+    cuda_graph: bool | None = None,
     on_choice: Callable[[dict], None] | None = None,
     on_step: Callable[[dict, States], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -53,9 +65,12 @@ def train_ends(
         forward: engine, chunk and the like (`fastgeo.Forward`). With batchnorm="recalibrate" a
             module with BatchNorm is trained as it is, every network with statistics of its own, and
             a batch of one input that comes after larger ones is left out.
+        cuda_graph: whether losses and gradients are captured in a CUDA graph and replayed, the
+            losses of 50 steps being read together, as in `fastgeo.optimize`.
         on_choice: as in `fastgeo.optimize`.
-        on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and the K states
-            that had this loss, which may be kept.
+        on_step: called every step with {"step", "loss": K numbers, nats, "lr"} and K states which
+            may be kept: those that had this loss, or, if steps are captured, those that had the
+            first of the losses that are read together.
         checkpoints: as in `fastgeo.optimize`.
         progress: show a progress bar.
 
@@ -64,7 +79,7 @@ def train_ends(
 
     Raises:
         ValueError: a batch size or epoch count that leaves fewer than two steps, or a loss or
-            gradient that stops being finite.
+            gradient that stops being finite, or cuda_graph=True for a step that cannot be captured.
     """
     steps = training_steps(data, training)
     states: States = []
@@ -88,7 +103,7 @@ def train_ends(
         stacked[name] = stacked[first.setdefault(parameter, name)]  # tied ones stay tied
     trained = [name for parameter, name in first.items() if parameter.requires_grad]
     weights = [stacked[name].requires_grad_() for name in trained]
-    choice = EngineChoice(module, forward, work="training", on_choice=on_choice)
+    losses = _Losses(module, stacked, forward, cuda_graph, data.device, on_choice)
 
     optimizer = torch.optim.SGD(
         weights, training.train_lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
@@ -107,6 +122,7 @@ def train_ends(
     lower = f"lower train_lr (now {training.train_lr})"
     with (
         seeded(seeds[0], data.device),
+        matmul_precision(forward.precision),
         tqdm(total=steps * images, desc="train", unit="img", disable=not progress) as bar,
     ):
         if saved is not None:
@@ -116,34 +132,45 @@ def train_ends(
             _restore(optimizer, schedule, saved, trained)
             saved.set_generators()
             bar.update(first_step * images)
-        for step in range(first_step, steps):
+        step, count = first_step, 1
+        while step < steps:
             if checkpoints is not None:
                 checkpoints.reached(_state(step, stacked, trained, optimizer, schedule, batches))
-            drawn = [
-                (on_device(inputs, data.device), labels.to(data.device))
-                for inputs, labels in map(next, batches)
-            ]
-            if choice.chosen is None:
-                one = {name: tensor[:1].detach() for name, tensor in stacked.items()}
-                first_input = each_tensor(lambda tensor: tensor[None], drawn[0][0])
-                choice.prepare(one, first_input, per_point=True, points=len(seeds))
-            given = stacked, drawn, forward.mask, step == first_step
-            loss = choice.run(partial(_losses, *given))  # [K]
-            if why := _why_not_finite(module, stacked, drawn, loss):
-                if checkpoints is not None and not loss.isfinite().all():
+            kept = [] if on_step is None else _unstack(stacked)
+            found: list[Tensor] = []
+            started, rates, why = time.monotonic(), [], ""
+            while len(found) < min(count, steps - step) and not why:
+                drawn = [
+                    (on_device(inputs, data.device), labels.to(data.device))
+                    for inputs, labels in map(next, batches)
+                ]
+                found.append(losses(drawn))
+                rates.append(schedule.get_last_lr()[0])
+                if losses.at_once == 1:
+                    why = _why_not_finite(module, stacked, drawn, found[0])
+                if not why:
+                    optimizer.step()
+                if step + len(found) < steps:
+                    schedule.step()
+            loss = torch.stack(found).cpu()  # [steps, K]; here the host waits
+            finite = loss.isfinite().all(1).tolist()
+            good = 0 if why else (finite + [False]).index(False)
+            for values, lr in zip(loss[:good].tolist(), rates, strict=False):
+                metrics = {"step": step, "loss": values, "lr": lr}
+                if checkpoints is not None:
+                    checkpoints.record(metrics)
+                if on_step is not None:
+                    on_step(metrics, kept)
+                step += 1
+            if good < len(found):
+                if checkpoints is not None and not finite[0]:
                     checkpoints.distrust()
+                why = why or _which_not_finite(loss[good])
                 raise ValueError(f"training stopped at step {step} of {steps}: {why}; {lower}")
-            metrics = {"step": step, "loss": loss.tolist(), "lr": schedule.get_last_lr()[0]}
-            if checkpoints is not None:
-                checkpoints.record(metrics)
-            if on_step is not None:
-                on_step(metrics, _unstack(stacked))
-            optimizer.step()
-            if step < steps - 1:
-                schedule.step()
-            bar.update(images)
-            bar.set_postfix_str(f"loss {loss.mean():.3f} nats", refresh=False)
-    choice.finish()
+            count = paced(losses.at_once, (time.monotonic() - started) / len(found))
+            bar.update(len(found) * images)
+            bar.set_postfix_str(f"loss {loss[-1].mean():.3f} nats", refresh=False)
+    losses.choice.finish()
     if not all_finite(stacked.values()):
         name, k = first_not_finite(stacked)
         raise ValueError(f"{name} of network {LETTERS[k]} is not finite after training; {lower}")
@@ -193,30 +220,97 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _losses(
-    stacked: dict[str, Tensor],
-    drawn: Sequence[Batch],
-    mask: str | None,
-    check: bool,
-    engine: Engine,
-) -> Tensor:
-    """[K] nats, the mean loss of every network on its batch; leaves the gradient of their sum."""
-    for tensor in stacked.values():
-        tensor.grad = None
-    losses = []
-    for part in _alike(engine.chunks(len(drawn)), drawn):
-        own = _stacked([inputs for inputs, _ in drawn[part]])
-        labels = torch.stack([labels for _, labels in drawn[part]])  # [k, B, ...]
-        outputs = engine.network(part_of(stacked, part), own, per_point=True)  # [k, B, ..., C]
-        logits = logits_of(outputs)
-        counted = rows_that_count(own, None, mask)
-        rows = label_rows("training data", labels, outputs[None], counted, check=check)
-        loss = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none").view(len(logits), -1)
-        count = (rows != IGNORED).view_as(loss).sum(1).clamp(min=1)
-        loss = loss.mean(1) * (loss.shape[1] / count.to(loss))  # 1 where all count: bit for bit
-        loss.sum().backward()
-        losses.append(loss.detach())
-    return torch.cat(losses)
+class _Losses:
+    """The mean loss of every network on its batch; leaves the gradient of their sum.
+
+    Args:
+        stacked: name -> [K, ...], whose gradients are wanted.
+        capture: as `cuda_graph` of `train_ends`.
+
+    Attributes:
+        choice: of the engine.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stacked: dict[str, Tensor],
+        forward: Forward,
+        capture: bool | None,
+        device: torch.device,
+        on_choice: Callable[[dict], None] | None,
+    ):
+        self._module, self._stacked, self._forward = module, stacked, forward
+        self._device, self._on_choice = device, on_choice
+        self._must, self._captures = bool(capture), captures(capture, forward, device)
+        self._replay: Replay | None = None
+        self.choice = self._new_choice()
+
+    @property
+    def at_once(self) -> int:
+        """How many steps are read together, at most."""
+        return AT_ONCE if self._captures else 1
+
+    def __call__(self, drawn: list[Batch]) -> Tensor:
+        """[K] nats of K batches."""
+        first = not self.choice.has_begun
+        if first:
+            try:
+                self._prepare(drawn)
+            except NotCaptured:
+                if self._must:
+                    raise
+                self._captures = False
+                self.choice = self._new_choice()
+                self._prepare(drawn)
+        if first or not self._captures:
+            return self.choice.run(lambda engine: self._run(engine, drawn, check=first))[0]
+        if self._replay is None:
+            self._replay = Replay(self._captured, self._device, [])
+        loss, gradients = self._replay(drawn)
+        for tensor, gradient in zip(self._stacked.values(), gradients, strict=True):
+            tensor.grad = gradient
+        return loss.clone()
+
+    def _new_choice(self) -> EngineChoice:
+        how = captured_forward(self._forward, self._device) if self._captures else self._forward
+        return EngineChoice(self._module, how, work="training", on_choice=self._on_choice)
+
+    def _prepare(self, drawn: list[Batch]) -> None:
+        one = {name: tensor[:1].detach() for name, tensor in self._stacked.items()}
+        inputs = each_tensor(lambda tensor: tensor[None], drawn[0][0])
+        try:
+            self.choice.prepare(one, inputs, per_point=True, points=len(drawn))
+        except ValueError as error:
+            raise NotCaptured(str(error)) if self._captures else error from error
+        if self._captures and self.choice.chosen is not None:
+            check_capturable(self.choice.chosen.network)
+
+    def _captured(self, drawn: list[Batch]) -> tuple[Tensor, list[Tensor | None]]:
+        assert self.choice.chosen is not None  # it was named, so it is known at once
+        return self._run(self.choice.chosen, drawn, check=False)
+
+    def _run(
+        self, engine: Engine, drawn: list[Batch], *, check: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """[K] nats, and the gradients of all stacked tensors."""
+        for tensor in self._stacked.values():
+            tensor.grad = None
+        losses = []
+        for part in _alike(engine.chunks(len(drawn)), drawn):
+            own = _stacked([inputs for inputs, _ in drawn[part]])
+            labels = torch.stack([labels for _, labels in drawn[part]])  # [k, B, ...]
+            outputs = engine.network(part_of(self._stacked, part), own, per_point=True)
+            logits = logits_of(outputs)  # [k, B, ..., C]
+            counted = rows_that_count(own, None, self._forward.mask)
+            rows = label_rows("training data", labels, outputs[None], counted, check=check)
+            loss = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none")
+            loss = loss.view(len(logits), -1)
+            count = (rows != IGNORED).view_as(loss).sum(1).clamp(min=1)
+            loss = loss.mean(1) * (loss.shape[1] / count.to(loss))  # 1 where all count: bit for bit
+            loss.sum().backward()
+            losses.append(loss.detach())
+        return torch.cat(losses), [tensor.grad for tensor in self._stacked.values()]
 
 
 def _alike(chunks: Sequence[slice], drawn: Sequence[Batch]) -> Iterator[slice]:
@@ -234,17 +328,22 @@ def _why_not_finite(
     module: nn.Module, stacked: dict[str, Tensor], drawn: Sequence[Batch], loss: Tensor
 ) -> str:
     """The loss or gradient that is not finite, in words; empty if there is none."""
-    if not loss.isfinite().all():
+    if which := _which_not_finite(loss):
         k = int((~loss.isfinite()).nonzero()[0])
         state = {name: tensor[k] for name, tensor in stacked.items()}
-        return (
-            f"the loss of network {LETTERS[k]} is {loss[k].item()}, since "
-            f"{where(module, state, drawn[k][0])}"
-        )
+        return f"{which}, since {where(module, state, drawn[k][0])}"
     gradients = {name: t.grad for name, t in stacked.items() if t.grad is not None}
     if not all_finite(gradients.values()):
         name, k = first_not_finite(gradients)
         return f"the gradient of {name} of network {LETTERS[k]} is not finite"
+    return ""
+
+
+def _which_not_finite(loss: Tensor) -> str:
+    """The first network whose loss is not finite, in words; empty if there is none."""
+    for k, value in enumerate(loss.tolist()):
+        if not math.isfinite(value):
+            return f"the loss of network {LETTERS[k]} is {value}"
     return ""
 
 

@@ -12,7 +12,7 @@ from fastgeo import Forward, Path, evaluate, models, optimize
 from fastgeo.app.cli import main
 from fastgeo.data.images import load
 from fastgeo.data.inputs import Passes
-from fastgeo.step import steps
+from fastgeo.step.capture import Replay
 from fastgeo.step.steps import Steps
 
 pytestmark = pytest.mark.gpu
@@ -85,7 +85,7 @@ def test_a_captured_step_is_the_step_that_was_captured(monkeypatch, precision, c
     paths = []
     for capture in (False, True):
         if not capture:
-            monkeypatch.setattr(steps._Captured, "_capture", lambda self: None)
+            monkeypatch.setattr(Replay, "_capture", lambda self: None)
         batches = digits.shuffled(64, torch.Generator().manual_seed(0))
         how = settings(precision=precision, chunk=chunk)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
@@ -128,7 +128,7 @@ def test_a_replayed_step_never_waits_for_the_device_and_moves_nothing_before_it_
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(10):
-            replayed._replay()
+            replayed.replay.again()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (replayed._energies[:11] > 0).all() and (replayed._energies[11:] == 0).all()

@@ -92,6 +92,81 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_states(dataset
     assert all(tensor.isfinite().all() for end in kept[0] for tensor in end.values())
 
 
+@pytest.fixture
+def read_together(monkeypatch):
+    """Captured steps, in the form that they have without a GPU, read three at a time."""
+    monkeypatch.setattr("fastgeo.train.AT_ONCE", 3)
+    return dict(forward=Forward(engine="stacked"), cuda_graph=True)
+
+
+def test_captured_steps_are_those_taken_one_by_one(dataset, read_together):
+    logs, ends = ([], []), []
+    for graph, log in zip((False, True), logs, strict=True):
+        how = read_together | {"cuda_graph": graph}
+        told = lambda metrics, states: log.append((metrics, states))  # noqa: B023, E731
+        ends.append(train_ends(make_module, dataset, (0, 1), CONFIG, on_step=told, **how))
+    for one, other in zip(*ends, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [metrics for metrics, _ in logs[0]] == [metrics for metrics, _ in logs[1]]
+    for step in range(20):  # the first is looked at by itself
+        first = 0 if step == 0 else step - (step - 1) % 3
+        expected, given = logs[0][first][1][1], logs[1][step][1][1]
+        assert torch.equal(expected["conv1.weight"], given["conv1.weight"])
+
+
+def test_captured_steps_take_batches_of_any_form(read_together):
+    """A padded batch now and then, of which one gradient must not be taken for another's."""
+    x, y = torch.randn(24, 5), torch.arange(24) % 3
+    batches = [(x[:9], y[:9]), (x[9:18], y[9:18]), (x[18:], y[18:]), (x[:9], y[3:12])]
+    data = loader_data((batches, batches))
+    config = Training(epochs=4, train_batch_size=9, train_lr=0.1)
+    ends = [
+        train_ends(
+            lambda: nn.Linear(5, 3), data, (0, 1), config, **read_together | {"cuda_graph": graph}
+        )
+        for graph in (False, True)
+    ]
+    for one, other in zip(*ends, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_captured_training_is_stopped_by_a_loss_that_is_not_finite(dataset, read_together):
+    kept, config = [], replace(CONFIG, train_lr=1e30)
+    words = r"stopped at step [1-3] of 20: the loss of network [ab] is (nan|inf); lower train_lr"
+    with pytest.raises(ValueError, match=words) as error:
+        told = lambda metrics, _: kept.append(metrics["step"])  # noqa: E731
+        train_ends(make_module, dataset, (0, 1), config, on_step=told, **read_together)
+    assert f"step {len(kept)} of" in str(error.value) and kept == list(range(len(kept)))
+
+
+def test_what_cannot_be_captured_is_said_or_trained_step_by_step(dataset, monkeypatch):
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() > -1e9 else -x)
+
+    make = lambda: Reads(nn.Flatten(), nn.Linear(64, 10))  # noqa: E731
+    with pytest.raises(ValueError, match="Reads reads numbers back from the device, .*sum"):
+        train_ends(make, dataset, (0, 1), CONFIG, cuda_graph=True)
+    expected = train_ends(make, dataset, (0, 1), CONFIG)
+    monkeypatch.setattr("fastgeo.train.captures", lambda *_: True)  # as on a GPU by default
+    got = train_ends(make, dataset, (0, 1), CONFIG, forward=Forward(engine="stacked"))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ends_that_are_trained_in_bf16_are_as_good_as_other_seeds(dataset):
+    """Their losses at the end are within what another seed changes."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        log = []
+        how = dict(forward=Forward(engine="stacked", precision=precision), on_step=log.append)
+        how["on_step"] = lambda metrics, _: log.append(metrics["loss"])  # noqa: B023
+        train_ends(make_module, dataset, range(6), replace(CONFIG, epochs=12), **how)
+        found[precision] = torch.tensor(log[-10:]).mean(0)
+    exact, half = found["fp32"], found["bf16"]
+    assert not torch.equal(exact, half)
+    assert (half - exact).mean().abs() < exact.std()
+
+
 @pytest.mark.parametrize("epochs, batch_size", [(2, 80), (2, 16), (3, 50)])
 def test_a_handful_of_steps_is_enough(dataset, epochs, batch_size):
     log = []

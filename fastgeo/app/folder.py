@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fastgeo.app import preflight, report
 from fastgeo.app.config import Config, Drawing, Format, Pace, about, flag
 from fastgeo.app.given import Given, State, with_absolute_files
-from fastgeo.forward.options import Forward
+from fastgeo.forward.options import Forward, way
 from fastgeo.store import lock
 from fastgeo.store.checkpoint import Checkpoints
 from fastgeo.store.files import (
@@ -59,6 +59,9 @@ READS = {
     "evaluate": (*MATCHED, "path.safetensors"),
     "plot": (*WEIGHTS, "metrics.jsonl", "report.json"),
 }
+
+
+CHOSEN = ("engine", "channels_last", "chunk", "precision")  # of an engine
 
 
 class Run:
@@ -342,13 +345,11 @@ class Run:
         """How a stage evaluates networks, as before if it chose on this device, and what is to be
         told of a choice."""
         known, device = self.engines.get(stage, {}), str(self.given.device)
-        forward = self.config.forward_in_fp32
-        if stage == "optimize":
-            forward = self.config.forward
-            if known.get("points") != self.config.path.points - 2:
-                known = {}  # of a coarser path
+        forward = self.config.forward_of(stage)
+        if stage == "optimize" and known.get("points") != self.config.path.points - 2:
+            known = {}  # of a coarser path
         if known.get("device") == device:
-            chosen = {name: known[name] for name in ("engine", "channels_last", "chunk")}
+            chosen = {name: known[name] for name in CHOSEN}
             forward = replace(forward, **chosen, memory_budget=None)
 
         def on_choice(choice: dict) -> None:
@@ -356,10 +357,8 @@ class Run:
             self.save_config()
             if seconds := choice["seconds"]:
                 times = "; ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items())
-                ways = [choice["engine"]]
-                ways += ["channels-last"] if choice["channels_last"] else []
-                ways += [f"{choice['chunk']} at a time"] if choice["chunk"] else []
-                tqdm.write(f"{stage}: engine {', '.join(ways)} was chosen ({times})")
+                chosen = way(**{name: choice[name] for name in CHOSEN})
+                tqdm.write(f"{stage}: engine {chosen} was chosen ({times})")
 
         return forward, None if known else on_choice
 

@@ -200,7 +200,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _engine_rows(report: Mapping) -> Iterable[list[str]]:
-    yield ["stage", "engine", "channels-last", "networks at a time", "measured, ms"]
+    yield ["stage", "engine", "channels-last", "networks at a time", "precision", "measured, ms"]
     for stage, choice in report["engines"].items():
         times = (f"{name} {1e3 * s:.0f}" for name, s in choice["seconds"].items())
         yield [
@@ -208,6 +208,7 @@ def _engine_rows(report: Mapping) -> Iterable[list[str]]:
             choice["engine"],
             "yes" if choice["channels_last"] else "no",
             str(choice["chunk"] or "all"),
+            choice["precision"],
             "; ".join(times) or "none, since it was named",
         ]
 

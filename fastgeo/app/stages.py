@@ -58,6 +58,7 @@ def train(run: Run) -> None:
                 states = train_ends(
                     *(run.given.new_module, run.given.dataset, c.ends.seeds, c.training),
                     forward=forward,
+                    cuda_graph=c.path.cuda_graph,
                     on_choice=on_choice,
                     on_step=on_step,
                     checkpoints=checkpoints,
@@ -128,7 +129,7 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
                 path,
                 given.module,
                 given.dataset.in_order("train", c.path.batch_size),
-                forward=c.forward_in_fp32,
+                forward=c.forward_of("evaluate"),
                 progress=not run.quiet,
             )
         path.save(run.file("path.safetensors"))
@@ -247,7 +248,7 @@ def profile(
     order = torch.Generator().manual_seed(c.path.path_seed)
     batches = given.dataset.shuffled(c.path.batch_size, order)
     inputs, _ = next(batches)
-    forward = chosen_forward(module, path, inputs, replace(c.forward, precision="fp32"))
+    forward = chosen_forward(module, path, inputs, c.forward)
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
     setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {given.batch_size}"
     print(f"\n{setting}\n\n{table(rows)}\n\n{LEGEND}\n", flush=True)

@@ -22,7 +22,8 @@ class Forward:
         memory_budget: of an optimisation step; choose the chunk so that the activations kept for
             the backward pass take at most so many bytes: a number, or a string as in "8GiB".
         precision: "fp32", "tf32" or "bf16" as in `fastgeo.stack`, of the backward pass, too.
-            Weights stay in their own dtype, and divergences and losses in fp32.
+            Weights stay in their own dtype, and divergences and losses in fp32. "auto" is fp32, or
+            bf16 where the processor multiplies in it, networks are stacked, and that was faster.
         batchnorm: "refuse", or "recalibrate" for networks with BatchNorm, or with other buffers
             that they update by themselves in train mode: training updates those of each; along a
             path they are computed anew from training data (`fastgeo.recalibrate`), and optimisation
@@ -41,7 +42,7 @@ class Forward:
     channels_last: bool | None = None
     chunk: int | None = None
     memory_budget: int | str | None = None
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "auto"] = "fp32"
     batchnorm: Literal["refuse", "recalibrate"] = "refuse"
     output: str = "logits"
     mask: str | None = None
@@ -53,6 +54,13 @@ class Forward:
             raise ValueError("chunk and memory_budget both bound the memory; give one of them")
         if self.memory_budget is not None:
             bytes_of(self.memory_budget)
+
+
+def way(engine: str, channels_last: bool | None, chunk: int | None, precision: str) -> str:
+    """How networks are evaluated, in words: "stacked, channels-last, 4 at a time, bf16"."""
+    layout = ", channels-last" if channels_last else ""
+    few = f", {chunk} at a time" if chunk else ""
+    return f"{engine}{layout}{few}" + (", bf16" if precision == "bf16" else "")
 
 
 def bytes_of(memory: int | str) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgeo.data.inputs import Inputs, each_tensor, first_few, tensors_of
-from fastgeo.forward.options import Forward
+from fastgeo.forward.options import Forward, way
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
 from fastgeo.profiling import baselines
@@ -23,7 +23,7 @@ from fastgeo.profiling.measure import (
     quantiles,
 )
 from fastgeo.stacking.module import channels_last_is_unsafe
-from fastgeo.stacking.precision import matmul_precision
+from fastgeo.stacking.precision import matmul_precision, multiplies_in_bf16
 from fastgeo.step.descent import Descent
 
 CHECKED = 32  # inputs on which every implementation is checked
@@ -72,7 +72,8 @@ def compare(
         repeats: measurements of each implementation, which take turns.
         steps: steps in one measurement.
         compiled: also the loop over compiled modules.
-        improved: also the loop in channels-last, under vmap, and on GPUs in bf16.
+        improved: also the loop in channels-last and under vmap, and in bf16 what fastgeo chooses
+            where the processor multiplies in it, and on GPUs the loop.
         forward: how fastgeo evaluates networks; by default what engine="auto" chooses.
 
     Returns:
@@ -136,7 +137,7 @@ def chosen_forward(
         cuda_graph=False,
         on_choice=choices.append,
     )
-    chosen = {name: choices[0][name] for name in ("engine", "channels_last", "chunk")}
+    chosen = {name: choices[0][name] for name in ("engine", "channels_last", "chunk", "precision")}
     return replace(forward, **chosen, memory_budget=None)
 
 
@@ -154,9 +155,7 @@ def fastest_matmul(device: torch.device) -> float:
 
 def described(forward: Forward) -> str:
     """The engine in words."""
-    layout = ", channels-last" if forward.channels_last else ""
-    chunk = f", {forward.chunk} at a time" if forward.chunk else ""
-    return f"{forward.engine}{layout}{chunk}"
+    return way(forward.engine, forward.channels_last, forward.chunk, forward.precision)
 
 
 def _implementations(
@@ -192,9 +191,11 @@ def _implementations(
         for name, baseline in (make | bfloat16).items()
     }
     stacked = Forward(engine="stacked")
-    if improved and described(forward) != described(stacked):
-        found["fastgeo, stacked"] = _fastgeo(module, path, inputs, stacked)
-    found[f"fastgeo, {described(forward)}"] = _fastgeo(module, path, inputs, forward)
+    ways = [stacked, forward] if improved else [forward]
+    if improved and multiplies_in_bf16(path.device):
+        ways.append(chosen_forward(module, path, inputs, Forward(precision="bf16")))
+    for how in ways:
+        found[f"fastgeo, {described(how)}"] = _fastgeo(module, path, inputs, how)
     return found
 
 
@@ -240,7 +241,8 @@ def _fastgeo(module: nn.Module, path: Path, inputs: Inputs, forward: Forward) ->
         # From one batch to the next there is a step; the first of them is to warm up.
         return (times[-1] - times[1]) / steps
 
-    return Implementation(step, seconds)
+    dtype = torch.bfloat16 if forward.precision == "bf16" else torch.float32
+    return Implementation(step, seconds, dtype)
 
 
 def _error(implementation: Implementation, module: nn.Module, path: Path, inputs: Inputs) -> float:

@@ -25,9 +25,21 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be {', '.join(PRECISIONS)}, got {precision!r}")
 
 
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether a processor has units for products of bf16 numbers."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units: Any = torch.cpu
+    return units._is_amx_tile_supported() or units._is_avx512_bf16_supported()
+
+
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """fp32 products on a GPU as they are, or rounded to TF32, for a while; a CPU has no TF32."""
+    """fp32 products on a GPU as they are, or rounded to TF32, for a while; a CPU has no TF32.
+
+    Args:
+        precision: "tf32", or anything else for products as they are.
+    """
     backends: Any = torch.backends  # whose stubs lack these settings
     older = backends.cuda.matmul, backends.cudnn
     newer = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn

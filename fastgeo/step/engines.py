@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fastgeo.data.inputs import Inputs, each_tensor, tensors_of
 from fastgeo.forward.modes import evaluation_mode
-from fastgeo.forward.options import Forward, bytes_of, size_of
+from fastgeo.forward.options import Forward, bytes_of, size_of, way
 from fastgeo.forward.standin import Unsupported
 from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
-from fastgeo.stacking.precision import matmul_precision
+from fastgeo.stacking.precision import matmul_precision, multiplies_in_bf16
 from fastgeo.stacking.stacked import first_line
 from fastgeo.step.agreement import (
     check_agreement,
@@ -56,9 +56,13 @@ class Engine:
     chunk: int | None = None
 
     def __str__(self) -> str:
-        layout = ", channels-last" if self.network.channels_last else ""
-        chunk = f", {self.chunk} at a time" if self.chunk else ""
-        return f"{self.network.engine}{layout}{chunk}"
+        how = self.network
+        return way(how.engine, how.channels_last, self.chunk, how.precision)
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What an engine that was checked has in common with others: operations, and numbers."""
+        return self.network.engine, "bf16" if self.network.precision == "bf16" else "fp32"
 
     def chunks(self, n: int) -> list[slice]:
         """N networks in consecutive parts."""
@@ -117,8 +121,9 @@ class EngineChoice:
         self.module, self.forward, self.work, self.on_choice = module, forward, work, on_choice
         budget = forward.memory_budget
         self._budget = None if budget is None else bytes_of(budget)
-        self._stacked = self._network(forward.engine, False, forward.precision)
-        self._agrees: dict[str, str] | None = None  # engine -> why it does not, "" if it does
+        first = "fp32" if forward.precision == "auto" else forward.precision
+        self._stacked = self._network(forward.engine, False, first)
+        self._agrees: dict[tuple, str] | None = None  # kind -> why it does not, "" if it does
         self.chosen: Engine | None = None
         self._points = 0
         self._visits: dict[Engine, list[float]] = {}  # seconds
@@ -146,19 +151,19 @@ class EngineChoice:
                 not compute what the module computes, or a network that is random in evaluation
                 mode or gives probabilities.
         """
-        if self.chosen or self._visits:
+        if self.has_begun:
             return
         self._points = points
         images = any(tensor.ndim == 4 + per_point for tensor in tensors_of(inputs))
-        on_gpu = next(iter(params.values())).is_cuda
-        candidates = list(self._candidates(images, on_gpu, points))
+        device = next(iter(params.values())).device
+        candidates = list(self._candidates(images, device, points))
         loop = self._network("loop", False, "fp32")
         with evaluation_mode(self.module):
             few, scale = few_of(loop, params, inputs, per_point)
             if self._agrees is None:
                 self._look_at_one(loop, params, few, per_point)
                 self._agrees = self._checked(candidates, params, few, per_point, most or points)
-        agreeing = [e for e in candidates if not self._agrees.get(e.network.engine)]
+        agreeing = [engine for engine in candidates if not self._agrees.get(engine.kind)]
         for engine in agreeing or candidates[-1:]:
             if self._budget is not None:
                 given = engine.network, params, inputs, per_point
@@ -170,6 +175,11 @@ class EngineChoice:
             self._visits[engine] = []
         if len(self._visits) == 1:
             self._choose()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether candidates were lined up."""
+        return bool(self.chosen or self._visits)
 
     def next_level(self) -> None:
         """The work goes on with other numbers of networks: choose again, of what agrees."""
@@ -199,29 +209,40 @@ class EngineChoice:
             return result
         return work(self.chosen)
 
-    def _candidates(self, images: bool, on_gpu: bool, points: int) -> Iterator[Engine]:
+    def _candidates(self, images: bool, device: torch.device, points: int) -> Iterator[Engine]:
         """In the order of preference where times are alike."""
-        own = self._stacked.engine
-        few = FEW if points > FEW else None
+        own, how = self._stacked.engine, self.forward
+        on_gpu, few = device.type == "cuda", FEW if points > FEW else None
         choice = images and not on_gpu and not channels_last_is_unsafe(self.module)
         layouts = [True, False] if choice else [False]
-        how = self.forward
-        ways: list[tuple[str, bool, int | None]]
-        if how.engine != "auto":
-            ways = [(own, False, None)]
-        elif how.precision == "bf16":  # which that engine alone can
-            ways = [(own, layout, k) for k in (None, few) for layout in layouts]
-        else:
-            ways = [(own, False, None), (own, layouts[0], few)]
-            if on_gpu and own == "stacked":
-                ways.append(("vmap", False, None))
-            ways += [("loop", layout, few) for layout in layouts]
-        if how.channels_last is not None:
-            ways = [(name, how.channels_last, chunk) for name, _, chunk in ways]
-        if how.chunk is not None:
-            ways = [(name, layout, how.chunk) for name, layout, _ in ways]
-        for name, channels_last, chunk in dict.fromkeys(ways):
-            yield Engine(self._network(name, channels_last, how.precision), chunk)
+        found: list[tuple[str, bool, int | None, str]] = []
+        if how.precision != "bf16":
+            ways: list[tuple[str, bool, int | None]] = [(own, False, None)]
+            if how.engine == "auto":
+                ways.append((own, layouts[0], few))
+                if on_gpu and own == "stacked":
+                    ways.append(("vmap", False, None))
+                ways += [("loop", layout, few) for layout in layouts]
+            exact = "tf32" if how.precision == "tf32" and on_gpu else "fp32"
+            found += [(*each, exact) for each in ways]
+        units = how.precision == "auto" and own == "stacked" and multiplies_in_bf16(device)
+        if how.precision == "bf16" or units:  # which that engine alone can
+            free = how.engine == "auto"
+            found += [
+                (own, layout, k, "bf16")
+                for k in ((None, few) if free else (None,))
+                for layout in (layouts if free else (False,))
+            ]
+        for name, layout, chunk, precision in dict.fromkeys(
+            (
+                name,
+                layout if how.channels_last is None else how.channels_last,
+                chunk if how.chunk is None else how.chunk,
+                precision,
+            )
+            for name, layout, chunk, precision in found
+        ):
+            yield Engine(self._network(name, layout, precision), chunk)
 
     def _network(self, engine: str, channels_last: bool, precision: str) -> StackedModule:
         return StackedModule(
@@ -250,27 +271,27 @@ class EngineChoice:
         few: Inputs,
         per_point: bool,
         points: int,
-    ) -> dict[str, str]:
-        """Of each engine that is no loop, whether it computes what the module computes, and its
-        gradients, for as many networks as it is to evaluate at once: "", or why it does not.
+    ) -> dict[tuple, str]:
+        """Of each kind of engine that is no loop, whether it computes what the module computes, and
+        its gradients, for as many networks as it is to evaluate at once: "", or why it does not.
 
         Raises:
             ValueError: an engine was named, and does not.
         """
-        largest: dict[str, tuple[int, StackedModule]] = {}
+        largest: dict[tuple[str, str], tuple[int, StackedModule]] = {}
         for engine in candidates:
-            kind, size = engine.network.engine, min(engine.chunk or points, points)
-            if kind != "loop" and size > largest.get(kind, (0,))[0]:
-                largest[kind] = size, engine.network
+            size = min(engine.chunk or points, points)
+            if engine.network.engine != "loop" and size > largest.get(engine.kind, (0,))[0]:
+                largest[engine.kind] = size, engine.network
         # TF32 moves so many numbers over the kinks of ReLUs that it would hide an error: the same
         # operations are compared without it.
-        precision = "bf16" if self.forward.precision == "bf16" else "fp32"
         loop = self._network("loop", False, "fp32")
-        found: dict[str, str] = {}
+        found: dict[tuple, str] = {}
         gradients = self.work != "evaluation"
         known = _known(self.module)
         for kind, (size, network) in largest.items():
-            same = (kind, precision, self.forward.batchnorm, self.forward.output, per_point)
+            name, precision = kind
+            same = (*kind, self.forward.batchnorm, self.forward.output, per_point)
             before = known.get(same, (0, False))
             if before[0] >= size and (before[1] or not gradients):
                 found[kind] = ""
@@ -283,14 +304,15 @@ class EngineChoice:
                 with matmul_precision("fp32"):
                     expected = outputs_and_gradients(loop, *given, gradients=gradients)
                     if network.precision != precision:
-                        network = self._network(kind, network.channels_last, precision)
+                        network = self._network(name, network.channels_last, precision)
                     got = outputs_and_gradients(network, *given, gradients=gradients)
                     check_agreement(got, expected, precision)
                 found[kind], known[same] = "", (size, gradients)
             except Exception as error:  # noqa: BLE001 - as in `run`
                 if self.forward.engine != "auto" or isinstance(error, Unsupported):
                     raise
-                found[kind] = self._failed[kind] = first_line(error)
+                shown = way(name, False, None, precision)
+                found[kind] = self._failed[shown] = first_line(error)
         return found
 
     def _affordable(
@@ -359,6 +381,7 @@ class EngineChoice:
                     "engine": self.chosen.network.engine,
                     "channels_last": self.chosen.network.channels_last,
                     "chunk": self.chosen.chunk,
+                    "precision": self.chosen.network.precision,
                     "points": self._points,
                     "seconds": {str(engine): s for engine, s in seconds.items()},
                     "failed": self._failed,

@@ -1,20 +1,25 @@
 """Steps over a stream of batches: one by one, or on a GPU many that the host does not look at."""
 
-import gc
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from fastgeo_kernels import path_js_div
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, Passes, on_device
 from fastgeo.data.outputs import logits_of, rows_that_count
 from fastgeo.forward.options import Forward
 from fastgeo.path import Path
+from fastgeo.step.capture import (
+    AT_ONCE,
+    NotCaptured,
+    Replay,
+    captured_forward,
+    captures,
+    check_capturable,
+)
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
 from fastgeo.step.energy import EndLogits, cross_entropies
@@ -23,9 +28,6 @@ from fastgeo.step.memory import path_work
 from fastgeo.step.nodes import Grid, Nodes
 from fastgeo.step.phases import phase
 from fastgeo.step.step import Batch, Step
-
-AT_ONCE = 50  # captured steps that the host reads together
-WARM_UP = 3  # steps before a capture, in which libraries choose and compile what they run
 
 
 class Taken(NamedTuple):
@@ -86,10 +88,7 @@ class Steps:
         self._ends: EndLogits | None = None
         self._last: Batch | None = None
         self.generator = torch.Generator().manual_seed(torch.initial_seed())
-        self._must, self._captures = bool(capture), bool(capture)
-        if capture is None:
-            stackable = forward.engine in ("auto", "stacked") and forward.batchnorm == "refuse"
-            self._captures = device.type == "cuda" and stackable
+        self._must, self._captures = bool(capture), captures(capture, forward, device)
         self.choice = self._new_choice()
 
     @property
@@ -150,9 +149,7 @@ class Steps:
     def _new_choice(self) -> EngineChoice:
         forward = self.forward
         if self._captures:
-            on_gpu = self._device.type == "cuda"
-            layout = on_gpu if forward.channels_last is None else forward.channels_last
-            forward = replace(forward, engine="stacked", channels_last=layout)
+            forward = captured_forward(forward, self._device)
         work = path_work(self.descent.momentum)
         return EngineChoice(self.module, forward, work=work, on_choice=self._on_choice)
 
@@ -217,8 +214,7 @@ class _Captured:
     """Steps that a GPU replays from a CUDA graph, and that the host reads many at a time.
 
     What makes a step different from the next lies on the device at fixed places: the batch, the
-    rate, the grid, the number of the step, the energies. A batch of another shape than the first
-    one is done operation by operation, as all are without a GPU.
+    rate, the grid, the number of the step, the energies.
     """
 
     def __init__(self, steps: Steps):
@@ -231,9 +227,7 @@ class _Captured:
         self._lengths = torch.zeros_like(self._rates) if steps.measured else None
         self._ends: dict[str, Tensor] = {}
         self._grid: Grid | None = None
-        self._form: Any = None  # of the batch that is captured
-        self._batch: list[Tensor] = []
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Replay[None] | None = None
 
     def take(self, rates: list[float]) -> Taken | None:
         self._rates[: len(rates)].copy_(torch.tensor(rates, dtype=self._rates.dtype))
@@ -245,20 +239,16 @@ class _Captured:
         taken = 0
         for drawn in islice(self.steps.order, len(rates)):
             batch = self.steps.batch(*drawn, look=False)
-            leaves, form = _taken_apart(batch)
-            if self._form is None:
+            if self.replay is None:
                 try:
-                    self._begin(batch, leaves, form)
+                    self._begin(batch)
                 except NotCaptured:
                     self.steps.order.put_back(drawn)
                     raise
+            assert self.replay is not None
             if self._grid is not None:
                 torch._foreach_copy_(list(self._grid), list(grids[taken]))
-            if form == self._form:
-                torch._foreach_copy_(self._batch, leaves)
-                self._replay()
-            else:
-                self._run(batch)
+            self.replay(batch)
             self.steps._last = batch
             taken += 1
         if not taken:
@@ -274,65 +264,27 @@ class _Captured:
         counts = None if counts is None else counts[:good]
         return Taken(energies[:good], lengths, why, unsound=good == 0, counts=counts)
 
-    def warm_up(self) -> None:
-        """Steps that leave everything as it was."""
-        changed = [*self.step.memory(), self._turn]
-        kept = [tensor.clone() for tensor in changed]
-        for _ in range(WARM_UP):
-            self._turn.zero_()
-            self._run(self._held())
-        for tensor, before in zip(changed, kept, strict=True):
-            tensor.copy_(before)
-
-    def _begin(self, batch: Batch, leaves: list[Tensor], form: Any) -> None:
-        """Choose the engine, and capture the step of a batch like this."""
+    def _begin(self, batch: Batch) -> None:
+        """Choose the engine, and make what replays the step of a batch like this."""
         path = self.step.path
         try:
             self.steps.prepare(batch.inputs)
         except ValueError as error:
             raise NotCaptured(str(error)) from error
         network = self._engine().network
-        for line in network.reads():
-            name = type(network.module).__name__
-            raise NotCaptured(f"{name} reads numbers back from the device, {line}")
-        if self.steps.forward.precision == "bf16":
+        check_capturable(network)
+        if network.precision == "bf16":
             self.step.keep_half(network.parameters_in_half())
         evaluated = self.step.evaluated.interior
         self._ends = {
             name: torch.stack([t, path.end[name]]).to(evaluated.get(name, t).dtype)
             for name, t in path.start.items()
         }
-        self._form, self._batch = form, [leaf.clone() for leaf in leaves]
-        if path.device.type == "cuda":
-            self._capture()
+        self.replay = Replay(self._run, path.device, [*self.step.memory(), self._turn])
 
     def _engine(self) -> Engine:
         assert self.steps.choice.chosen is not None  # it was named, so it is known at once
         return self.steps.choice.chosen
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.warm_up()
-        torch.cuda.current_stream().wait_stream(stream)
-        gc.collect()  # or what only cycles hold stays beside the graph's own
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # nothing runs
-            self._run(self._held())
-
-    def _replay(self) -> None:
-        if self._graph is None:
-            self._run(self._held())
-        else:
-            self._graph.replay()
-
-    def _held(self) -> Batch:
-        """The batch at its fixed place."""
-        structure, others, _ = self._form
-        held = iter(self._batch)
-        leaves = [next(held) if other is Tensor else other for other in others]
-        return pytree.tree_unflatten(leaves, structure)
 
     def _run(self, batch: Batch) -> None:
         """One step, operation by operation; nothing waits for the device."""
@@ -350,15 +302,3 @@ class _Captured:
         self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
         self._energies.index_copy_(0, self._turn, energies[None].to(self._energies))
         self._turn += 1
-
-
-class NotCaptured(ValueError):
-    """Why a step cannot be captured."""
-
-
-def _taken_apart(value: Any) -> tuple[list[Tensor], Any]:
-    """All tensors in a value, and what it is beside their numbers."""
-    leaves, structure = pytree.tree_flatten(value)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    others = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tensors, (structure, others, [(t.shape, t.dtype) for t in tensors])

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -232,7 +231,7 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
     [
         (
             ["--preset", "nope"],
-            "preset must be one of digits, cifar10, paper-small, paper, got 'nope'",
+            "preset must be one of digits, cifar10, paper-small, paper, paper-fast, got 'nope'",
         ),
         (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
         (["--model", "vgg"], "model must be resnet8, .* or mlp, .*, got 'vgg'"),
@@ -610,6 +609,11 @@ def test_the_paper_preset_is_the_papers_experiment():
     assert c.descent == Descent(0.1, 0.0, "constant", precondition=False, coarse_to_fine=False)
     assert PRESETS["digits"].descent == Descent(0.1, 0.9, "linear", True, True)
     assert c.forward.precision == "fp32"
+    fast = PRESETS["paper-fast"]
+    assert (fast.path.steps, fast.descent) == (path.steps // 10, Descent())
+    assert {fast.forward_of(stage).precision for stage in ("train", "optimize")} == {"bf16"}
+    same = dict(steps=path.steps, precision="fp32", train_precision="tf32", **vars(c.descent))
+    assert fast.changed(**same) == c
 
 
 def test_every_preset_names_the_engine_with_which_a_run_repeats_itself():
@@ -623,8 +627,12 @@ def test_settings_are_told_apart_by_their_names_alone():
         len(vars(group)) for group in vars(config).values() if not isinstance(group, str)
     )
     assert config.forward.memory_budget == "8GiB" and config.path.cuda_graph is False
-    fp32 = replace(config, forward=replace(config.forward, precision="bf16")).forward_in_fp32
-    assert (fp32.precision, fp32.memory_budget, fp32.engine) == ("fp32", None, "stacked")
+    bf16 = config.changed(precision="bf16", eval_precision="fp32")
+    for stage, precision in (("train", "tf32"), ("optimize", "bf16"), ("evaluate", "fp32")):
+        forward = bf16.forward_of(stage)
+        budget = "8GiB" if stage == "optimize" else None
+        assert (forward.precision, forward.memory_budget) == (precision, budget)
+        assert forward.engine == "stacked"
     with pytest.raises(TypeError, match="there is no setting 'colour'"):
         config.changed(colour="red")
 

@@ -67,19 +67,29 @@ def test_baselines_keep_tied_weights_tied():
             torch.testing.assert_close(got["embed.weight"], other["embed.weight"])
 
 
-def test_a_row_for_each_implementation_and_none_is_wrong():
+@pytest.fixture(params=[True, False], ids=["bf16 units", "no bf16 units"])
+def units(request, monkeypatch):
+    monkeypatch.setattr(profiling, "multiplies_in_bf16", lambda _: request.param)
+    return request.param
+
+
+def test_a_row_for_each_implementation_and_none_is_wrong(units):
     module, *ends = (tiny_resnet(seed, norm="channel").float() for seed in range(3))
     path = Path.linear(*ends, 7)
     options = dict(repeats=2, steps=1, compiled=False, forward=replace(STACKED, chunk=2))
     rows = profiling.compare(module, path, images().float(), **options)
     names = [row["implementation"] for row in rows]
-    assert names == [
+    assert names[:5] == [
         "loop over modules",
         "loop, channels-last",
         "torch.func.vmap",
         "fastgeo, stacked",
         "fastgeo, stacked, 2 at a time",
     ]
+    if units:
+        assert rows[-1]["implementation"].endswith(", bf16") and float(rows[-1]["error"]) > 1e-4
+        rows = rows[:-1]
+    assert len(rows) == 5
     for row in rows:
         assert row["ms a step"]["p20"] <= row["ms a step"]["p50"] <= row["ms a step"]["p80"]
         assert float(row["error"]) < 1e-2 and row["peak MiB"] >= 0
@@ -97,6 +107,7 @@ def test_what_is_wrong_has_no_time(module, path, monkeypatch):
         return baselines.loop(*args, **options | {"lr": 0.104})  # 4 % beyond
 
     monkeypatch.setattr(baselines, "vmapped", off)
+    monkeypatch.setattr(profiling, "multiplies_in_bf16", lambda _: False)
     options = dict(repeats=1, steps=1, compiled=False, forward=STACKED)
     rows = profiling.compare(module, path, images(), **options)
     wrong = {row["implementation"]: row for row in rows if row["ms a step"] == "wrong"}

@@ -168,7 +168,7 @@ def test_warming_up_leaves_everything_as_it_was(path, module):
     steps = captured(path, module, [images()], plain(momentum=0.9))
     steps.take([0.1])
     before = [tensor.clone() for tensor in steps.step.memory()]
-    steps._way.__self__.warm_up()
+    steps._way.__self__.replay.warm_up()
     for tensor, own in zip(steps.step.memory(), before, strict=True):
         assert torch.equal(tensor, own)
     assert not steps.choice.chosen.network.not_stacked()

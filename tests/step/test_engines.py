@@ -74,6 +74,46 @@ def test_the_fastest_engine_is_chosen_after_three_turns_each(clock, fastest):
     assert record["chunk"] == (None if fastest == "stacked" else 4)
 
 
+def test_bf16_is_a_candidate_where_the_processor_has_units_for_it(clock, monkeypatch):
+    half = [
+        f"stacked{layout}{few}, bf16"
+        for few in ("", ", 4 at a time")
+        for layout in (", channels-last", "")
+    ]
+    for units in (True, False):
+        monkeypatch.setattr(engines, "multiplies_in_bf16", lambda _: units)  # noqa: B023
+        names = CANDIDATES + half * units
+        seconds = {name: 0.1 if "bf16" in name else 0.2 for name in names}
+        turns, record, name = chosen(clock, seconds, precision="auto")
+        assert turns == names * 3
+        assert name == (half[0] if units else "stacked")
+        assert record["precision"] == ("bf16" if units else "fp32")
+    monkeypatch.setattr(engines, "multiplies_in_bf16", lambda _: True)
+    seconds = {"stacked": 0.1, "stacked, bf16": 0.2}
+    turns, record, _ = chosen(clock, seconds, precision="auto", engine="stacked")
+    assert turns == list(seconds) * 3 and record["precision"] == "fp32"
+
+
+def test_precision_auto_is_one_that_has_a_name(monkeypatch):
+    """Where nothing can be measured, in a graph, it is what the processor has units for."""
+    module, a, b = (tiny_resnet(seed).float() for seed in range(3))
+    path, batches = Path.linear(a, b, 5), [images().float()]
+
+    def weight(precision, **how):
+        forward = Forward(engine="stacked", precision=precision)
+        found = optimize(path, module, batches, steps=8, descent=plain(), forward=forward, **how)
+        return found.interior["conv1.weight"]
+
+    for units in (True, False):
+        for where in ("capture", "engines"):
+            name = f"fastgeo.step.{where}.multiplies_in_bf16"
+            monkeypatch.setattr(name, lambda _: units)  # noqa: B023
+        named = weight("bf16" if units else "fp32", cuda_graph=True)
+        assert torch.equal(weight("auto", cuda_graph=True), named)
+    assert torch.equal(weight("auto"), weight("fp32"))  # no units for anything else
+    assert not torch.equal(weight("bf16"), weight("fp32"))
+
+
 def test_times_that_are_alike_leave_the_first_candidate(clock):
     seconds = dict(zip(CANDIDATES, (1.0, 0.96, 0.97, 1.2), strict=True))
     assert chosen(clock, seconds)[2] == "stacked"
@@ -189,7 +229,7 @@ def test_an_engine_and_format_that_are_named_are_not_measured(engine):
     forward = Forward(engine=engine, channels_last=True, chunk=2)
     choice = EngineChoice(tiny_resnet(), forward, on_choice=record.append)
     choice.prepare(one_network(tiny_resnet()), images(), points=5)
-    named = {"engine": engine, "channels_last": True, "chunk": 2}
+    named = {"engine": engine, "channels_last": True, "chunk": 2, "precision": "fp32"}
     assert record == [{**named, "points": 5, "seconds": {}, "failed": {}}]
 
 
