@@ -38,18 +38,25 @@ class SplitEvaluation:
         barrier: highest loss less the mean of the two ends, nats.
         barrier_above_line: highest excess of the loss of point i over the straight line between
             the losses of the ends at i / (N - 1), nats; 0 if no point is above it.
+        mean: of the loss along arc length, nats: the integral over the length of the path, which
+            is what curve finding lowers and reports (Garipov et al., "Loss Surfaces, Mode
+            Connectivity, and Fast Ensembling of DNNs", 2018, equation 1).
+        integral: of the loss along arc length, the Euclidean distance in weight space along the
+            path, nats; by the trapezoid rule on the N points.
     """
 
     loss: list[float]
     accuracy: list[float]
     barrier: float
     barrier_above_line: float
+    mean: float
+    integral: float
 
     def __repr__(self) -> str:
         return (
             f"SplitEvaluation({len(self.loss)} points: highest loss {max(self.loss):.3f} nats, "
-            f"barrier {self.barrier:.3f} nats, {self.barrier_above_line:.3f} above the line, "
-            f"lowest accuracy {100 * min(self.accuracy):.1f} %)"
+            f"mean {self.mean:.3f}, barrier {self.barrier:.3f}, above the line "
+            f"{self.barrier_above_line:.3f}, lowest accuracy {100 * min(self.accuracy):.1f} %)"
         )
 
 
@@ -164,7 +171,7 @@ def evaluate(
         path = recalibrate(path, module, unlabelled, forward=forward)
     else:
         check_buffers(path.start, path.end, module, interpolated=path.interpolated)
-    stacked = path.stacked()
+    stacked, steps = path.stacked(), path.euclidean().double()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
     results: dict[str, SplitEvaluation] = {}
     lengths: dict[str, float] = {}
@@ -188,10 +195,10 @@ def evaluate(
         if totals.count == 0:
             what = "no data" if batch is None else "no row that counts"
             raise ValueError(f"split {name!r} holds {what}")
-        results[name] = totals.split()
+        results[name] = totals.split(steps)
         lengths = lengths or totals.lengths()
     choice.finish()
-    return Evaluation(results, euclidean=path.euclidean().sum().item(), **lengths)
+    return Evaluation(results, euclidean=steps.sum().item(), **lengths)
 
 
 class _Totals:
@@ -220,8 +227,10 @@ class _Totals:
             self.square_distance = self.square_distance + distance.square().sum(1)
             self.square_chord += chord.square().sum().item()
 
-    def split(self) -> SplitEvaluation:
+    def split(self, steps: Tensor) -> SplitEvaluation:
+        """steps [E], the Euclidean lengths of the edges."""
         loss = self.loss / self.count
+        integral, length = ((loss[1:] + loss[:-1]) / 2 * steps).sum(), steps.sum()
         line = torch.linspace(0, 1, len(loss), dtype=loss.dtype, device=loss.device)
         line = torch.lerp(loss[0], loss[-1], line)
         return SplitEvaluation(
@@ -229,6 +238,8 @@ class _Totals:
             accuracy=(self.correct / self.count).tolist(),
             barrier=(loss.max() - (loss[0] + loss[-1]) / 2).item(),
             barrier_above_line=(loss - line).max().item(),
+            mean=(integral / length if length else loss[0]).item(),
+            integral=integral.item(),
         )
 
     def lengths(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ all can be told apart in grey and without red and green; widths are those of a p
 import html
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PATHS = {"linear": "line", "matched": "matched line", "geodesic": "geodesic"}
+OPTIMISED = {"geodesic": "geodesic", "bezier": "Bezier curve", "polychain": "polychain"}
+PATHS = {"linear": "line", "matched": "matched line"} | OPTIMISED
+COMPARED = {"linear": "line", "matched": "matched line", "optimised": "optimised path"}
 SPLITS = {"train": "train", "augmented_train": "augmented train", "test": "test"}
 LENGTHS = {  # name in an evaluation -> what it is called, and its unit
     "energy": ("energy Σ JSD", "nats"),
@@ -27,6 +29,14 @@ LENGTHS = {  # name in an evaluation -> what it is called, and its unit
     "fisher_rao": ("Fisher-Rao", "rad"),
     "euclidean": ("Σ‖Δθ‖", ""),
 }
+MEASURES: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    # What it is called in a table of paths, its unit, and its cell for a split. The mean, which
+    # older reports lack, is along arc length.
+    ("highest loss", "nats", lambda split: f"{max(split['loss']):.3f}"),
+    ("mean loss", "nats", lambda split: f"{split['mean']:.3f}" if "mean" in split else ""),
+    ("barrier", "nats", lambda split: f"{split['barrier']:.3f}"),
+    ("lowest acc.", "%", lambda split: f"{100 * min(split['accuracy']):.1f}"),
+)
 COLUMN = 3.4  # inches, the width of a column of a paper
 CONTOURS = 14  # bands of a plane's loss
 MARKERS = 25  # on a line, about
@@ -51,20 +61,28 @@ PALETTE = (  # of Okabe and Ito, "Color Universal Design" (2008), and grey
     Style("#CC79A7", "P", (0, (8, 2))),
     Style("#56B4E9", "X", (0, (1, 3))),
 )
-KNOWN = dict(zip(reversed(PATHS), PALETTE, strict=False))  # the geodesic has the first
+KNOWN = dict.fromkeys(OPTIMISED, PALETTE[0]) | {"matched": PALETTE[1], "linear": PALETTE[2]}
 SPLIT_DASHES = {"train": "-", "test": "--", "augmented_train": ":"}
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """A style for each of several lines; the paths of a run always have the same."""
     names = list(names)
-    taken = {KNOWN[name] for name in names if name in KNOWN}
-    free = [style for style in PALETTE if style not in taken] or list(PALETTE)
-    others = [name for name in names if name not in KNOWN]
+    known: dict[str, Style] = {}
+    for name in names:
+        if name in KNOWN and KNOWN[name] not in known.values():
+            known[name] = KNOWN[name]
+    free = [style for style in PALETTE if style not in known.values()] or list(PALETTE)
+    others = [name for name in names if name not in known]
     return {
-        name: KNOWN[name] if name in KNOWN else free[others.index(name) % len(free)]
+        name: known[name] if name in known else free[others.index(name) % len(free)]
         for name in names
     }
+
+
+def optimised(paths: Iterable[str]) -> str:
+    """The name of the path of a run that is neither of its lines."""
+    return next(name for name in paths if name in OPTIMISED)
 
 
 def splits_of(path: Mapping[str, Any]) -> list[str]:
@@ -214,8 +232,9 @@ def plane(found: Mapping[str, Any], *, title: str = "") -> "Figure":
     dots["norm"] = Normalize(0, max([*found["distance"], 1e-3 * b[0]]))
     over.plot(*zip(*found["path"], strict=True), color="white", **LINE)
     over.scatter(*zip(*found["path"], strict=True), **dots)
-    for name, place in zip("abc", (a, b, c), strict=True):
-        over.annotate(name, place, (4, 4), textcoords="offset points", fontsize=FONT)
+    for name, place, height in zip("abc", (a, b, c), (-10, -10, 5), strict=True):
+        how: dict[str, Any] = dict(textcoords="offset points", ha="center", fontsize=FONT)
+        over.annotate(name, place, (0, height), **how)
     over.set(xlabel="along the line from a to b", ylabel="across it")
     over.grid(False)
     losses = found["path_loss"]
@@ -290,7 +309,7 @@ class Table:
 
     Attributes:
         titles: what is in each column, with its unit.
-        head: the same in two lines, where a title goes on in the columns beside it.
+        head: the same in some lines, where a title goes on in the columns beside it.
         rows: the cells.
     """
 
@@ -333,38 +352,36 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def table(paths: Paths, *, splits: Sequence[str] | None = None) -> Table:
-    """A row for each path: the highest loss, the barrier and the lowest accuracy on each split, and
-    the lengths. The barrier is the highest loss less the mean of the two ends.
+    """A row for each path: the highest loss, the mean along its arc length, the barrier and the
+    lowest accuracy on each split, and the lengths. The barrier is the highest loss less the mean of
+    the two ends.
 
     Args:
         paths, splits: as in `along`.
     """
     splits = splits_of(next(iter(paths.values()))) if splits is None else splits
-    columns = [("path", "", "path")]  # first line, second line, title
-    for measure, unit in (("highest loss", "nats"), ("barrier", "nats"), ("lowest acc.", "%")):
+    columns = [("path", "", "", "path")]  # three lines, and the title
+    for measure, unit, _ in MEASURES:
+        words = measure.split() if len(splits) > 1 else [measure]
         for i, split in enumerate(SPLITS.get(split, split) for split in splits):
-            above = (measure, f"({unit})")[i] if i < 2 and len(splits) > 1 else ""
-            above = above or (f"{measure} ({unit})" if i == 0 else "")
-            columns.append((above, split, f"{measure}, {split}, {unit}"))
+            above = words[i] if i < len(words) else ""
+            columns.append((above, split, unit, f"{measure}, {split}, {unit}"))
     for key in ("sqrt_jsd", "fisher_rao", "euclidean"):
         name, unit = LENGTHS[key]
-        columns.append((name, unit, f"{name}, {unit}" if unit else name))
+        columns.append((name, "", unit, f"{name}, {unit}" if unit else name))
     rows = []
     for name, path in paths.items():
-        own = [path[split] for split in splits]
         rows.append(
             [
                 PATHS.get(name, name),
-                *(f"{max(split['loss']):.3f}" for split in own),
-                *(f"{split['barrier']:.3f}" for split in own),
-                *(f"{100 * min(split['accuracy']):.1f}" for split in own),
+                *(cell(path[split]) for _, _, cell in MEASURES for split in splits),
                 f"{path['sqrt_jsd']:.3f}",
                 f"{path['fisher_rao']:.3f}",
                 f"{path['euclidean']:.2f}",
             ]
         )
-    first, second, titles = map(list, zip(*columns, strict=True))
-    return Table(titles, [first, second], rows)
+    *head, titles = map(list, zip(*columns, strict=True))
+    return Table(titles, head, rows)
 
 
 def summary(path: Mapping[str, Any]) -> Table:
@@ -373,6 +390,8 @@ def summary(path: Mapping[str, Any]) -> Table:
     own = [path[split] for split in splits]
     rows = [
         ["highest loss, nats", *(f"{max(split['loss']):.3f}" for split in own)],
+        ["mean loss along the path, nats", *(f"{split['mean']:.3f}" for split in own)],
+        ["integral of the loss along it, nats", *(f"{split['integral']:.3f}" for split in own)],
         ["barrier over the mean of the ends, nats", *(f"{split['barrier']:.3f}" for split in own)],
         ["barrier above the line, nats", *(f"{split['barrier_above_line']:.3f}" for split in own)],
         ["lowest accuracy, %", *(f"{100 * min(split['accuracy']):.1f}" for split in own)],
@@ -427,13 +446,14 @@ class Comparison:
 def compare(
     runs: Mapping[str, Evaluated | str | os.PathLike] | Sequence[str | os.PathLike],
     *,
-    path: str = "geodesic",
+    path: str = "optimised",
 ) -> Comparison:
     """Several paths beside each other: `print` shows a table, `plot()` draws them in one figure.
 
     Args:
         runs: name -> an evaluation or the folder of a run; or folders alone, named as they are.
-        path: which path of a run, "linear", "matched" or "geodesic".
+        path: which path of a run, "linear", "matched" or "optimised", be that one a geodesic or a
+            curve.
 
     Raises:
         ValueError: nothing to compare, a folder without a report, an unknown path, or paths without
@@ -443,20 +463,21 @@ def compare(
         >>> print(compare({"line": evaluate(line, net, data), "mine": evaluate(path, net, data)}))
         >>> compare(["runs/first", "runs/second"]).plot().savefig("both.png")
     """
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    if path not in COMPARED:
+        raise ValueError(f"path must be one of {', '.join(COMPARED)}, got {path!r}")
     if not isinstance(runs, Mapping):
         runs = {os.fspath(run): run for run in runs}
     paths: dict[str, Mapping[str, Any]] = {}
     for name, run in runs.items():
         if isinstance(run, str | os.PathLike):
-            paths[name] = read_json(FilePath(run) / "report.json")["paths"][path]
+            found = read_json(FilePath(run) / "report.json")["paths"]
+            paths[name] = found[optimised(found) if path == "optimised" else path]
         else:
             paths[name] = run.to_json()
     if not paths:
         raise ValueError("name at least one run folder or evaluation to compare")
-    found = Comparison(paths)
-    if not found._splits():
+    both = Comparison(paths)
+    if not both._splits():
         inside = "; ".join(f"{name}: {', '.join(splits_of(own))}" for name, own in paths.items())
         raise ValueError(f"the paths have no split in common ({inside})")
-    return found
+    return both

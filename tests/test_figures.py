@@ -118,13 +118,14 @@ def test_the_styles_can_be_told_apart():
     for one, other in combinations(PALETTE, 2):
         assert one.marker != other.marker and one.dashes != other.dashes
         assert one.colour != other.colour
-    greys = [grey(figures.styles([name])[name].colour) for name in figures.PATHS]
-    assert min(abs(x - y) for x, y in combinations(greys, 2)) > 0.1
-    names = ["linear", "geodesic", *"abcd"]
-    assert len(set(figures.styles(names).values())) == 6
+    for found in figures.OPTIMISED:
+        colours = [style.colour for style in figures.styles(["linear", "matched", found]).values()]
+        for one, other in combinations(colours, 2):
+            assert abs(grey(one) - grey(other)) > 0.1
+            assert distance(deuteranopic(one), deuteranopic(other)) > 0.2
+    names = ["linear", "geodesic", "bezier", *"abcd"]
+    assert len(set(figures.styles(names).values())) == 7
     assert len(figures.styles(map(str, range(20)))) == 20  # more than there are
-    for one, other in combinations([figures.styles([n])[n].colour for n in figures.PATHS], 2):
-        assert distance(deuteranopic(one), deuteranopic(other)) > 0.2
 
 
 def rgb(colour):
@@ -156,10 +157,14 @@ def distance(x, y):
 
 
 def test_the_summary_has_the_numbers_of_the_report(digits):
-    row = next(line for line in report.summary(digits).splitlines() if line.startswith("geodesic"))
     path = digits["paths"]["geodesic"]
     train, test = path["train"], path["test"]
-    numbers = [max(train["loss"]), max(test["loss"]), train["barrier"], test["barrier"]]
+    for path_of_line in digits["paths"].values():
+        for split in ("train", "test"):
+            path_of_line[split]["mean"] = sum(path_of_line[split]["loss"]) / 25
+    row = next(line for line in report.summary(digits).splitlines() if line.startswith("geodesic"))
+    numbers = [max(train["loss"]), max(test["loss"]), train["mean"], test["mean"]]
+    numbers += [train["barrier"], test["barrier"]]
     numbers += [100 * min(split["accuracy"]) for split in (train, test)]
     numbers += [path["sqrt_jsd"], path["fisher_rao"], path["euclidean"]]
     assert [float(word) for word in row.split()[1:]] == pytest.approx(numbers, abs=0.051)
@@ -172,6 +177,11 @@ def test_an_evaluation_shows_itself(evaluation):
     assert text.startswith("Evaluation of 7 points\n") and text.endswith(str(evaluation.table()))
     rows = {line[:40].strip(): line[40:].split() for line in text.splitlines()[2:]}
     both = evaluation.splits["train"], split
+    for key, name in (
+        ("mean", "mean loss along the path, nats"),
+        ("integral", "integral of the loss along it, nats"),
+    ):
+        assert rows[name] == [f"{getattr(s, key):.3f}" for s in both]
     assert rows["highest loss, nats"] == [f"{max(s.loss):.3f}" for s in both]
     assert rows["lowest accuracy, %"] == [f"{100 * min(s.accuracy):.1f}" for s in both]
     assert rows["barrier over the mean of the ends, nats"] == [f"{s.barrier:.3f}" for s in both]
@@ -192,7 +202,7 @@ def test_evaluations_are_drawn_by_themselves_and_together(evaluation):
         "other, train",
     ]
     assert {"first", "other"} <= set(shown(figure))
-    perfect = SplitEvaluation([0.0] * 3, [1.0] * 3, 0.0, 0.0)
+    perfect = SplitEvaluation([0.0] * 3, [1.0] * 3, 0.0, 0.0, 0.0, 0.0)
     with warnings.catch_warnings(action="error"):  # a logarithmic axis has no place for 0
         Evaluation({"<&>": perfect}, 0, 0, 0, 0, 0).plot().draw_without_rendering()
     assert "&lt;&amp;&gt;" in Evaluation({"<&>": perfect}, 0, 0, 0, 0, 0)._repr_html_()
@@ -202,7 +212,7 @@ def test_runs_and_evaluations_are_compared(evaluation, digits, tmp_path):
     content = {key: digits[key] for key in ("config", "paths")}
     write_json(tmp_path / "report.json", content)
     both = compare({"mine": evaluation, "run": tmp_path})
-    mine, run = str(both).splitlines()[2:]
+    mine, run = str(both).splitlines()[3:]
     assert mine.split()[0] == "mine" and run.split()[:2] == ["run", "0.009"]
     assert str(both) == str(both.table()) and both._repr_html_().count("<tr>") == 3
     drawn = both.plot().axes[0].get_lines()
@@ -217,7 +227,7 @@ def test_runs_and_evaluations_are_compared(evaluation, digits, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             compare(runs)
-    with pytest.raises(ValueError, match="one of linear, matched, geodesic, got 'straight'"):
+    with pytest.raises(ValueError, match="one of linear, matched, optimised, got 'straight'"):
         compare([tmp_path], path="straight")
 
 

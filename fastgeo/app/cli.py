@@ -28,7 +28,17 @@ from tyro.constructors import (
 )
 
 import fastgeo
-from fastgeo.app.config import PRESETS, Config, Drawing, Format, Pace, about, flag, meanings
+from fastgeo.app.config import (
+    METHODS,
+    PRESETS,
+    Config,
+    Drawing,
+    Format,
+    Pace,
+    about,
+    flag,
+    meanings,
+)
 from fastgeo.schedule import within
 
 if TYPE_CHECKING:  # torch takes seconds to import, and help needs none of it
@@ -36,6 +46,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and help needs none of it
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 INTERVAL = 10.0  # seconds between two lines of progress where there is no terminal
+Method = Literal["geodesic", "bezier", "polychain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +139,15 @@ class _New(_Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommand(_New):
-    """Train two networks, match them, find the geodesic between them, and report."""
+    """Train two networks, match them, find the geodesic or a curve between them, and report.
+
+    Attributes:
+        method: geodesic: all points move (paper); bezier or polychain: a curve of one control
+            point, evaluated at 3 random places in a step, which takes more steps. It sets curve,
+            controls, objective and nodes, each of which can also be set by itself
+    """
+
+    method: Method
 
     def do(self, run: "Run") -> str:
         from fastgeo.app.stages import run_all
@@ -206,14 +225,20 @@ class MatchCommand(_Existing):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeCommand(_Existing):
-    """Optimise the path from a to the matched b; needs `fastgeo match`."""
+    """Optimise the path from a to the matched b; needs `fastgeo match`.
+
+    Attributes:
+        method: geodesic, bezier or polychain: sets curve, controls, objective and nodes
+    """
 
     stage, takes = "optimize", ("device", "path", "descent", "forward")
+
+    method: Method
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand(_Existing):
-    """Evaluate the line, the matched line and the geodesic; needs `fastgeo optimize`."""
+    """Evaluate the line, the matched line and the optimised path; needs `fastgeo optimize`."""
 
     stage, takes = "evaluate", ("device", "forward", "evaluation")
 
@@ -231,21 +256,50 @@ class PlotCommand(_Existing):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlaneCommand(_Existing):
+    """Draw the loss over the plane through the ends and the middle of a path, with the path on it;
+    needs `fastgeo evaluate`.
+
+    Attributes:
+        size: networks along each side of the grid
+        split: whose loss: that of the train or the test images
+    """
+
+    takes, lacks = (), ("overwrite", "resume", "pace")
+
+    size: int = 21
+    split: Literal["train", "test"] = "train"
+
+    def __post_init__(self) -> None:
+        within(3, size=self.size)
+
+    def opened(self) -> "contextlib.AbstractContextManager[Run]":
+        from fastgeo.app.folder import Run
+
+        return Run.evaluated(self.folder)
+
+    def do(self, run: "Run") -> str:
+        from fastgeo.app.stages import find_plane
+
+        return f"{find_plane(run, self.size, self.split)}\n{run.file('plane.png')}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
     """Compare runs in one table and one figure.
 
     Attributes:
         runs: run folders
-        path: which path of every run
+        path: which path of every run; optimised: its geodesic, bezier or polychain
         figure: file of the figure, a .png, .pdf or .svg
         dpi: dots per inch of a png
-        title: what stands above the figure; the name of the path by default
+        title: what stands above the figure; what the paths are by default
     """
 
     takes = ()
 
     runs: Positional[tuple[FilePath, ...]]
-    path: Literal["geodesic", "matched", "linear"] = "geodesic"
+    path: Literal["optimised", "matched", "linear"] = "optimised"
     figure: FilePath = FilePath("comparison.png")
     dpi: int = 300
     title: str | None = None
@@ -256,10 +310,10 @@ class CompareCommand(Command):
         within(10, 2400, dpi=self.dpi)
 
     def __call__(self) -> None:
-        from fastgeo.figures import PATHS, compare, write_figure
+        from fastgeo.figures import COMPARED, compare, write_figure
 
         found = compare(self.runs, path=self.path)
-        figure = found.plot(title=PATHS[self.path] if self.title is None else self.title)
+        figure = found.plot(title=COMPARED[self.path] if self.title is None else self.title)
         write_figure(self.figure, figure, dpi=self.dpi)
         print(f"{found.table()}\n\n{self.figure}")
 
@@ -302,10 +356,12 @@ class _First:
 
     Attributes:
         preset: whose settings are the defaults
+        method: whose curve, objective and nodes are
         version: print the version
     """
 
     preset: str | None = None
+    method: str | None = None
     version: bool = False
 
 
@@ -407,29 +463,33 @@ def _command(argv: list[str]) -> Command:
     if first.version:
         print(f"fastgeo {fastgeo.__version__}")
         sys.exit(0)
-    preset = first.preset or "digits"
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    command = _parsed(argv, preset, PRESETS[preset])
+    preset, method = first.preset or "digits", first.method
+    for name, value, known in (("preset", preset, PRESETS), ("method", method, METHODS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    command = _parsed(argv, preset, method, PRESETS[preset])
     # A preset that is named says what the settings are to be, also with --resume.
     if command.there is not None and first.preset is None:
         from fastgeo.app.folder import Run
 
-        command = _parsed(argv, preset, Run.open(command.there).config)
+        command = _parsed(argv, preset, method, Run.open(command.there).config)
     return command
 
 
-def _parsed(argv: list[str], preset: str, config: Config) -> Command:
+def _parsed(argv: list[str], preset: str, method: str | None, config: Config) -> Command:
     folder: Any = tyro.MISSING
+    config = config.by(method) if method else config
+    named: Any = config.method
     commands: dict[str, Command] = {
-        "run": RunCommand(config=config, preset=preset),
+        "run": RunCommand(config=config, preset=preset, method=named),
         "train": TrainCommand(config=config, preset=preset),
         "match": MatchCommand(config=config, folder=folder),
-        "optimize": OptimizeCommand(config=config, folder=folder),
+        "optimize": OptimizeCommand(config=config, folder=folder, method=named),
         "evaluate": EvaluateCommand(config=config, folder=folder),
         "plot": PlotCommand(config=config, folder=folder),
+        "plane": PlaneCommand(config=config, folder=folder),
         "compare": CompareCommand(config=config, runs=folder),
-        "profile": ProfileCommand(config=config, preset=preset),
+        "profile": ProfileCommand(config=config.by("geodesic"), preset=preset),
     }
     said = {name: (command.__doc__ or "").split("\n")[0] for name, command in commands.items()}
     return tyro.cli(

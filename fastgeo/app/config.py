@@ -132,6 +132,9 @@ class PathSettings:
 
     Attributes:
         points: N, the number of networks on the path, both ends included (paper: 25)
+        curve: points: all N points move, with straight lines between them (paper); bezier or
+            polychain: a curve of few control points moves, and the N points lie on it
+        controls: control points of a bezier between its ends, or bends of a polychain
         spacing: even: point i starts at i / (N - 1) of the way (paper); release: at i / (N + 1), as
             in the paper's public code
         steps: optimisation steps (paper: 3,920, which is 20 epochs of 196; the last, partial batch
@@ -146,6 +149,8 @@ class PathSettings:
     """
 
     points: int = 25
+    curve: Literal["points", "bezier", "polychain"] = "points"
+    controls: int = 1
     spacing: Literal["even", "release"] = "even"
     steps: int = 100
     batch_size: int = 128
@@ -157,13 +162,23 @@ class PathSettings:
             raise ValueError(
                 f"points must be at least 3 (two ends and one between), got {self.points}"
             )
+        within(1, self.points - 2, controls=self.controls)
+        if self.curve == "points" and self.controls > 1:
+            raise ValueError(
+                "--controls are those of a curve; give --curve bezier or polychain, too, or leave "
+                "them out"
+            )
+        if self.curve != "points" and self.spacing != "even":
+            raise ValueError(
+                f"a {self.curve} has its control points at even places; leave out --spacing"
+            )
         within(1, steps=self.steps, batch_size=self.batch_size)
         within(*SEEDS, path_seed=self.path_seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Evaluation of the three paths.
+    """Evaluation of the line, the matched line and the optimised path.
 
     Attributes:
         eval_batch_size: images in one pass over all points of a path
@@ -192,7 +207,7 @@ class Config:
         forward: how N networks are evaluated. The presets name the stacked engine, so that a run
             repeats itself to the last bit; auto is often faster on a CPU. The memory budget is for
             the optimisation alone, and so is the precision: training and evaluation have their own
-        evaluation: how the line, the matched line and the geodesic are evaluated
+        evaluation: how the line, the matched line and the optimised path are evaluated
     """
 
     device: str = "auto"
@@ -245,6 +260,15 @@ class Config:
     def changed(self, **settings: Any) -> "Config":
         """With some settings, by their names alone, of other values."""
         return Config.of(self.settings | settings)
+
+    def by(self, method: str) -> "Config":
+        """With the curve, the objective and the nodes of one of `METHODS`."""
+        return self.changed(**METHODS[method])
+
+    @property
+    def method(self) -> str:
+        """What the optimised path is called: that of its curve."""
+        return next(name for name, own in METHODS.items() if own["curve"] == self.path.curve)
 
     def forward_of(self, stage: str) -> Forward:
         """How networks are evaluated in a stage: train, optimize or evaluate."""
@@ -330,6 +354,13 @@ def about() -> dict[str, str]:
     return found
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "geodesic": dict(curve="points", controls=1, objective="jsd", nodes=None),
+    "bezier": dict(curve="bezier", controls=1, objective="jsd", nodes=3),
+    "polychain": dict(curve="polychain", controls=1, objective="jsd", nodes=3),
+}
+METHOD = "geodesic"  # of all presets but the paper's
+
 PRESETS = {
     # Of the pairs in benchmarks/results/seeds.json, one whose matched line has a clear bump.
     "digits": Config(ends=Ends(seed_a=14, seed_b=15), matching=Matching(match_restarts=1)),
@@ -365,3 +396,6 @@ PRESETS["paper-fast"] = PRESETS["paper"].changed(
     train_precision="bf16",
     **vars(Descent()),
 )
+PRESETS = {
+    name: preset if name == "paper" else preset.by(METHOD) for name, preset in PRESETS.items()
+}

@@ -8,10 +8,11 @@ training.jsonl          a line a training step
 permutation.safetensors    permutation/NAME, which bring b to a
 matched.safetensors     the permuted b, a plain state dict
 matching.md             what was matched, how well, and which axes stay and why
-path.safetensors        the geodesic
+path.safetensors        the optimised path
 metrics.jsonl           a line an optimisation step
 report.json             the evaluation of the three paths
 report.md, path_loss.png, path_length.png      (and the figures as .pdf or .svg, by --format)
+plane.json, plane.png   the plane around the path, if it is asked for
 checkpoint/             where a stage that is not finished goes on from
 training.csv, metrics.csv, tensorboard/     if they are asked for by --log
 """
@@ -42,10 +43,12 @@ from fastgeo.store.files import (
 )
 
 FIGURES = ("path_loss", "path_length")
+PLANE = ("plane.json", *(f"plane.{form}" for form in get_args(Format)))
 WRITES = {
     "train": ("ends.safetensors", "training.jsonl", "training.csv"),
     "match": ("permutation.safetensors", "matched.safetensors", "matching.md"),
-    "optimize": ("path.safetensors", "metrics.jsonl", "metrics.csv"),
+    # The plane is made of the path later on, by a command of its own, and goes when the path goes.
+    "optimize": ("path.safetensors", "metrics.jsonl", "metrics.csv", *PLANE),
     "evaluate": ("report.json",),
     "plot": ("report.md", *(f"{name}.{form}" for name in FIGURES for form in get_args(Format))),
 }
@@ -207,6 +210,21 @@ class Run:
                 run.drop(stage)
             yield run
 
+    @classmethod
+    @contextlib.contextmanager
+    def evaluated(cls, folder: FilePath) -> Iterator["Run"]:
+        """The run in a folder, whose paths are evaluated, to look at them further.
+
+        Raises:
+            ValueError: they are not yet, or a damaged file.
+        """
+        with lock.locked(folder):
+            run = cls.open(folder)
+            run._refuse_stage("plot", again=True)
+            run.verify(["path.safetensors", "report.json"])
+            run.check()
+            yield run
+
     def _refuse_stage(self, stage: str, again: bool) -> None:
         """ValueError if one before it is not done, or it is, or begun, and not to be done again."""
         for before in STAGES[: STAGES.index(stage)]:
@@ -345,8 +363,9 @@ class Run:
         """How a stage evaluates networks, as before if it chose on this device, and what is to be
         told of a choice."""
         known, device = self.engines.get(stage, {}), str(self.given.device)
-        forward = self.config.forward_of(stage)
-        if stage == "optimize" and known.get("points") != self.config.path.points - 2:
+        forward, config = self.config.forward_of(stage), self.config
+        between = config.descent.nodes or config.path.points - 2
+        if stage == "optimize" and known.get("points") != between:
             known = {}  # of a coarser path
         if known.get("device") == device:
             chosen = {name: known[name] for name in CHOSEN}

@@ -36,6 +36,12 @@ def length_figure(
     return figures.lengths(metrics, title=_title(report) if title is None else title)
 
 
+def plane_figure(found: Mapping, report: Mapping, title: str | None = None) -> "Figure":
+    """What plane.json holds, drawn; title as above, with the split."""
+    default = f"{_title(report)}, {figures.SPLITS[found['split']]}"
+    return figures.plane(found, title=default if title is None else title)
+
+
 def _is_of_the_paper(config: Mapping) -> bool:
     papers = (config["model"], config["width"], config["norm"]) == ("resnet20", 4, "group")
     return papers and config["points"] == 25 and "cifar10" in FilePath(config["data"]).name

@@ -9,7 +9,8 @@ import torch
 from fastgeo import figures
 from fastgeo.app.config import Config, about
 from fastgeo.app.given import Given, is_function
-from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table
+from fastgeo.basis import COARSEST
+from fastgeo.figures import LENGTHS, PATHS, SPLITS, markdown_table, optimised
 from fastgeo.profiling.measure import cpu_name, version_of
 from fastgeo.schedule import Training
 from fastgeo.symmetry.spec import PermutationSpec
@@ -21,6 +22,8 @@ OF_IMAGES = {
     *("batch_size", "train_batch_size", "eval_batch_size"),
 }
 OF_TRAINING = {"count", "seed_a", "seed_b", *(setting.name for setting in fields(Training))}
+
+MOVING = {"points": "point", "bezier": "control point", "polychain": "bend"}  # what a curve moves
 
 
 def build(
@@ -65,12 +68,14 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def summary(report: Mapping) -> str:
     """The table that a run ends with."""
-    bound = report["paths"]["geodesic"]["fisher_rao_lower_bound"]
+    paths = report["paths"]
+    bound = paths[optimised(paths)]["fisher_rao_lower_bound"]
     return (
-        f"{figures.table(report['paths'], splits=('train', 'test'))}\n\n"
-        "The barrier is the highest loss less the mean of the two ends'. Σ√JSD is the sum of the\n"
-        "roots of the Jensen-Shannon divergences between neighbours' predictions, Fisher-Rao the\n"
-        "angle by which the predictions turn along the path, and Σ‖Δθ‖ its length in the weights.\n"
+        f"{figures.table(paths, splits=('train', 'test'))}\n\n"
+        "The mean loss is along arc length, and the barrier the highest loss less the mean of the\n"
+        "two ends'. Σ√JSD is the sum of the roots of the Jensen-Shannon divergences between\n"
+        "neighbours' predictions, Fisher-Rao the angle by which the predictions turn along the\n"
+        "path, and Σ‖Δθ‖ its length in the weights.\n"
         f"No path between these ends has a Fisher-Rao length below {bound:.3f} rad.\n"
     )
 
@@ -78,30 +83,34 @@ def summary(report: Mapping) -> str:
 def markdown(report: Mapping) -> str:
     """report.md."""
     c, e, seconds = report["config"], report["environment"], report["seconds"]
-    first = report["paths"]["geodesic"]
+    name = optimised(report["paths"])
+    found, called = report["paths"][name], PATHS[name]
     parts = [
-        "# Geodesic between two trained networks",
+        f"# {called[0].upper()}{called[1:]} between two trained networks",
         f"Two networks ({_networks(c)}) are joined on {c['data']} by three paths of "
         f"N = {c['points']} networks, both ends included. The *line* goes straight from a to b. "
         "The *matched line* does so after the channels of b were permuted to resemble a's, which "
-        "does not change what b computes. The *geodesic* began as the matched line and was "
-        f"optimised by {c['steps']} steps of {_descent(c)}, each step on {_batch(report)}.",
+        f"does not change what b computes. The *{called}*{_controls(c)} began as the matched line "
+        f"and was optimised by {c['steps']} steps of {_descent(c)}, each step on {_batch(report)}.",
         "![Loss along the paths](path_loss.png)",
     ]
     for split, title in SPLITS.items():
-        if first[split]:
+        if found[split]:
             parts += [f"## Along the path, {title}", markdown_table(_split_rows(report, split))]
     parts += [
         "The barrier is the highest loss on the path less the mean of the two ends' losses; above "
-        "the line, it is the most by which the loss exceeds a straight line between those two.",
+        "the line, it is the most by which the loss exceeds a straight line between those two. The "
+        "mean and the integral are along arc length in the space of the weights, and so do not "
+        "depend on where on the path its networks are.",
         "## Lengths, on the training images",
         markdown_table(_length_rows(report)),
-        "The energy, which the optimisation lowers, is the sum over neighbours on the path of the "
+        f"The energy{'' if _on_labels(c) else ', which the optimisation lowers,'} is the sum over "
+        "neighbours on the path of the "
         "Jensen-Shannon divergence (JSD) of their predictions; Σ√JSD sums its square roots, which "
         "makes it a length, the one in the paper's figure. The Fisher-Rao length is the angle by "
         "which the predicted distributions turn along the path, and Σ‖Δθ‖ the length in the space "
         "of the weights. No path between these ends has a Fisher-Rao length below "
-        f"{first['fisher_rao_lower_bound']:.4f} rad, the distance of the two ends' predictions.",
+        f"{found['fisher_rao_lower_bound']:.4f} rad, the distance of the two ends' predictions.",
         "![Lengths during optimisation](path_length.png)",
         "## Matching",
         _matching(report["matching"]),
@@ -128,6 +137,7 @@ def _settings(config: Mapping) -> list[str]:
     idle = OF_NETWORKS if is_function(config["model"]) else set()
     idle = idle | (OF_IMAGES if is_function(config["data"]) else set())
     idle = idle | (OF_TRAINING if config["a"] else set())
+    idle = idle | ({"controls"} if _curve(config) == "points" else set())
     return [name for name in about() if name in config and name not in idle]
 
 
@@ -147,11 +157,33 @@ def _descent(config: Mapping) -> str:
     words += f" at rate {c['lr']:g}"
     if c["lr_schedule"] != "constant":
         words += f", which falls to 0 ({c['lr_schedule']})"
-    if c["coarse_to_fine"]:
-        words += ", with few points first and more on the way"
+    if c["coarse_to_fine"] and _grows(c):
+        words += f", with few {MOVING[_curve(c)]}s first and more on the way"
     if c.get("nodes"):  # a setting that older reports lack
         words += f", at {c['nodes']} random places in each step"
-    return words + (", on the labels" if c.get("objective") == "cross_entropy" else "")
+    return words + (", on the labels" if _on_labels(c) else "")
+
+
+def _on_labels(config: Mapping) -> bool:
+    return config.get("objective") == "cross_entropy"
+
+
+def _controls(config: Mapping) -> str:
+    """How many a curve has."""
+    moving = MOVING[_curve(config)]
+    return "" if moving == "point" else f", of {counted(config['controls'], moving)},"
+
+
+def _grows(config: Mapping) -> bool:
+    """Whether coarse to fine begins with fewer points than it ends with."""
+    curve = _curve(config)
+    if curve == "points":
+        return config["points"] > COARSEST["polychain"]
+    return config["controls"] + 2 > COARSEST[curve]
+
+
+def _curve(config: Mapping) -> str:
+    return config.get("curve", "points")  # a setting that older reports lack
 
 
 def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
@@ -219,17 +251,20 @@ def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:
         "loss at a, nats",
         "loss at b, nats",
         "highest loss, nats",
+        "mean loss along arc length, nats",
+        "integral along arc length, nats",
         "barrier over the mean of the ends, nats",
         "barrier above the line between the ends, nats",
         "lowest accuracy",
     ]
-    for name, title in PATHS.items():
-        s = report["paths"][name][split]
+    for name, path in report["paths"].items():
+        s = path[split]
         yield [
-            title,
+            PATHS[name],
             f"{s['loss'][0]:.4f}",
             f"{s['loss'][-1]:.4f}",
             f"{max(s['loss']):.4f}",
+            *(f"{s[key]:.4f}" if key in s else "" for key in ("mean", "integral")),
             f"{s['barrier']:.4f}",
             f"{s['barrier_above_line']:.4f}",
             f"{100 * min(s['accuracy']):.2f} %",
@@ -238,5 +273,5 @@ def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:
 
 def _length_rows(report: Mapping) -> Iterable[list[str]]:
     yield ["path", *(f"{name}, {unit}" if unit else name for name, unit in LENGTHS.values())]
-    for name, title in PATHS.items():
-        yield [title, *(f"{report['paths'][name][key]:.4f}" for key in LENGTHS)]
+    for name, path in report["paths"].items():
+        yield [PATHS[name], *(f"{path[key]:.4f}" for key in LENGTHS)]

@@ -14,13 +14,14 @@ import torch
 
 from fastgeo.app import plot, preflight, report
 from fastgeo.app.config import Config
-from fastgeo.app.folder import READS, STAGES, WEIGHTS, Run
+from fastgeo.app.folder import PLANE, READS, STAGES, WEIGHTS, Run
 from fastgeo.app.given import Given, State
 from fastgeo.evaluate import evaluate
 from fastgeo.figures import write_figure
 from fastgeo.matching.pair import match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
+from fastgeo.plane import Plane, plane
 from fastgeo.profiling.breakdown import breakdown
 from fastgeo.profiling.compare import chosen_forward, compare
 from fastgeo.profiling.measure import headline, machine, table
@@ -100,7 +101,7 @@ def match_ends(run: Run) -> None:
 
 
 def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
-    """Optimise the interior of the line from a to the matched b.
+    """Optimise the path from a to the matched b, which is a line at first.
 
     Args:
         on_step: as of `fastgeo.optimize`.
@@ -112,7 +113,7 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
         order = torch.Generator().manual_seed(c.path.path_seed)
         with _steps(run, "optimize", "metrics", found) as (checkpoints, log):
             path = optimize(
-                _line(c, a, run.matched),
+                _first(c, a, run.matched),
                 given.module,
                 given.dataset.shuffled(c.path.batch_size, order),
                 steps=c.path.steps,
@@ -136,7 +137,7 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
 
 
 def evaluate_paths(run: Run) -> None:
-    """Evaluate the line, the matched line and the geodesic, and write report.json."""
+    """Evaluate the line, the matched line and the optimised path, and write report.json."""
     c, given = run.config, run.given
     with _stage(run, "evaluate") as found:
         started = time.perf_counter()
@@ -144,7 +145,7 @@ def evaluate_paths(run: Run) -> None:
         paths = {
             "linear": _line(c, a, b),
             "matched": _line(c, a, run.matched),
-            "geodesic": Path.load(run.file("path.safetensors"), given.device),
+            c.method: Path.load(run.file("path.safetensors"), given.device),
         }
         in_order, size = given.dataset.in_order, c.evaluation.eval_batch_size
         splits = {split: in_order(split, size) for split in ("train", "test")}
@@ -195,7 +196,36 @@ def plot_report(run: Run) -> None:
         for name, figure in figures.items():
             for file in how.files(name):
                 write_figure(run.file(file), figure, dpi=how.dpi)
+        if run.file("plane.json").exists():
+            _draw_plane(run)
         write_bytes(run.file("report.md"), report.markdown(content).encode())
+
+
+def find_plane(run: Run, size: int, split: str) -> Plane:
+    """The loss over the plane through the ends and the middle of the path, drawn, too."""
+    given, batch_size = run.given, run.config.evaluation.eval_batch_size
+    found = plane(
+        Path.load(run.file("path.safetensors"), given.device),
+        given.module,
+        given.dataset.in_order(split, batch_size),
+        size=size,
+        forward=run.forward("evaluate")[0],
+        progress=not run.quiet,
+    )
+    write_json(run.file("plane.json"), {"split": split} | found.to_json())
+    _draw_plane(run)
+    return found
+
+
+def _draw_plane(run: Run) -> None:
+    """In the formats that are asked for, and in no other of before."""
+    how = run.drawing
+    content, found = (read_json(run.file(f"{name}.json")) for name in ("report", "plane"))
+    figure = plot.plane_figure(found, content, how.title)
+    for file in PLANE[1:]:
+        run.file(file).unlink(missing_ok=True)
+    for file in how.files("plane"):
+        write_figure(run.file(file), figure, dpi=how.dpi)
 
 
 DO: dict[str, Callable[[Run], None]] = {
@@ -240,6 +270,11 @@ def profile(
     if c.forward.output != "logits" or c.forward.mask is not None:
         raise ValueError(
             "profile measures steps on all rows of plain logits only; leave out --output and --mask"
+        )
+    if c.method != "geodesic" or c.descent.nodes or c.descent.objective != "jsd":
+        raise ValueError(
+            "profile measures steps at the points of a geodesic only; leave out --curve, --nodes "
+            "and --objective"
         )
     preflight.check(given)
     print(headline(machine()), flush=True)
@@ -346,3 +381,13 @@ def _scalars(metrics: dict) -> dict[str, float]:
 def _line(config: Config, a: State, b: State) -> Path:
     spacing, batchnorm = config.path.spacing, config.forward.batchnorm
     return Path.linear(a, b, config.path.points, spacing=spacing, batchnorm=batchnorm)
+
+
+def _first(config: Config, a: State, b: State) -> Path:
+    """The line as the curve that is to bend."""
+    c, how = config.path, dict(batchnorm=config.forward.batchnorm)
+    if c.curve == "bezier":
+        return Path.bezier(a, b, c.points, controls=c.controls, **how)
+    if c.curve == "polychain":
+        return Path.polychain(a, b, c.points, bends=c.controls, **how)
+    return _line(config, a, b)
