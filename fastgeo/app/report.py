@@ -160,7 +160,7 @@ def _descent(config: Mapping) -> str:
     if c["coarse_to_fine"] and _grows(c):
         words += f", with few {MOVING[_curve(c)]}s first and more on the way"
     if c.get("nodes"):  # a setting that older reports lack
-        words += f", at {c['nodes']} random places in each step"
+        words += f", at {counted(c['nodes'], 'random place')} in each step"
     return words + (", on the labels" if _on_labels(c) else "")
 
 
