@@ -218,12 +218,14 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
         line for line in report.summary(content).splitlines() if line.startswith("geodesic")
     ).split()
     path = content["paths"]["geodesic"]
-    numbers = [max(path["train"]["loss"]), max(path["test"]["loss"]), path["train"]["barrier"]]
-    numbers += [path["test"]["barrier"]]
-    numbers += [100 * min(path[split]["accuracy"]) for split in ("train", "test")]
-    assert [float(word) for word in row[1:7]] == pytest.approx(numbers, abs=0.051)
+    splits = [path[split] for split in ("train", "test")]
+    numbers = [max(split["loss"]) for split in splits]
+    numbers += [split[key] for key in ("mean", "barrier") for split in splits]
+    assert [float(word) for word in row[1:7]] == pytest.approx(numbers, abs=0.00051)
+    numbers = [100 * min(split["accuracy"]) for split in splits]
+    assert [float(word) for word in row[7:9]] == pytest.approx(numbers, abs=0.051)
     numbers = [path["sqrt_jsd"], path["fisher_rao"], path["euclidean"]]
-    assert [float(word) for word in row[7:]] == pytest.approx(numbers, abs=0.0051)
+    assert [float(word) for word in row[9:]] == pytest.approx(numbers, abs=0.0051)
 
 
 @pytest.mark.parametrize(
