@@ -390,8 +390,8 @@ def summary(path: Mapping[str, Any]) -> Table:
     own = [path[split] for split in splits]
     rows = [
         ["highest loss, nats", *(f"{max(split['loss']):.3f}" for split in own)],
-        ["mean loss along the path, nats", *(f"{split['mean']:.3f}" for split in own)],
-        ["integral of the loss along it, nats", *(f"{split['integral']:.3f}" for split in own)],
+        ["mean loss along arc length, nats", *(f"{split['mean']:.3f}" for split in own)],
+        ["loss integrated along arc length, nats", *(f"{split['integral']:.3f}" for split in own)],
         ["barrier over the mean of the ends, nats", *(f"{split['barrier']:.3f}" for split in own)],
         ["barrier above the line, nats", *(f"{split['barrier_above_line']:.3f}" for split in own)],
         ["lowest accuracy, %", *(f"{100 * min(split['accuracy']):.1f}" for split in own)],

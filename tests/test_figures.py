@@ -178,8 +178,8 @@ def test_an_evaluation_shows_itself(evaluation):
     rows = {line[:40].strip(): line[40:].split() for line in text.splitlines()[2:]}
     both = evaluation.splits["train"], split
     for key, name in (
-        ("mean", "mean loss along the path, nats"),
-        ("integral", "integral of the loss along it, nats"),
+        ("mean", "mean loss along arc length, nats"),
+        ("integral", "loss integrated along arc length, nats"),
     ):
         assert rows[name] == [f"{getattr(s, key):.3f}" for s in both]
     assert rows["highest loss, nats"] == [f"{max(s.loss):.3f}" for s in both]

@@ -381,6 +381,11 @@ def test_evaluation_equals_the_loop(path, module):
     line = [loss[0] + i / 6 * (loss[-1] - loss[0]) for i in range(7)]
     excess = [point - straight for point, straight in zip(loss, line, strict=True)]
     assert train.barrier_above_line == pytest.approx(max(excess))
+    points = [torch.cat([t.flatten() for t in point.values()]) for point in path.points()]
+    steps = torch.stack([torch.dist(points[i], points[i + 1]) for i in range(6)])
+    integral = torch.trapezoid(torch.tensor(loss), torch.cat([steps[:1] * 0, steps.cumsum(0)]))
+    assert train.integral == pytest.approx(integral.item())
+    assert train.mean == pytest.approx((integral / steps.sum()).item())
 
     def divergence(q, r):
         m = (q + r) / 2
@@ -398,6 +403,30 @@ def test_evaluation_equals_the_loop(path, module):
     assert result.euclidean == pytest.approx(path.euclidean().sum().item())
     few = functional_call(module, path.start, (x[:7],))
     assert result.splits["test"].loss[0] == pytest.approx(F.cross_entropy(few, y[:7]).item())
+
+
+def test_the_mean_loss_belongs_to_the_curve_and_not_to_where_its_points_are(module):
+    """On one line, points that crowd where the loss is low do not lower it, as they would the mean
+    over points."""
+    data, line = (images(), torch.arange(12) % 5), Path.linear(tiny_resnet(1), tiny_resnet(2), 65)
+    fine = evaluate(line, module, data).splits["data"]
+    places = torch.linspace(0, 1, 65, dtype=torch.float64) ** 2
+    start, end = line.start, line.end
+    between = {
+        name: torch.stack([torch.lerp(start[name], end[name], t) for t in places[1:-1]])
+        for name in start
+    }
+    crowded = evaluate(Path(start, between, end), module, data).splits["data"]
+    assert crowded.mean == pytest.approx(fine.mean, rel=1e-3)
+    assert crowded.integral == pytest.approx(fine.integral, rel=1e-3)
+    average = sum(crowded.loss) / 65
+    assert abs(average - fine.mean) > 10 * abs(crowded.mean - fine.mean)
+
+
+def test_the_mean_loss_of_a_path_without_length_is_that_of_its_network(module):
+    found = evaluate(Path.linear(module, module, 3), module, (images(), torch.arange(12) % 5))
+    split = found.splits["data"]
+    assert split.mean == split.loss[0] > 0 == split.integral
 
 
 def test_no_path_is_shorter_than_its_chord(module):

@@ -257,8 +257,7 @@ class PlotCommand(_Existing):
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneCommand(_Existing):
-    """Draw the loss over the plane through the ends and the middle of a path, with the path on it;
-    needs `fastgeo evaluate`.
+    """Draw the loss over the plane through a path's ends and middle; needs `fastgeo evaluate`.
 
     Attributes:
         size: networks along each side of the grid

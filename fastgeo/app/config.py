@@ -356,8 +356,8 @@ def about() -> dict[str, str]:
 
 METHODS: dict[str, dict[str, Any]] = {
     "geodesic": dict(curve="points", controls=1, objective="jsd", nodes=None),
-    "bezier": dict(curve="bezier", controls=1, objective="jsd", nodes=3),
-    "polychain": dict(curve="polychain", controls=1, objective="jsd", nodes=3),
+    "bezier": dict(curve="bezier", controls=1, spacing="even", objective="jsd", nodes=3),
+    "polychain": dict(curve="polychain", controls=1, spacing="even", objective="jsd", nodes=3),
 }
 METHOD = "geodesic"  # of all presets but the paper's
 
