@@ -383,7 +383,9 @@ def test_evaluation_equals_the_loop(path, module):
     assert train.barrier_above_line == pytest.approx(max(excess))
     points = [torch.cat([t.flatten() for t in point.values()]) for point in path.points()]
     steps = torch.stack([torch.dist(points[i], points[i + 1]) for i in range(6)])
-    integral = torch.trapezoid(torch.tensor(loss), torch.cat([steps[:1] * 0, steps.cumsum(0)]))
+    integral = torch.trapezoid(
+        torch.tensor(loss).double(), torch.cat([steps[:1] * 0, steps.cumsum(0)])
+    )
     assert train.integral == pytest.approx(integral.item())
     assert train.mean == pytest.approx((integral / steps.sum()).item())
 
