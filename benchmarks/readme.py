@@ -110,6 +110,12 @@ def precision(preset: str) -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
+def precision_of_ends() -> str:
+    """What bf16 changes in networks that are trained in it."""
+    result = read("precision-ends-digits-cpu")
+    return f"{table(result['rows'])}\n\n{source(result)}"
+
+
 REACHED = (
     *("energy, nats", "Σ√JSD", "highest train loss", "between the points"),
     *("barrier, train", "test", "seconds"),
@@ -262,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for made in (convergence, points, precision)
         for preset in ("digits", "paper-small")
     },
+    "precision of ends": precision_of_ends,
     "seeds": seeds,
     "step": step,
     "grid": grid,

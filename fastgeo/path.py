@@ -347,8 +347,10 @@ class Path:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
         squares = torch.zeros(len(self) - 1, device=self.device)
         for name, between in self.freed().interior.items():
-            ends = (between[:1] - self.start[name], self.end[name] - between[-1:])
-            steps = torch.cat([ends[0], between.diff(dim=0), ends[1]])
+            points = torch.cat([self.start[name][None], between, self.end[name][None]])
+            steps = points.diff(dim=0).masked_fill_(
+                points[1:] == points[:-1], 0
+            )  # of infinite ones
             steps = steps.to(torch.promote_types(steps.dtype, torch.float32))
             squares = squares + steps.reshape(len(steps), -1).square().sum(1)
         return squares.sqrt()

@@ -220,3 +220,21 @@ def test_half_precision_states_want_a_module_of_their_type():
     with pytest.raises(ValueError, match=r"dtype torch.bfloat16 in the path and torch.float32 in"):
         check_path_of(path, torch.nn.Linear(3, 2))
     assert check_path_of(path, torch.nn.Linear(3, 2).bfloat16())
+
+
+def test_a_mask_of_infinite_numbers_has_no_length():
+    """A buffer that is alike in both ends, and infinite as additive masks are."""
+
+    def masked(seed):
+        module = nn.Linear(3, 2)
+        torch.manual_seed(seed)
+        nn.init.normal_(module.weight)
+        module.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        return module
+
+    a, b = masked(0), masked(1)
+    step = (
+        torch.cat([(p - q).flatten() for p, q in zip(a.parameters(), b.parameters(), strict=True)])
+        / 4
+    )
+    torch.testing.assert_close(Path.linear(a, b, 5).euclidean(), step.norm().detach().expand(4))

@@ -167,3 +167,19 @@ def test_a_time_of_several_steps_is_given_for_one(monkeypatch):
     monkeypatch.setattr(everything, "time_alternating", seconds)
     (row,) = everything.measure([five], 3)
     assert row["ms"]["p50"] == pytest.approx(100) and row["rate"] == "20 images·points/s"
+
+
+def test_ends_of_two_precisions_are_compared_seed_by_seed():
+    found = {"fp32": {"loss": [1.0, 2.0, 3.0]}, "bf16": {"loss": [1.5, 2.5, 4.1]}}
+    first, second = precision.compared_ends(found)
+    assert first["over the seeds"] == "2 ± 1" and first["less fp32's"] == "-"
+    assert second["over the seeds"] == "2.7 ± 1.3"  # of 1.5, 2.5, 4.1
+    assert second["less fp32's"] == "0.7 ± 0.2"  # 0.5, 0.5, 1.1: deviation 0.35 over √3
+
+
+def test_networks_of_every_seed_are_evaluated(monkeypatch):
+    short = PRESETS["digits"].changed(train_subset=128, epochs=1, width=0.25)
+    monkeypatch.setitem(PRESETS, "digits", short)
+    found = precision.trained("digits", "bf16", range(4))
+    assert {len(values) for values in found.values()} == {4}
+    assert len(set(found["train loss, nats"])) == 4
