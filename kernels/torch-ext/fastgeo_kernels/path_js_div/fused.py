@@ -227,7 +227,7 @@ def _torch_pair(
     teacher: Tensor, logits: Tensor, kept: Optional[Tensor], how: How, share: Tensor, wanted: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
     values, _, grad = reference.pair_rows_and_grads(teacher, logits, kept, how, False, wanted)
-    return values, None if grad is None else grad * share[:, None]
+    return values, None if grad is None else grad * (share * how.slopes[1])[:, None]
 
 
 def _triton_pair(

@@ -30,6 +30,11 @@ class How(NamedTuple):
         return (self.beta, 1 - self.beta) if inside else (1.0, 1.0)
 
     @property
+    def slopes(self) -> Tuple[float, float]:
+        """The same of logits that are not divided by the temperature yet."""
+        return self.shares[0] / self.temperature, self.shares[1] / self.temperature
+
+    @property
     def limits(self) -> Tuple[float, float]:
         """log(p / m) where q is 0, and log(q / m) where p is 0; infinite for KL, here 0."""
         inside = 0 < self.beta < 1

@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .options import FORWARD, HALF, REVERSE, SKEW, How, known
+from .options import FORWARD, HALF, SKEW, How, known
 
 LN2 = math.log(2.0)
 LOWEST = -1e30  # what a logit of -inf counts as
+APART = 0.5  # nats, from which on most of p and of q is on classes that the other lacks
 CHUNK = 1 << 16  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
 CLASSES_INSIDE = 24  # above, a row's sum is faster where its classes lie side by side
 
@@ -59,10 +60,10 @@ def path_rows_and_grad(
     """[E, B], and the gradient of (upstream * rows).sum(), [N, B, C]."""
 
     def run(logits, kept, upstream):
-        points = _softmax(_path_logits(logits, kept), how)
-        edges = _edges(points, how)
-        grad = _path_grad(points.p, edges, how, upstream).to(logits.dtype)
-        return _by_edge(_value(edges, how), logits), grad
+        points = _path_points(logits, kept, how)
+        edges = _edges(*_ends(points), how)
+        grad = _path_grad(points, edges, how, upstream).to(logits.dtype)
+        return _by_edge(edges.value, logits), grad
 
     rows, grad = _by_chunks(run, logits, kept, _only(kept, upstream))
     return rows, grad.contiguous()
@@ -72,11 +73,12 @@ def squared_hellinger(logits: Tensor, kept: Optional[Tensor], how: How) -> Tenso
     """|sqrt p - sqrt q|^2 = sum max(p, q) (1 - exp(-|d| / 2))^2, [E, B]."""
 
     def run(logits, kept):
-        edges = _edges(_softmax(_path_logits(logits, kept), how), how)
-        larger = torch.maximum(edges.p, edges.q)
+        first, second = _ends(_path_points(logits, kept, how))
+        edges = _edges(first, second, how)
+        larger = torch.maximum(first.p, second.p)
         total = (larger * torch.expm1(edges.d.abs() / -2).square()).sum(-1, keepdim=True)
-        total = _without_the_gap(total, edges, how).clamp(min=0)
-        return (_by_edge(total, logits),)
+        gap = _half_gap(edges.value, edges.p_kl, edges.q_kl)
+        return (_by_edge(_without_the_gap(total, gap, 0.25, 1e-6).clamp(min=0), logits),)
 
     return _by_chunks(run, logits, kept)[0]
 
@@ -98,15 +100,16 @@ def pair_rows_and_grads(
     p_wanted: bool,
     q_wanted: bool,
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
-    """[B], and the gradients of each row's own value, [B, C], that are wanted."""
+    """[B], and the gradients of each row's own value over `how.slopes`, [B, C], that are wanted."""
 
     def run(p_logits, q_logits, kept):
-        edges = _edges(_softmax(_pair_logits(p_logits, q_logits, kept), how), how)
-        found = [_value(edges, how)]
+        p, q = _pair_points(p_logits, q_logits, kept, how)
+        edges = _edges(p, q, how, (p_wanted, q_wanted))
+        found = [edges.value.squeeze(-1)]
         if p_wanted:
-            found.append(_closed(_p_grad(edges, how), edges.p).to(p_logits.dtype))
+            found.append(_closed(_row_grad(edges.p_log, p.p, edges.p_kl), p).to(p_logits.dtype))
         if q_wanted:
-            found.append(_closed(_q_grad(edges, how), edges.q).to(q_logits.dtype))
+            found.append(_closed(_row_grad(edges.q_log, q.p, edges.q_kl), q).to(q_logits.dtype))
         return found
 
     value, *grads = _by_chunks(run, p_logits, q_logits, kept, batch_axis=0)
@@ -123,8 +126,9 @@ class PathRows(torch.autograd.Function):
         how = How(temperature, beta)
 
         def run(logits, kept):
-            edges = _edges(_softmax(_path_logits(logits, kept), how), how)
-            return (_by_edge(_value(edges, how), logits),)
+            first, second = _ends(_path_points(logits, kept, how))
+            edges = _edges(first, second, how, (False, False))
+            return (_by_edge(edges.value, logits),)
 
         return _by_chunks(run, logits, kept)[0]
 
@@ -154,7 +158,8 @@ class _PairRows(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         grads = output[1:]
         ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        _, q_logits, kept, _, _, inplace, *_ = inputs
+        _, q_logits, kept, *how, inplace, _, _ = inputs
+        ctx.slopes = How(*how).slopes
         over = q_logits if inplace and grads[1] is not None else None
         ctx.save_for_backward(*grads, kept, over)
         ctx.set_materialize_grads(False)
@@ -165,11 +170,11 @@ class _PairRows(torch.autograd.Function):
         *grads, kept, over = ctx.saved_tensors
         scaled: List[Optional[Tensor]] = [None, None]
         if upstream is not None:
-            upstream = _only(kept, upstream)[:, None]
+            shares = [_only(kept, upstream)[:, None] * slope for slope in ctx.slopes]
             if over is not None:
-                scaled[1] = torch.mul(grads.pop(), upstream, out=over.detach())
+                scaled[1] = torch.mul(grads.pop(), shares[1], out=over.detach())
             for i, grad in enumerate(grads):
-                scaled[i] = None if grad is None else (grad * upstream).to(grad.dtype)
+                scaled[i] = None if grad is None else (grad * shares[i]).to(grad.dtype)
         return (*scaled, *(None,) * 6)
 
     @staticmethod
@@ -233,46 +238,50 @@ def _by_chunks(
 
 
 class _Points(NamedTuple):
-    """Rows of logits and their softmax."""
+    """Rows of logits and their softmax: of a path [N, B, ...], or of one end of its edges."""
 
     x: Tensor  # [N, B, C], fp32 or fp64
     top: Tensor  # [N, B, 1], the largest logit
-    lse: Tensor  # [N, B, 1], log sum exp((x - top) / T)
+    total: Tensor  # [N, B, 1], sum exp((x - top) / T)
     p: Tensor  # [N, B, C]
 
 
 class _Edges(NamedTuple):
-    """Neighbouring rows p and q: [E, B, C] or [E, B, 1], without the first axis for a pair."""
+    """Of neighbouring rows p and q: [E, B, C] or [E, B, 1], without the first axis for a pair."""
 
-    p: Tensor
-    q: Tensor
     d: Tensor  # log p - log q
-    p_log: Tensor  # p (log(p / m) - shift); of a KL divergence p d, or q - p
-    q_log: Tensor
-    p_kl: Tensor  # sums of the two
-    q_kl: Tensor
-    # 1 where most of p and of q is on classes that the other lacks, else 0. There every log(p / m)
-    # that counts is near its limit, and keeps its digits without it. None where there is none.
-    shifted: Optional[Tensor]
-    term: (
-        Tensor  # (p + q) h, of other betas m h; where |d| is large a p log(p / m) + b q log(q / m)
-    )
+    value: Tensor  # nats
+    # p (log(p / m) - its limit in rows far apart); of a KL divergence p d, or q - p. And its sum.
+    # None where no gradient to p is wanted.
+    p_log: Optional[Tensor]
+    p_kl: Optional[Tensor]
+    q_log: Optional[Tensor]
+    q_kl: Optional[Tensor]
 
 
-def _path_logits(logits: Tensor, kept: Optional[Tensor]) -> Tensor:
+def _path_points(logits: Tensor, kept: Optional[Tensor], how: How) -> _Points:
     x = _wide(logits)
     if _side_by_side(x):
         x = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    return _readable(x, kept)
+    return _softmax(_readable(x.clamp(min=LOWEST), kept), how)
 
 
-def _pair_logits(p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor]) -> Tensor:
-    """[2, B, C]; of slices of the batch the copy stays in the cache."""
+def _pair_points(
+    p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How
+) -> Tuple[_Points, _Points]:
+    """Of a slice of the batch as one tensor, which stays in the cache: half as many operations."""
     dtype = torch.promote_types(p_logits.dtype, q_logits.dtype)
     p, q = (_wide(x.to(dtype)) for x in (p_logits, q_logits))
+    if p.is_cuda or torch.compiler.is_compiling():
+        p, q = (_softmax(_readable(x.clamp(min=LOWEST), kept), how) for x in (p, q))
+        return p, q
+    batch, classes = p.shape
     if _side_by_side(p):
-        return _readable(torch.stack((p.t(), q.t()), 1).permute(1, 2, 0), kept)
-    return _readable(torch.stack((p, q)), kept)
+        x = p.new_empty(2, classes, batch).transpose(1, 2)
+    else:
+        x = p.new_empty(2, batch, classes)
+    x[0], x[1] = p, q
+    return _ends(_softmax(_readable(x.clamp_(min=LOWEST), kept), how))
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -285,8 +294,7 @@ def _side_by_side(x: Tensor) -> bool:
 
 
 def _readable(x: Tensor, kept: Optional[Tensor]) -> Tensor:
-    """Masked classes (-inf) finite, so that their differences are; rows that are not kept equal."""
-    x = x.clamp(min=LOWEST)
+    """Rows that are not kept equal."""
     return x if kept is None else x.masked_fill_(~kept[:, None], 0)
 
 
@@ -294,44 +302,45 @@ def _softmax(x: Tensor, how: How) -> _Points:
     top = x.amax(-1, keepdim=True)
     p = _divided(x - top, how).exp_()
     total = p.sum(-1, keepdim=True)
-    return _Points(x, top, total.log(), p.div_(total))
+    return _Points(x, top, total, p.div_(total))
 
 
 def _divided(x: Tensor, how: How) -> Tensor:
     return x if how.temperature == 1 else x.mul_(1 / how.temperature)
 
 
-def _neighbours(x: Tensor) -> Tuple[Tensor, Tensor]:
-    first, second = x.unbind(0) if len(x) == 2 else (x[:-1], x[1:])
-    return first, second
-
-
-def _edges(points: _Points, how: How) -> _Edges:
-    p, q = _neighbours(points.p)
-    d = _log_ratio(points, how)
-    shifted = None
-    if how.kind == FORWARD:
-        p_log, q_log, term = _kl_terms(d, p, q)
-    elif how.kind == REVERSE:
-        q_log, p_log, term = _kl_terms(-d, q, p)
+def _ends(points: _Points) -> Tuple[_Points, _Points]:
+    """The first and the second rows of all edges."""
+    if len(points.x) == 2:
+        first, second = zip(*(x.unbind(0) for x in points))
     else:
-        apart = torch.minimum(p, q).sum(-1, keepdim=True) < 0.25
-        if known(apart.any()) is not False:
-            shifted = apart.to(d.dtype)
-        if how.kind == HALF:
-            p_log, q_log, term = _half_terms(d, p, q, shifted)
-        else:
-            p_log, q_log, term = _skew_terms(d, p, q, shifted, how)
-    p_kl, q_kl = p_log.sum(-1, keepdim=True), q_log.sum(-1, keepdim=True)
-    return _Edges(p, q, d, p_log, q_log, p_kl, q_kl, shifted, term)
+        first, second = zip(*((x[:-1], x[1:]) for x in points))
+    return _Points(*first), _Points(*second)
 
 
-def _log_ratio(points: _Points, how: How) -> Tensor:
+def _edges(
+    first: _Points, second: _Points, how: How, wanted: Tuple[bool, bool] = (True, True)
+) -> _Edges:
+    """`wanted`: whether the gradients to the first and the second rows are."""
+    d = _log_ratio(first, second, how)
+    if how.kind == HALF:
+        return _half_edges(d, first.p, second.p, wanted)
+    if how.kind == SKEW:
+        return _skew_edges(d, first.p, second.p, how)
+    if how.kind == FORWARD:
+        p_log, q_log, term = _kl_terms(d, first.p, second.p)
+    else:
+        q_log, p_log, term = _kl_terms(-d, second.p, first.p)
+    p_kl, q_kl, total = (x.sum(-1, keepdim=True) for x in (p_log, q_log, term))
+    value = _without_the_gap(total, q_kl if how.kind == FORWARD else p_kl, 0.5, 2e-6)
+    return _Edges(d, value.clamp(min=0), p_log, p_kl, q_log, q_kl)
+
+
+def _log_ratio(first: _Points, second: _Points, how: How) -> Tensor:
     """d = log p - log q."""
-    d, lost = _exact_difference(*_neighbours(points.x))
-    top, top_lost = _exact_difference(*_neighbours(points.top))
-    first, second = _neighbours(points.lse)
-    offset = first - second + _divided(top_lost, how)
+    d, lost = _exact_difference(first.x, second.x)
+    top, top_lost = _exact_difference(first.top, second.top)
+    offset = _divided(top_lost, how).add_((first.total / second.total).log_())
     # A CPU rounds the tail of a tensor differently, so that sums of equal rows may differ.
     offset *= d.abs().amax(-1, keepdim=True) > 0
     return _divided(d.sub_(top).add_(lost), how).sub_(offset)
@@ -345,29 +354,78 @@ def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
     return difference, lost.add_(y_seen.sub_(y))
 
 
-Terms = Tuple[Tensor, Tensor, Tensor]  # p_log, q_log and term of `_Edges`
+def _half_edges(d: Tensor, p: Tensor, q: Tensor, wanted: Tuple[bool, bool]) -> _Edges:
+    s, h, sigmoid = _half_terms(d)
+    value = h.mul_(p + q).sum(-1, keepdim=True).mul_(0.5)
+    lowest, highest = _range(value)
+    if not highest <= APART:
+        # Where most of p and of q is on classes that the other lacks, every log(p / m) that counts
+        # is near its limit, and keeps its digits without it.
+        s = s.lerp_(sigmoid.neg_().log1p_(), (value > APART).to(s.dtype))
+    near = not lowest >= 5e-7
+    p_log = p_kl = q_log = q_kl = None
+    if wanted[0]:
+        p_log = d.clamp(max=0).add_(s).mul_(p)
+        p_kl = p_log.sum(-1, keepdim=True)
+    if wanted[1] or (near and p_kl is None):
+        q_log = d.clamp(min=0).neg_().add_(s).mul_(q)
+        q_kl = q_log.sum(-1, keepdim=True)
+    if near:
+        value = _without_the_gap(value, _half_gap(value, p_kl, q_kl), 0.125, 5e-7)
+    return _Edges(d, value.clamp_(0, LN2), p_log, p_kl, q_log, q_kl)
 
 
-def _half_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Optional[Tensor]) -> Terms:
-    a = d.abs()
-    larger = (a * 0.5).tanh_()
-    if shifted is not None:
-        larger.lerp_(a.neg().sigmoid_().neg_(), shifted)  # to (tanh(a / 2) - 1) / 2
-    larger.log1p_()
-    p_log = d.clamp(max=0).add_(larger).mul_(p)
-    q_log = larger.sub_(d.clamp(min=0)).mul_(q)
+def _half_gap(value: Tensor, p_kl: Optional[Tensor], q_kl: Optional[Tensor]) -> Tensor:
+    """KL(p || m) - KL(q || m), of whose sum the value is half."""
+    return 2 * (value - q_kl if p_kl is None else p_kl - value)
+
+
+def _half_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """s, h and sigmoid(-|d|), by which
+
+    s = log(2 - 2 sigmoid(-|d|)),    h = s - |d| sigmoid(-|d|)
+
+    and for small |d| h is a polynomial and s follows from it: no log1p, which takes a CPU longer
+    than all of this."""
+    below = d.abs().neg_()
+    sigmoid = below.sigmoid()
+    product = below * sigmoid
+    far = torch.sub(2, sigmoid, alpha=2).log_().add_(product)
+    # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly, in a
+    # tenth of the time of a CPU's `where`; so do rounded numbers instead of comparisons.
+    u = below.clamp_(min=-1).square_()
     if d.dtype == torch.float64:
-        z = a.clamp(max=2) / 2
+        z = u.sqrt() / 2
         h = z * torch.tanh(z) - torch.log1p(2 * torch.sinh(z / 2).square())
-        picks_far = (a >= 2).to(d.dtype)
     else:
-        # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly,
-        # in a tenth of the time of a CPU's `where`; so do rounded numbers instead of comparisons.
-        z = a.clamp_(max=1)
-        u = z.square()
         h = _polynomial(u, HALF_H).mul_(u)
-        picks_far = z.floor_()
-    return p_log, q_log, h.mul_(p + q).lerp_(p_log + q_log, picks_far)
+    h.lerp_(far, u.floor_())
+    return h - product, h, sigmoid
+
+
+def _range(value: Tensor) -> Tuple[float, float]:
+    """The smallest and the largest number, NaN where one is not known."""
+    if known(value.sum() == 0) is None:
+        return math.nan, math.nan
+    lowest, highest = value.aminmax()
+    return lowest.item(), highest.item()
+
+
+def _skew_edges(d: Tensor, p: Tensor, q: Tensor, how: How) -> _Edges:
+    (a, b), (p_limit, q_limit) = how.shares, how.limits
+    most = a * p_limit + b * q_limit
+    apart = torch.minimum(p, q).sum(-1, keepdim=True) < 0.25
+    shifted = apart.to(d.dtype) if known(apart.any()) is not False else None
+    p_log, q_log, term = _skew_terms(d, p, q, shifted, how)
+    p_kl, q_kl, total = (x.sum(-1, keepdim=True) for x in (p_log, q_log, term))
+    gap = a / b * p_kl - b / a * q_kl
+    value = _without_the_gap(total, gap, a * b / 2, 2e-6 * a * b)
+    if shifted is not None:
+        value = value.lerp(p_kl * a + q_kl * b + most, shifted)
+    return _Edges(d, value.clamp(0, most), p_log, p_kl, q_log, q_kl)
+
+
+Terms = Tuple[Tensor, Tensor, Tensor]  # p_log and q_log, and the terms of the value
 
 
 def _skew_terms(d: Tensor, p: Tensor, q: Tensor, shifted: Optional[Tensor], how: How) -> Terms:
@@ -421,66 +479,42 @@ def _kl_terms(d: Tensor, p: Tensor, q: Tensor) -> Terms:
 
 def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Horner's rule, the highest coefficient first."""
-    result = u * coefficients[0]
-    for coefficient in coefficients[1:-1]:
-        result.add_(coefficient).mul_(u)
-    return result.add_(coefficients[-1])
+    highest, *others = (u.new_full((), coefficient) for coefficient in coefficients)
+    result = torch.addcmul(others[0], highest, u)
+    for coefficient in others[1:]:
+        torch.addcmul(coefficient, result, u, out=result)
+    return result
 
 
-def _value(edges: _Edges, how: How) -> Tensor:
-    """[E, B] nats."""
-    value = _without_the_gap(edges.term.sum(-1, keepdim=True), edges, how)
-    if how.kind in (FORWARD, REVERSE):
-        return value.clamp(min=0).squeeze(-1)
-    (a, b), (p_limit, q_limit) = how.shares, how.limits
-    most = a * p_limit + b * q_limit
-    if how.kind == HALF:
-        value = value * 0.5
-    if edges.shifted is not None:
-        value = value.lerp(edges.p_kl * a + edges.q_kl * b + most, edges.shifted)
-    return value.clamp(0, most).squeeze(-1)
-
-
-def _without_the_gap(total: Tensor, edges: _Edges, how: How) -> Tensor:
+def _without_the_gap(total: Tensor, gap: Tensor, scale: float, near: float) -> Tensor:
     """The rounding of the two log-sum-exps shifts a whole row of d, which would ruin the value of
     near-equal rows: its square is taken off there. What the shift is shows in a combination of the
     two sums that is otherwise of third order in d."""
-    p_kl, q_kl = edges.p_kl, edges.q_kl
-    a, b = how.shares
-    if how.kind == HALF:
-        gap, scale, near = p_kl - q_kl, 0.25, 1e-6
-    elif how.kind == SKEW:
-        gap, scale, near = a / b * p_kl - b / a * q_kl, a * b / 2, 2e-6 * a * b
-    else:
-        gap, scale, near = (q_kl if how.kind == FORWARD else p_kl), 0.5, 2e-6
     return torch.where(total < near, total.addcmul(gap, gap, value=-scale), total)
 
 
-def _path_grad(p: Tensor, edges: _Edges, how: How, upstream: Tensor) -> Tensor:
+def _path_grad(points: _Points, edges: _Edges, how: How, upstream: Tensor) -> Tensor:
     """d(sum upstream * rows) / dlogits, [N, B, C]; overwrites p_log and q_log."""
-    upstream = (upstream[0] if len(p) == 2 else upstream)[..., None]
-    grad = torch.zeros_like(p)
-    grad[:-1].add_(_p_grad(edges, how).mul_(upstream))
-    grad[1:].add_(_q_grad(edges, how).mul_(upstream))
-    return _closed(grad, p)
+    upstream = (upstream[0] if len(points.p) == 2 else upstream)[..., None]
+    first, second = _ends(points)
+    grad = torch.zeros_like(points.p)
+    p_slope, q_slope = how.slopes
+    grad[:-1].addcmul_(_row_grad(edges.p_log, first.p, edges.p_kl), upstream * p_slope)
+    grad[1:].addcmul_(_row_grad(edges.q_log, second.p, edges.q_kl), upstream * q_slope)
+    return _closed(grad, points)
 
 
-def _p_grad(edges: _Edges, how: How) -> Tensor:
-    """What every edge gives to its first row; overwrites p_log."""
-    return _row_grad(edges.p_log, edges.p, edges.p_kl, how.shares[0] / how.temperature)
+def _row_grad(log: Optional[Tensor], p: Tensor, kl: Optional[Tensor]) -> Tensor:
+    """What an edge gives to one of its rows, over its slope; overwrites `log`."""
+    assert log is not None and kl is not None
+    return log.addcmul_(p, kl, value=-1)
 
 
-def _q_grad(edges: _Edges, how: How) -> Tensor:
-    return _row_grad(edges.q_log, edges.q, edges.q_kl, how.shares[1] / how.temperature)
-
-
-def _row_grad(log: Tensor, p: Tensor, kl: Tensor, share: float) -> Tensor:
-    return log.addcmul_(p, kl, value=-1).mul_(share)
-
-
-def _closed(grad: Tensor, p: Tensor) -> Tensor:
+def _closed(grad: Tensor, points: _Points) -> Tensor:
     """The class with more than half of a row takes what makes the row sum to 0: its own closed form
     is the difference of two nearly equal numbers."""
-    leads = p.round()
+    if known((points.total < 2).any()) is False:
+        return grad
+    leads = points.p.round()
     grad.addcmul_(grad, leads, value=-1)
     return grad.addcmul_(leads, grad.sum(-1, keepdim=True), value=-1)
