@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launching import use_triton
-from . import reference
+from . import plain_pairs
 from .operators import pair_grads_op, pair_values_op
 from .options import (
     How,
@@ -226,7 +226,7 @@ class _FusedLinear(torch.autograd.Function):
 def _torch_pair(
     teacher: Tensor, logits: Tensor, kept: Optional[Tensor], how: How, share: Tensor, wanted: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    values, _, grad = reference.pair_rows_and_grads(teacher, logits, kept, how, False, wanted)
+    values, _, grad = plain_pairs.pair_rows_and_grads(teacher, logits, kept, how, False, wanted)
     return values, None if grad is None else grad * (share * how.slopes[1])[:, None]
 
 

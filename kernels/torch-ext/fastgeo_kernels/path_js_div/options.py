@@ -30,6 +30,12 @@ class How(NamedTuple):
         return (self.beta, 1 - self.beta) if inside else (1.0, 1.0)
 
     @property
+    def largest(self) -> float:
+        """Of all values; of a KL divergence, which has no bound, 0."""
+        (a, b), (p_limit, q_limit) = self.shares, self.limits
+        return a * p_limit + b * q_limit
+
+    @property
     def slopes(self) -> Tuple[float, float]:
         """The same of logits that are not divided by the temperature yet."""
         return self.shares[0] / self.temperature, self.shares[1] / self.temperature
@@ -139,12 +145,12 @@ def row_weights(
     return Weights(weight, weight != 0)
 
 
-def known(flag: Tensor) -> Optional[bool]:
-    """What a flag says, or None where asking would wait for a device or end a trace."""
-    if flag.device.type != "cpu" or torch.compiler.is_compiling():
+def known(number: Tensor) -> Union[None, bool, float]:
+    """The one number of a tensor, or None where asking would wait for a device or end a trace."""
+    if number.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
-        return bool(flag)
+        return number.item()
     except RuntimeError:  # under vmap, or of a fake tensor
         return None
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..launching import use_triton
-from . import reference
+from . import plain_pairs, reference
 from .operators import PairRows, PathRows, rows_op, value_and_grad_op
 from .options import (
     How,
@@ -244,7 +244,7 @@ def js_div(
     if _either_triton(impl, p, q):
         rows = PairRows.apply(p, q, weights.kept, *map(float, how), inplace)
     else:
-        rows = reference.pair_rows(p, q, weights.kept, how, inplace)
+        rows = plain_pairs.pair_rows(p, q, weights.kept, how, inplace)
     value = reduce_rows(rows, reduction, None, weights, normalizer)
     return value if reduction == "batchmean" else value.reshape(leading)
 

@@ -31,6 +31,7 @@ import math
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +40,7 @@ from .options import FORWARD, HALF, SKEW, How, known
 LN2 = math.log(2.0)
 LOWEST = -1e30  # what a logit of -inf counts as
 APART = 0.5  # nats, from which on most of p and of q is on classes that the other lacks
-CHUNK = 1 << 16  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
+CHUNK = 1 << 15  # numbers of a slice of the batch: tensors of that size stay in a CPU's cache
 CLASSES_INSIDE = 24  # above, a row's sum is faster where its classes lie side by side
 
 # (z / 2 tanh(z / 2) - log cosh(z / 2)) / z^2 as a polynomial of z^2 on [0, 1], (2 atanh(s) - 2 s) /
@@ -65,7 +66,7 @@ def path_rows_and_grad(
         grad = _path_grad(points, edges, how, upstream).to(logits.dtype)
         return _by_edge(edges.value, logits), grad
 
-    rows, grad = _by_chunks(run, logits, kept, _only(kept, upstream))
+    rows, grad = _by_chunks(run, logits, kept, only(kept, upstream))
     return rows, grad.contiguous()
 
 
@@ -83,37 +84,22 @@ def squared_hellinger(logits: Tensor, kept: Optional[Tensor], how: How) -> Tenso
     return _by_chunks(run, logits, kept)[0]
 
 
-def pair_rows(
-    p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How, inplace: bool = False
-) -> Tensor:
-    """Two [B, C] -> [B], differentiable once; an argument without a gradient costs none. `inplace`:
-    the backward pass leaves the gradient to q_logits in their place."""
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
-    return _PairRows.apply(p_logits, q_logits, kept, *how, inplace, *wanted)[0]
-
-
 def pair_rows_and_grads(
     p_logits: Tensor,
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    p_wanted: bool,
-    q_wanted: bool,
+    wanted: Tuple[bool, bool] = (True, True),
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """[B], and the gradients of each row's own value over `how.slopes`, [B, C], that are wanted."""
-
-    def run(p_logits, q_logits, kept):
-        p, q = _pair_points(p_logits, q_logits, kept, how)
-        edges = _edges(p, q, how, (p_wanted, q_wanted))
-        found = [edges.value.squeeze(-1)]
-        if p_wanted:
-            found.append(_closed(_row_grad(edges.p_log, p.p, edges.p_kl), p).to(p_logits.dtype))
-        if q_wanted:
-            found.append(_closed(_row_grad(edges.q_log, q.p, edges.q_kl), q).to(q_logits.dtype))
-        return found
-
-    value, *grads = _by_chunks(run, p_logits, q_logits, kept, batch_axis=0)
-    return value, grads[0] if p_wanted else None, grads[-1] if q_wanted else None
+    p, q = _pair_points(p_logits, q_logits, kept, how)
+    edges = _edges(p, q, how, wanted)
+    p_grad = q_grad = None
+    if wanted[0]:
+        p_grad = closed(_row_grad(edges.p_log, p.p, edges.p_kl), p.p, p.total)
+    if wanted[1]:
+        q_grad = closed(_row_grad(edges.q_log, q.p, edges.q_kl), q.p, q.total)
+    return edges.value.squeeze(-1), p_grad, q_grad
 
 
 class PathRows(torch.autograd.Function):
@@ -145,93 +131,41 @@ class PathRows(torch.autograd.Function):
         return path_rows_and_grad(logits, kept, ctx.how, upstream)[1], None, None, None
 
 
-class _PairRows(torch.autograd.Function):
-    """Computes the gradients that will be wanted with the values, which on a CPU takes little more
-    time, and keeps nothing else."""
-
-    @staticmethod
-    def forward(p_logits, q_logits, kept, temperature, beta, inplace, p_wanted, q_wanted):
-        how = How(temperature, beta)
-        return pair_rows_and_grads(p_logits, q_logits, kept, how, p_wanted, q_wanted)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        grads = output[1:]
-        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        _, q_logits, kept, *how, inplace, _, _ = inputs
-        ctx.slopes = How(*how).slopes
-        over = q_logits if inplace and grads[1] is not None else None
-        ctx.save_for_backward(*grads, kept, over)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Optional[Tensor], *_):
-        *grads, kept, over = ctx.saved_tensors
-        scaled: List[Optional[Tensor]] = [None, None]
-        if upstream is not None:
-            shares = [_only(kept, upstream)[:, None] * slope for slope in ctx.slopes]
-            if over is not None:
-                scaled[1] = torch.mul(grads.pop(), shares[1], out=over.detach())
-            for i, grad in enumerate(grads):
-                scaled[i] = None if grad is None else (grad * shares[i]).to(grad.dtype)
-        return (*scaled, *(None,) * 6)
-
-    @staticmethod
-    def vmap(info, in_dims, p_logits, q_logits, kept, temperature, beta, inplace, *wanted):
-        """The mapped dimension joins the batch. Gradients may be wanted inside of the map, or
-        outside, where the tensors tell."""
-        size = info.batch_size
-
-        def fold(tensor, dim):
-            if tensor is None:
-                return None
-            tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor.flatten(0, 1)
-
-        *logits, kept = (fold(*each) for each in zip((p_logits, q_logits, kept), in_dims))
-        either = [inside or x.requires_grad for inside, x in zip(wanted, logits)]
-        rows, *grads = _PairRows.apply(*logits, kept, temperature, beta, False, *either)
-        grads = [grad if inside else None for inside, grad in zip(wanted, grads)]
-        results = [None if x is None else x.unflatten(0, (size, -1)) for x in (rows, *grads)]
-        return tuple(results), tuple(None if x is None else 0 for x in results)
-
-
 def _by_edge(rows: Tensor, logits: Tensor) -> Tensor:
     """[E, B], of a path of two points as well."""
     return rows.reshape(len(logits) - 1, -1)
 
 
-def _only(kept: Optional[Tensor], upstream: Tensor) -> Tensor:
+def only(kept: Optional[Tensor], upstream: Tensor) -> Tensor:
     """[..., B] without what comes to rows that are not kept, which may be NaN."""
     return upstream if kept is None else upstream.masked_fill(~kept, 0)
 
 
-def _by_chunks(
-    function: Callable, logits: Tensor, *others: Optional[Tensor], batch_axis: int = 1
-) -> List[Tensor]:
-    """Runs over slices of the batch that stay in a CPU's cache. The batch is that axis of every
-    argument and result, or the only one of what is kept [B]."""
-    batch = logits.shape[batch_axis]
-    size = max(1, CHUNK * batch // logits.numel())
-    if logits.is_cuda or torch.compiler.is_compiling() or size >= batch:
-        return list(function(logits, *others))
-
-    def part(tensor: Optional[Tensor], start: int) -> Optional[Tensor]:
-        if tensor is None:
-            return None
-        axis = min(batch_axis, tensor.ndim - 1)
-        return tensor.narrow(axis, start, min(size, batch - start))
-
+def _by_chunks(function: Callable, logits: Tensor, *others: Optional[Tensor]) -> Sequence[Tensor]:
+    """Runs over slices of the batch, the last axis of `others` and the second of the results."""
+    slices = in_slices(logits.shape[1], logits)
     results: List[Tensor] = []
-    for start in range(0, batch, size):
-        found = function(*(part(tensor, start) for tensor in (logits, *others)))
+    for start, size in slices:
+        found = function(
+            logits.narrow(1, start, size),
+            *(None if x is None else x.narrow(-1, start, size) for x in others),
+        )
+        if len(slices) == 1:
+            return found
         if not results:  # filled as they come: put together at the end they would be there twice
-            shapes = ([*x.shape[:batch_axis], batch, *x.shape[batch_axis + 1 :]] for x in found)
+            shapes = ([len(x), logits.shape[1], *x.shape[2:]] for x in found)
             results = [x.new_empty(shape) for x, shape in zip(found, shapes)]
         for whole, x in zip(results, found):
-            whole.narrow(batch_axis, start, x.shape[batch_axis]).copy_(x)
+            whole.narrow(1, start, size).copy_(x)
     return results
+
+
+def in_slices(batch: int, logits: Tensor) -> List[Tuple[int, int]]:
+    """Start and size of slices of the batch that stay in a CPU's cache."""
+    size = max(1, CHUNK * batch // logits.numel())
+    if logits.is_cuda or torch.compiler.is_compiling() or size >= batch:
+        return [(0, batch)]
+    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
 
 
 # --- Of each row, and of each edge ----------------------------------------------------------------
@@ -275,13 +209,18 @@ def _pair_points(
     if p.is_cuda or torch.compiler.is_compiling():
         p, q = (_softmax(_readable(x.clamp(min=LOWEST), kept), how) for x in (p, q))
         return p, q
+    return _ends(_softmax(readable_pair(p, q, kept, p.dtype), how))
+
+
+def readable_pair(p: Tensor, q: Tensor, kept: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """[2, B, C], without -inf."""
     batch, classes = p.shape
     if _side_by_side(p):
-        x = p.new_empty(2, classes, batch).transpose(1, 2)
+        x = torch.empty(2, classes, batch, dtype=dtype).transpose(1, 2)
     else:
-        x = p.new_empty(2, batch, classes)
+        x = torch.empty(2, batch, classes, dtype=dtype)
     x[0], x[1] = p, q
-    return _ends(_softmax(_readable(x.clamp_(min=LOWEST), kept), how))
+    return _readable(x.clamp_(min=LOWEST), kept)
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -340,9 +279,9 @@ def _log_ratio(first: _Points, second: _Points, how: How) -> Tensor:
     """d = log p - log q."""
     d, lost = _exact_difference(first.x, second.x)
     top, top_lost = _exact_difference(first.top, second.top)
-    offset = _divided(top_lost, how).add_((first.total / second.total).log_())
+    offset = (first.total / second.total).log_().add_(_divided(top_lost, how))
     # A CPU rounds the tail of a tensor differently, so that sums of equal rows may differ.
-    offset *= d.abs().amax(-1, keepdim=True) > 0
+    offset = F.hardshrink(offset, 2.5 * torch.finfo(d.dtype).eps)
     return _divided(d.sub_(top).add_(lost), how).sub_(offset)
 
 
@@ -368,7 +307,7 @@ def _half_edges(d: Tensor, p: Tensor, q: Tensor, wanted: Tuple[bool, bool]) -> _
         p_log = d.clamp(max=0).add_(s).mul_(p)
         p_kl = p_log.sum(-1, keepdim=True)
     if wanted[1] or (near and p_kl is None):
-        q_log = d.clamp(min=0).neg_().add_(s).mul_(q)
+        q_log = s.sub_(d.clamp(min=0)).mul_(q)
         q_kl = q_log.sum(-1, keepdim=True)
     if near:
         value = _without_the_gap(value, _half_gap(value, p_kl, q_kl), 0.125, 5e-7)
@@ -387,10 +326,10 @@ def _half_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
     and for small |d| h is a polynomial and s follows from it: no log1p, which takes a CPU longer
     than all of this."""
-    below = d.abs().neg_()
+    below = torch.copysign(d, d.new_full((), -1))
     sigmoid = below.sigmoid()
     product = below * sigmoid
-    far = torch.sub(2, sigmoid, alpha=2).log_().add_(product)
+    far = torch.sub(d.new_full((), 2), sigmoid, alpha=2).log_().add_(product)
     # Both branches are finite everywhere, and lerp with a weight of 0 or 1 picks one exactly, in a
     # tenth of the time of a CPU's `where`; so do rounded numbers instead of comparisons.
     u = below.clamp_(min=-1).square_()
@@ -405,15 +344,12 @@ def _half_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
 
 def _range(value: Tensor) -> Tuple[float, float]:
     """The smallest and the largest number, NaN where one is not known."""
-    if known(value.sum() == 0) is None:
-        return math.nan, math.nan
-    lowest, highest = value.aminmax()
-    return lowest.item(), highest.item()
+    lowest, highest = (known(x) for x in value.aminmax())
+    return math.nan if lowest is None else lowest, math.nan if highest is None else highest
 
 
 def _skew_edges(d: Tensor, p: Tensor, q: Tensor, how: How) -> _Edges:
-    (a, b), (p_limit, q_limit) = how.shares, how.limits
-    most = a * p_limit + b * q_limit
+    a, b = how.shares
     apart = torch.minimum(p, q).sum(-1, keepdim=True) < 0.25
     shifted = apart.to(d.dtype) if known(apart.any()) is not False else None
     p_log, q_log, term = _skew_terms(d, p, q, shifted, how)
@@ -421,8 +357,8 @@ def _skew_edges(d: Tensor, p: Tensor, q: Tensor, how: How) -> _Edges:
     gap = a / b * p_kl - b / a * q_kl
     value = _without_the_gap(total, gap, a * b / 2, 2e-6 * a * b)
     if shifted is not None:
-        value = value.lerp(p_kl * a + q_kl * b + most, shifted)
-    return _Edges(d, value.clamp(0, most), p_log, p_kl, q_log, q_kl)
+        value = value.lerp(p_kl * a + q_kl * b + how.largest, shifted)
+    return _Edges(d, value.clamp(0, how.largest), p_log, p_kl, q_log, q_kl)
 
 
 Terms = Tuple[Tensor, Tensor, Tensor]  # p_log and q_log, and the terms of the value
@@ -479,10 +415,9 @@ def _kl_terms(d: Tensor, p: Tensor, q: Tensor) -> Terms:
 
 def _polynomial(u: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Horner's rule, the highest coefficient first."""
-    highest, *others = (u.new_full((), coefficient) for coefficient in coefficients)
-    result = torch.addcmul(others[0], highest, u)
-    for coefficient in others[1:]:
-        torch.addcmul(coefficient, result, u, out=result)
+    result = torch.add(u.new_full((), coefficients[1]), u, alpha=coefficients[0])
+    for coefficient in coefficients[2:]:
+        torch.addcmul(u.new_full((), coefficient), result, u, out=result)
     return result
 
 
@@ -501,7 +436,7 @@ def _path_grad(points: _Points, edges: _Edges, how: How, upstream: Tensor) -> Te
     p_slope, q_slope = how.slopes
     grad[:-1].addcmul_(_row_grad(edges.p_log, first.p, edges.p_kl), upstream * p_slope)
     grad[1:].addcmul_(_row_grad(edges.q_log, second.p, edges.q_kl), upstream * q_slope)
-    return _closed(grad, points)
+    return closed(grad, points.p, points.total)
 
 
 def _row_grad(log: Optional[Tensor], p: Tensor, kl: Optional[Tensor]) -> Tensor:
@@ -510,11 +445,11 @@ def _row_grad(log: Optional[Tensor], p: Tensor, kl: Optional[Tensor]) -> Tensor:
     return log.addcmul_(p, kl, value=-1)
 
 
-def _closed(grad: Tensor, points: _Points) -> Tensor:
+def closed(grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
     """The class with more than half of a row takes what makes the row sum to 0: its own closed form
-    is the difference of two nearly equal numbers."""
-    if known((points.total < 2).any()) is False:
+    is the difference of two nearly equal numbers. `total` is 1 / the row's largest probability."""
+    if grad.shape[-1] > CLASSES_INSIDE and known((total < 2).any()) is False:
         return grad
-    leads = points.p.round()
+    leads = p.round()
     grad.addcmul_(grad, leads, value=-1)
     return grad.addcmul_(leads, grad.sum(-1, keepdim=True), value=-1)
