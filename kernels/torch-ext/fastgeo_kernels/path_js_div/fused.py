@@ -226,8 +226,9 @@ class _FusedLinear(torch.autograd.Function):
 def _torch_pair(
     teacher: Tensor, logits: Tensor, kept: Optional[Tensor], how: How, share: Tensor, wanted: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    values, _, grad = plain_pairs.pair_rows_and_grads(teacher, logits, kept, how, False, wanted)
-    return values, None if grad is None else grad * (share * how.slopes[1])[:, None]
+    both = (False, wanted)
+    values, _, grad = plain_pairs.pair_rows_and_grads(teacher, logits, kept, how, both, share)
+    return values, grad
 
 
 def _triton_pair(

@@ -8,7 +8,7 @@ a gradient there: such rows are computed again by that formula.
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -18,25 +18,33 @@ from . import reference
 from .options import FORWARD, REVERSE, How, known
 
 Found = Tuple[Tensor, Optional[Tensor], Optional[Tensor]]  # values, gradients to p and to q
+Share = Union[None, float, Tensor]
 NEAR = 1e-9  # nats; the definition has an error of 2e-16
+SATURATED = 1e-6  # of a row's mass on other classes than one
 
 
 def pair_rows(
-    p_logits: Tensor, q_logits: Tensor, kept: Optional[Tensor], how: How, inplace: bool = False
+    p_logits: Tensor,
+    q_logits: Tensor,
+    kept: Optional[Tensor],
+    how: How,
+    inplace: bool = False,
+    share: Share = None,
 ) -> Tensor:
-    """Two [B, C] -> [B], differentiable once; an argument without a gradient costs none. `inplace`:
-    the backward pass leaves the gradient to q_logits in their place."""
+    """Two [B, C] -> [B], or the sum of these times `share`, a number, [1] or [B]. Differentiable
+    once in the logits; those that need no gradient cost none. `inplace`: the backward pass leaves
+    the gradient to q_logits in their place."""
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
-    given = (p_logits, q_logits, kept, *how, inplace, *wanted)
-    if torch.compiler.is_compiling():
-        return _MappedPairRows.apply(*given)[0]
-    try:
-        return _PairRows.apply(*given)
-    except RuntimeError as error:
-        # What torch.func says of the faster kind of function, which it cannot transform.
-        if "setup_context" not in str(error):
-            raise
-        return _MappedPairRows.apply(*given)[0]
+    fixed = not (isinstance(share, Tensor) and share.requires_grad)
+    if fixed and not torch.compiler.is_compiling():
+        try:
+            return _PairRows.apply(p_logits, q_logits, kept, how, inplace, share, wanted)
+        except RuntimeError as error:
+            # So says torch.func of this kind of function, which takes autograd half the time.
+            if "setup_context" not in str(error):
+                raise
+    rows = _MappedPairRows.apply(p_logits, q_logits, kept, *how, inplace, *wanted)[0]
+    return rows if share is None else (rows * share).sum(-1)
 
 
 def pair_rows_and_grads(
@@ -44,32 +52,47 @@ def pair_rows_and_grads(
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    p_wanted: bool,
-    q_wanted: bool,
+    wanted: Sequence[bool],
+    share: Share = None,
 ) -> Found:
-    """[B], and the gradients of each row's own value over `how.slopes`, [B, C], that are wanted."""
-    wanted, logits = (p_wanted, q_wanted), (p_logits, q_logits)
-    dtypes = [torch.promote_types(p_logits.dtype, q_logits.dtype), *(x.dtype for x in logits)]
-    dtypes[0] = torch.promote_types(dtypes[0], torch.float32)
-    if p_logits.device.type != "cpu" or torch.compiler.is_compiling():
-        found = reference.pair_rows_and_grads(*logits, kept, how, wanted)
-        values, *grads = (x if x is None else x.to(dtype) for x, dtype in zip(found, dtypes))
-        return values, grads[0], grads[1]
-    rows = reference.pair_rows_and_grads if dtypes[0] == torch.float64 else _mostly_in_doubles
-    batch = len(p_logits)
+    """[B], and those gradients of each row's own value times its share, [B, C], that are wanted."""
+    logits = (p_logits, q_logits)
+    exact = torch.promote_types(p_logits.dtype, q_logits.dtype)
+    exact = torch.promote_types(exact, torch.float32)
+    in_turn = reference.in_slices(len(p_logits), p_logits)
+    doubles = in_turn is not None and exact != torch.float64
+    rows = _mostly_in_doubles if doubles else reference.pair_rows_and_grads
+    factors = [slope if share is None else share * slope for slope in how.slopes]
+    dtypes = [exact, p_logits.dtype, q_logits.dtype]
+
+    def part(tensor: Union[None, float, Tensor], rows: slice) -> Union[None, float, Tensor]:
+        whole = not isinstance(tensor, Tensor) or len(tensor) != len(p_logits)
+        return tensor if whole else tensor[rows]
+
+    def run(p_logits, q_logits, kept, *factors):
+        values, *grads = rows(p_logits, q_logits, kept, how, wanted)
+        for grad, factor in zip(grads, factors):
+            if grad is not None:
+                grad.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
+        return values, *grads
+
+    if in_turn is None or len(in_turn) == 1:
+        found = run(*logits, kept, *factors)
+        options = dict(memory_format=torch.contiguous_format)
+        found = [x if x is None else x.to(dtype, **options) for x, dtype in zip(found, dtypes)]
+        return found[0], found[1], found[2]
     # Filled as they come: put together at the end they would be there twice.
-    values = p_logits.new_empty(batch, dtype=dtypes[0])
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype) if want else None for x, want in zip(logits, wanted)
+    shapes = p_logits.shape[:1], *(x.shape if want else None for x, want in zip(logits, wanted))
+    whole = [
+        None if shape is None else torch.empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes)
     ]
-    for start, size in reference.in_slices(batch, p_logits):
-        part = slice(start, start + size)
-        own = None if kept is None else kept[part]
-        found = rows(p_logits[part], q_logits[part], own, how, wanted)
-        for whole, x in zip((values, *grads), found):
-            if whole is not None:
-                whole[part] = x
-    return values, grads[0], grads[1]
+    for own in in_turn:
+        found = run(*(part(x, own) for x in (*logits, kept, *factors)))
+        for results, x in zip(whole, found):
+            if results is not None:
+                results[own] = x
+    return whole[0], whole[1], whole[2]
 
 
 class _PairRows(torch.autograd.Function):
@@ -77,37 +100,38 @@ class _PairRows(torch.autograd.Function):
     time, and keeps nothing else."""
 
     @staticmethod
-    def forward(ctx, p_logits, q_logits, kept, temperature, beta, inplace, *wanted) -> Tensor:
-        how = How(temperature, beta)
-        values, *grads = pair_rows_and_grads(p_logits, q_logits, kept, how, *wanted)
-        _keep(ctx, grads, q_logits, kept, how, inplace)
-        return values
+    def forward(ctx, p_logits, q_logits, kept, how: How, inplace, share: Share, wanted) -> Tensor:
+        values, *grads = pair_rows_and_grads(p_logits, q_logits, kept, how, wanted, share)
+        _keep(ctx, grads, q_logits, kept, inplace)
+        if share is None:
+            return values
+        return (values * share).sum() if isinstance(share, Tensor) else values.sum().mul_(share)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Optional[Tensor]):
         return _scaled(ctx, upstream)
 
 
 class _MappedPairRows(torch.autograd.Function):
-    """The same as torch.compile and torch.func want it, which takes autograd twice the time."""
+    """The rows as torch.compile and torch.func want them."""
 
     @staticmethod
     def forward(p_logits, q_logits, kept, temperature, beta, inplace, p_wanted, q_wanted):
         how = How(temperature, beta)
-        return pair_rows_and_grads(p_logits, q_logits, kept, how, p_wanted, q_wanted)
+        return pair_rows_and_grads(p_logits, q_logits, kept, how, (p_wanted, q_wanted))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _, *grads = output
         ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        _, q_logits, kept, *how, inplace, _, _ = inputs
-        _keep(ctx, grads, q_logits, kept, How(*how), inplace)
+        _, q_logits, kept, _, _, inplace, _, _ = inputs
+        _keep(ctx, grads, q_logits, kept, inplace)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor, *_):
-        return _scaled(ctx, upstream)
+    def backward(ctx, upstream: Optional[Tensor], *_):
+        return *_scaled(ctx, upstream), None
 
     @staticmethod
     def vmap(info, in_dims, p_logits, q_logits, kept, temperature, beta, inplace, *wanted):
@@ -129,26 +153,28 @@ class _MappedPairRows(torch.autograd.Function):
         return tuple(results), tuple(None if x is None else 0 for x in results)
 
 
-def _keep(ctx, grads, q_logits: Tensor, kept: Optional[Tensor], how: How, inplace: bool) -> None:
+def _keep(ctx, grads, q_logits: Tensor, kept: Optional[Tensor], inplace: bool) -> None:
     over = q_logits if inplace and grads[1] is not None else None
     ctx.save_for_backward(*grads, kept, over)
     ctx.set_materialize_grads(False)
-    ctx.slopes = how.slopes
 
 
 def _scaled(ctx, upstream: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-    """The gradients to the eight arguments."""
-    *grads, kept, over = ctx.saved_tensors
-    results: List[Optional[Tensor]] = [None] * 8
+    """The gradients to seven arguments."""
+    p_grad, q_grad, kept, over = ctx.saved_tensors
     if upstream is None:
-        return tuple(results)
-    upstream = reference.only(kept, upstream)[:, None]
-    for i, (grad, slope) in enumerate(zip(grads, ctx.slopes)):
-        if grad is not None and over is not None and i == 1:
-            results[i] = torch.mul(grad, upstream * slope, out=over.detach())
-        elif grad is not None:
-            results[i] = (grad * (upstream * slope)).to(grad.dtype)
-    return tuple(results)
+        return (None,) * 7
+    if upstream.ndim:
+        upstream = reference.only(kept, upstream)[:, None]
+    elif over is None and known(upstream) == 1:  # as of a loss itself
+        return p_grad, q_grad, *(None,) * 5
+    if over is not None:
+        q_grad = torch.mul(q_grad, upstream, out=over.detach())
+    elif q_grad is not None:
+        q_grad = (q_grad * upstream).to(q_grad.dtype)
+    if p_grad is not None:
+        p_grad = (p_grad * upstream).to(p_grad.dtype)
+    return p_grad, q_grad, *(None,) * 5
 
 
 # --- In double precision --------------------------------------------------------------------------
@@ -159,7 +185,7 @@ def _mostly_in_doubles(
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    wanted: Tuple[bool, bool],
+    wanted: Sequence[bool],
 ) -> Found:
     found = _in_doubles(p_logits, q_logits, kept, how, wanted)
     values = found[0]
@@ -187,7 +213,7 @@ def _in_doubles(
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    wanted: Tuple[bool, bool],
+    wanted: Sequence[bool],
 ) -> Found:
     """By definition."""
     logs = reference.readable_pair(p_logits, q_logits, kept, torch.float64)  # [2, B, C]
@@ -198,25 +224,24 @@ def _in_doubles(
     total = p.sum(-1, keepdim=True)
     p.div_(total)
     logs.sub_(total.log())
-    grads: List[Optional[Tensor]] = [None, None]
     if how.kind in (FORWARD, REVERSE):
         here, there = (0, 1) if how.kind == FORWARD else (1, 0)
-        terms = logs[here].sub_(logs[there]).mul_(p[here])
-        value = terms.sum(-1, keepdim=True)
-        if wanted[here]:
-            grads[here] = terms.addcmul_(p[here], value, value=-1)
-        if wanted[there]:
-            grads[there] = p[there] - p[here]
+        term = logs[here].sub_(logs[there]).mul_(p[here])
+        value = term.sum(-1, keepdim=True)
+        grads = [term.addcmul_(p[here], value, value=-1), p[there] - p[here]]
+        grads = grads if here == 0 else grads[::-1]
     else:
-        m = torch.lerp(p[1], p[0], how.beta)
-        terms = logs.sub_(m.log_()).mul_(p)
-        kl = terms.sum(-1, keepdim=True)
-        value = torch.lerp(kl[1], kl[0], how.beta)
-        for i in range(2):
-            if wanted[i]:
-                grads[i] = terms[i].addcmul_(p[i], kl[i], value=-1)
-    p_grad, q_grad = (
-        None if grad is None else reference.closed(grad, p[i], total[i])
-        for i, grad in enumerate(grads)
-    )
-    return value.squeeze(-1), p_grad, q_grad
+        probabilities = p.unbind(0)
+        logs.sub_(torch.lerp(probabilities[1], probabilities[0], how.beta).log_()).mul_(p)
+        kls = logs.sum(-1, keepdim=True).unbind(0)
+        value = torch.lerp(kls[1], kls[0], how.beta)
+        grads = [
+            log.addcmul_(p, kl, value=-1) if want else None
+            for log, p, kl, want in zip(logs.unbind(0), probabilities, kls, wanted)
+        ]
+    # The class with nearly all of a row: its own closed form cancels.
+    if any(wanted) and (known(total.amin()) or 0) <= 1 + SATURATED:
+        for grad, row in zip(grads, p.unbind(0)):
+            if grad is not None:
+                reference.close(grad, row)
+    return value.squeeze(-1), grads[0] if wanted[0] else None, grads[1] if wanted[1] else None

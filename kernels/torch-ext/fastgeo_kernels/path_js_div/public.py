@@ -243,6 +243,10 @@ def js_div(
         raise ValueError("inplace needs contiguous q_logits, and a graph that is not compiled")
     if _either_triton(impl, p, q):
         rows = PairRows.apply(p, q, weights.kept, *map(float, how), inplace)
+    elif reduction == "batchmean":
+        every = weights.weight is None and normalizer is None
+        share = 1 / len(p) if every else shares(weights, normalizer, p[:, 0])
+        return plain_pairs.pair_rows(p, q, weights.kept, how, inplace, share)
     else:
         rows = plain_pairs.pair_rows(p, q, weights.kept, how, inplace)
     value = reduce_rows(rows, reduction, None, weights, normalizer)

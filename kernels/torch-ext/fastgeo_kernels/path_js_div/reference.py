@@ -89,16 +89,13 @@ def pair_rows_and_grads(
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    wanted: Tuple[bool, bool] = (True, True),
+    wanted: Sequence[bool] = (True, True),
 ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     """[B], and the gradients of each row's own value over `how.slopes`, [B, C], that are wanted."""
     p, q = _pair_points(p_logits, q_logits, kept, how)
     edges = _edges(p, q, how, wanted)
-    p_grad = q_grad = None
-    if wanted[0]:
-        p_grad = closed(_row_grad(edges.p_log, p.p, edges.p_kl), p.p, p.total)
-    if wanted[1]:
-        q_grad = closed(_row_grad(edges.q_log, q.p, edges.q_kl), q.p, q.total)
+    p_grad = _closed(_row_grad(edges.p_log, p.p, edges.p_kl), p) if wanted[0] else None
+    q_grad = _closed(_row_grad(edges.q_log, q.p, edges.q_kl), q) if wanted[1] else None
     return edges.value.squeeze(-1), p_grad, q_grad
 
 
@@ -143,29 +140,27 @@ def only(kept: Optional[Tensor], upstream: Tensor) -> Tensor:
 
 def _by_chunks(function: Callable, logits: Tensor, *others: Optional[Tensor]) -> Sequence[Tensor]:
     """Runs over slices of the batch, the last axis of `others` and the second of the results."""
-    slices = in_slices(logits.shape[1], logits)
+    batch = logits.shape[1]
+    slices = in_slices(batch, logits)
+    if slices is None or len(slices) == 1:
+        return function(logits, *others)
     results: List[Tensor] = []
-    for start, size in slices:
-        found = function(
-            logits.narrow(1, start, size),
-            *(None if x is None else x.narrow(-1, start, size) for x in others),
-        )
-        if len(slices) == 1:
-            return found
+    for own in slices:
+        found = function(logits[:, own], *(None if x is None else x[..., own] for x in others))
         if not results:  # filled as they come: put together at the end they would be there twice
-            shapes = ([len(x), logits.shape[1], *x.shape[2:]] for x in found)
+            shapes = ([len(x), batch, *x.shape[2:]] for x in found)
             results = [x.new_empty(shape) for x, shape in zip(found, shapes)]
         for whole, x in zip(results, found):
-            whole.narrow(1, start, size).copy_(x)
+            whole[:, own] = x
     return results
 
 
-def in_slices(batch: int, logits: Tensor) -> List[Tuple[int, int]]:
-    """Start and size of slices of the batch that stay in a CPU's cache."""
+def in_slices(batch: int, logits: Tensor) -> Optional[List[slice]]:
+    """Slices of the batch that stay in a CPU's cache; None where there is not that cache."""
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
     size = max(1, CHUNK * batch // logits.numel())
-    if logits.is_cuda or torch.compiler.is_compiling() or size >= batch:
-        return [(0, batch)]
-    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
 # --- Of each row, and of each edge ----------------------------------------------------------------
@@ -258,7 +253,7 @@ def _ends(points: _Points) -> Tuple[_Points, _Points]:
 
 
 def _edges(
-    first: _Points, second: _Points, how: How, wanted: Tuple[bool, bool] = (True, True)
+    first: _Points, second: _Points, how: How, wanted: Sequence[bool] = (True, True)
 ) -> _Edges:
     """`wanted`: whether the gradients to the first and the second rows are."""
     d = _log_ratio(first, second, how)
@@ -293,7 +288,7 @@ def _exact_difference(x: Tensor, y: Tensor) -> Tuple[Tensor, Tensor]:
     return difference, lost.add_(y_seen.sub_(y))
 
 
-def _half_edges(d: Tensor, p: Tensor, q: Tensor, wanted: Tuple[bool, bool]) -> _Edges:
+def _half_edges(d: Tensor, p: Tensor, q: Tensor, wanted: Sequence[bool]) -> _Edges:
     s, h, sigmoid = _half_terms(d)
     value = h.mul_(p + q).sum(-1, keepdim=True).mul_(0.5)
     lowest, highest = _range(value)
@@ -436,7 +431,7 @@ def _path_grad(points: _Points, edges: _Edges, how: How, upstream: Tensor) -> Te
     p_slope, q_slope = how.slopes
     grad[:-1].addcmul_(_row_grad(edges.p_log, first.p, edges.p_kl), upstream * p_slope)
     grad[1:].addcmul_(_row_grad(edges.q_log, second.p, edges.q_kl), upstream * q_slope)
-    return closed(grad, points.p, points.total)
+    return _closed(grad, points)
 
 
 def _row_grad(log: Optional[Tensor], p: Tensor, kl: Optional[Tensor]) -> Tensor:
@@ -445,11 +440,16 @@ def _row_grad(log: Optional[Tensor], p: Tensor, kl: Optional[Tensor]) -> Tensor:
     return log.addcmul_(p, kl, value=-1)
 
 
-def closed(grad: Tensor, p: Tensor, total: Tensor) -> Tensor:
-    """The class with more than half of a row takes what makes the row sum to 0: its own closed form
-    is the difference of two nearly equal numbers. `total` is 1 / the row's largest probability."""
-    if grad.shape[-1] > CLASSES_INSIDE and known((total < 2).any()) is False:
+def _closed(grad: Tensor, points: _Points) -> Tensor:
+    """Closes rows of which one class may have more than half, which are those of a sum below 2."""
+    if known((points.total < 2).any()) is False:
         return grad
+    return close(grad, points.p)
+
+
+def close(grad: Tensor, p: Tensor) -> Tensor:
+    """Gives the class with more than half of a row what makes the row sum to 0: its own closed form
+    is the difference of two nearly equal numbers."""
     leads = p.round()
     grad.addcmul_(grad, leads, value=-1)
     return grad.addcmul_(leads, grad.sum(-1, keepdim=True), value=-1)
