@@ -192,6 +192,26 @@ def test_metadata_agrees_with_the_build_file():
     assert metadata["python-depends"] == []
 
 
+def test_the_build_file_has_what_its_edition_asks_for():
+    """Required keys of edition 5 of the builder's format, in
+    https://huggingface.co/docs/kernels/builder/writing-kernels, which refuses any other key."""
+    import tomllib
+
+    build = tomllib.loads((ROOT / "kernels" / "build.toml").read_text())
+    general = build["general"]
+    assert set(build) == {"general", "torch-noarch"} and set(build["torch-noarch"]) == {"pyext"}
+    assert set(general) == {"name", "version", "edition", "license", "backends"}
+    assert general["edition"] == 5 and isinstance(general["version"], int)
+    assert set(general["backends"]) <= {"cpu", "cuda", "metal", "rocm", "xpu"}
+    # The code lies in torch-ext/, in a folder of the kernel's name.
+    assert PACKAGE.relative_to(ROOT / "kernels") == Path("torch-ext") / general["name"].replace(
+        "-", "_"
+    )
+    endings = {file.suffix[1:] for file in (*FILES, PACKAGE / "py.typed")}
+    assert endings == set(build["torch-noarch"]["pyext"])
+    assert "genKernelFlakeOutputs" in (ROOT / "kernels" / "flake.nix").read_text()
+
+
 HUB = """
 import sys
 import zipfile

@@ -31,6 +31,18 @@ def test_gradcheck_and_one_graph():
     claims.check_under_autocast("torch")
 
 
+def test_other_derivatives_and_vmap_raise():
+    """What is not there says so, instead of a wrong number."""
+    (x, w, _), (t, v, _) = claims.heads()
+    leaf = x.clone().requires_grad_()
+    value = fused_linear_js_div(leaf, w, t, v)
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x, t: fused_linear_js_div(x, w, t, v))(x[None], t[None])
+
+
 def test_a_teacher_s_logits_in_place_of_its_head():
     (x, w, _), (t, v, _) = claims.heads()
     logits = t @ v.T

@@ -74,6 +74,45 @@ def test_equal_rows_have_exactly_no_divergence(beta):
         assert torch.autograd.grad(rows.sum(), p)[0].abs().max() < 1e-9
 
 
+def test_both_forms_meet_where_they_are_exchanged():
+    """Doubles and the formula of `reference` on either side of the value where a row goes from one
+    to the other, and far rows, in one slice and across slices."""
+    for beta in claims.BETAS:
+        given = [claims.rows(3, 10, d) for d in (3e-5, 1e-4, 3e-4, 1e-3, 40.0)]
+        p, q = (torch.cat(x) for x in zip(*given, strict=True))
+        claims.check_digits("torch", "mixed", p, q, beta)
+
+
+def test_a_mean_is_the_mean_of_the_rows():
+    """Under an upstream gradient of 1 as under any other, twice from one graph, and with weights
+    that want a gradient themselves."""
+    p, q = (x.requires_grad_() for x in claims.rows(6, 11, 1.0))
+    weight = torch.linspace(0.5, 2, 6).requires_grad_()
+    for options in ({}, dict(sample_weight=weight.detach()), dict(sample_weight=weight)):
+        rows = js_div(p, q, reduction="none", beta=0.3)
+        own = options.get("sample_weight", torch.ones(6))
+        expected = (rows * own).sum() / own.sum()
+        value = js_div(p, q, beta=0.3, **options)
+        torch.testing.assert_close(value, expected)
+        leaves = [p, q, *(x for x in options.values() if x.requires_grad)]
+        for scale in (1.0, 1.0, -3.0):
+            got, wanted = (
+                torch.autograd.grad(scale * x, leaves, retain_graph=True) for x in (value, expected)
+            )
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+def test_a_traced_graph_of_fake_tensors_has_the_same_shapes():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        p, q = torch.empty(6, 11), torch.empty(6, 11, requires_grad=True)
+        value = js_div(p, q, sample_weight=torch.empty(6))
+        assert value.shape == () and torch.autograd.grad(value, q)[0].shape == q.shape
+        assert js_div(p, q, reduction="none").shape == (6,)
+
+
 def test_dtypes_may_differ():
     p, q = claims.rows(6, 11, 1.0)
     student = q.bfloat16().requires_grad_()

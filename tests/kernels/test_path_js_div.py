@@ -98,6 +98,16 @@ def test_torch_compiles_as_one_graph():
     claims.check_compiles_as_one_graph("torch")
 
 
+def test_torch_under_autocast():
+    """The arithmetic is fp32 whatever autocast says, and gradients have their logits' dtype."""
+    logits = claims.path(3, 4, 9, 1.0).bfloat16().requires_grad_()
+    expected = path_js_div(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = path_js_div(logits)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+    assert torch.autograd.grad(got.sum(), logits)[0].dtype == torch.bfloat16
+
+
 def test_energy_of_a_free_point_falls():
     claims.check_energy_falls("torch")
 

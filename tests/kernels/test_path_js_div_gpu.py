@@ -5,7 +5,14 @@ import js_div_claims as pairs
 import path_js_div_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import js_div, path_fisher_rao, path_js_div, path_js_div_value_and_grad
+from fastgeo_kernels import (
+    fused_linear_js_div,
+    js_div,
+    path_fisher_rao,
+    path_js_div,
+    path_js_div_value_and_grad,
+    top_k_js_div,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,10 +168,20 @@ def test_a_distillation_loss_is_captured(classes):
     labels = torch.arange(64, device="cuda")
     labels[::3] = -100
     count = torch.tensor(100.0, device="cuda")
+    options = dict(beta=0.1, labels=labels, normalizer=count)
+    hidden = torch.randn(64, 16, device="cuda", requires_grad=True)
+    head = torch.randn(classes, 16, device="cuda", requires_grad=True)
+    values, indices = teacher.log_softmax(-1).topk(8)
 
     def step():
-        value = js_div(teacher, student, beta=0.1, labels=labels, normalizer=count)
-        return value.detach(), torch.autograd.grad(value, student)[0]
+        found = []
+        for value, leaf in (
+            (js_div(teacher, student, **options), student),
+            (fused_linear_js_div(hidden, head, teacher_logits=teacher, **options), head),
+            (top_k_js_div(values, indices, student, **options), student),
+        ):
+            found += [value.detach(), torch.autograd.grad(value, leaf)[0]]
+        return found
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -86,6 +86,26 @@ def test_nothing_left_masks_and_one_graph():
     torch.testing.assert_close(compiled(student), expected)
 
 
+@pytest.mark.parametrize("rest", ["one", "spread"])
+def test_gradcheck_vmap_and_autocast(rest):
+    teacher, student = logits()
+    values, indices = teacher.log_softmax(-1).topk(5)
+
+    def loss(values, indices, student):
+        return top_k_js_div(values, indices, student, rest=rest, beta=0.3)
+
+    leaf = student.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: loss(values, indices, q), leaf)
+    parts = [x.unflatten(0, (3, -1)) for x in (values, indices, student)]
+    got = torch.vmap(torch.func.grad(loss, 2))(*parts)
+    for one, given in zip(got, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.func.grad(loss, 2)(*given))
+    values, student = values.float(), student.float()
+    expected = loss(values, indices, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(values, indices, student), expected)
+
+
 def test_bad_arguments_are_named():
     teacher, student = logits()
     values, indices = teacher.log_softmax(-1).topk(5)

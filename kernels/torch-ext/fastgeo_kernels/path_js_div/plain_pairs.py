@@ -1,9 +1,8 @@
 """The divergence of pairs without Triton: autograd, slices, and double precision on a CPU.
 
-Logits of up to 32 bits differ by so much that doubles hold log p - log m in full, and the definition
-takes a third of the operations of the formula in `reference`. Only the value of a row that is nearly
-0 or nearly as large as it can be is the small difference of larger numbers in doubles, too, and so is
-a gradient there: such rows are computed again by that formula.
+Doubles hold log p - log q of fp32 logits in full, and the definition takes a third of the operations
+of the formula in `reference`. Only of rows whose value is nearly 0, or nearly as large as it can be,
+value and gradient are small differences in doubles, too: these are computed again by that formula.
 """
 
 from __future__ import annotations
