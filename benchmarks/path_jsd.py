@@ -2,11 +2,13 @@
 
     python -m benchmarks.path_jsd     # three tables, and benchmarks/results/path_jsd-<device>.json
 
-A pair is what a distillation loss calls: teacher and student, forward and backward through the
-public function, with a gradient to the student alone. Without a GPU memory is what a fresh process
-gets resident besides the logits, in tensors of the size of the student's.
+All times are of a forward and a backward pass through the public function. A pair is what a
+distillation loss calls: teacher and student, with a gradient to the student alone. Without a GPU
+memory is what a fresh process gets resident besides the logits, in tensors of the size of the
+student's; a model's vocabulary takes as many of its own.
 
-On a GPU the times are the device's own (a pause lets the host run ahead), next to wall time. GB/s
+On a GPU the times are the device's own (a pause lets the host run ahead), on a CPU the processor's,
+which other work disturbs less than the clock on the wall, whose time stands next to it. GB/s
 counts one read and one write of the logits, whatever an implementation really moves; its share is
 of a copy of as many bytes in the same run. An implementation off by more than 1e-3 in the value
 or the gradient is reported as wrong, without a time
@@ -18,13 +20,19 @@ from __future__ import annotations
 import argparse
 import math
 import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
-from fastgeo_kernels import fused_linear_js_div, js_div, path_js_div_value_and_grad
+from fastgeo_kernels import (
+    fused_linear_js_div,
+    js_div,
+    path_js_div,
+    path_js_div_value_and_grad,
+)
 from fastgeo_kernels.path_js_div import fused
 
 from benchmarks.harness import device_slug, environment, write_result
@@ -64,6 +72,14 @@ def stacked(logits: torch.Tensor) -> torch.Tensor:
     p = logits.float().softmax(-1)
     log_m = ((p[:-1] + p[1:]) / 2).log()
     kl = [F.kl_div(log_m, rows, reduction="none").sum(-1) for rows in (p[:-1], p[1:])]
+    return ((kl[0] + kl[1]) / 2).mean(-1)
+
+
+def stacked_log_space(logits: torch.Tensor) -> torch.Tensor:
+    log_p = logits.float().log_softmax(-1)
+    log_m = torch.logaddexp(log_p[:-1], log_p[1:]) - math.log(2)
+    options = dict(reduction="none", log_target=True)
+    kl = [F.kl_div(log_m, rows, **options).sum(-1) for rows in (log_p[:-1], log_p[1:])]
     return ((kl[0] + kl[1]) / 2).mean(-1)
 
 
@@ -117,17 +133,17 @@ def with_autograd(function: Callable, logits: torch.Tensor) -> Callable:
 
 
 def implementations(logits: torch.Tensor, compile: bool) -> dict[str, Callable]:
-    found = {}
+    plain = {"this, torch": partial(path_js_div, impl="torch"), PAPER: loop}
+    plain |= {"stacked": stacked, "stacked, log space": stacked_log_space}
     if logits.is_cuda:
-        found["this, Triton"] = lambda: path_js_div_value_and_grad(logits, impl="triton")
-    found["this, torch"] = lambda: path_js_div_value_and_grad(logits, impl="torch")
-    found[PAPER] = with_autograd(loop, logits)
-    found["stacked, eager"] = with_autograd(stacked, logits)
+        plain = {"this, Triton": partial(path_js_div, impl="triton"), **plain}
+    found = {name: with_autograd(function, logits) for name, function in plain.items()}
+    found["this, value_and_grad"] = lambda: path_js_div_value_and_grad(logits)
     if compile:
         torch._dynamo.reset()
-        fused = torch.compile(path_js_div_value_and_grad)
-        found["this, torch, torch.compile"] = lambda: fused(logits, impl="torch")
-        found["stacked, torch.compile"] = with_autograd(torch.compile(stacked), logits)
+        for name in ("this, torch", "stacked", "stacked, log space"):
+            compiled = torch.compile(plain[name])
+            found[f"{name}, torch.compile"] = with_autograd(compiled, logits)
     if logits.is_cuda and version_of("liger-kernel") != "none":
         found["Liger-Kernel a pair"] = with_autograd(liger, logits)
     return found
@@ -153,6 +169,7 @@ def pair_implementations(
 
 
 MEMORY = (512, 32768)  # B, C; 64 MiB a tensor
+VOCABULARY = (8 * 512, 151_936)
 HIDDEN = 32
 
 
@@ -198,12 +215,39 @@ def resident(name: str) -> float:
 
 def memory() -> list[dict[str, str]]:
     names = [*distillations(), "this, behind a head", "TRL's formula, behind a head"]
-    rows = []
+    rows, one = [], 4 * math.prod(VOCABULARY) / 2**30
     for name in names:
         with get_context("spawn").Pool(1) as pool:
             tensors = pool.apply(resident, (name,))
-        rows.append({"impl": name, "B, C": "{}, {}".format(*MEMORY), "tensors": f"{tensors:.1f}"})
+        rows.append(
+            {
+                "impl": name,
+                "B, C": "{}, {}".format(*MEMORY),
+                "tensors": f"{tensors:.1f}",
+                "GiB at {}, {}, by count".format(*VOCABULARY): f"{tensors * one:.1f}",
+            }
+        )
     return rows
+
+
+def processor_seconds(
+    functions: dict[str, Callable], repeats: int, least: float = 2e-3
+) -> dict[str, list[float]]:
+    """Of this process, a call of each function, the functions taking turns. A call shorter than
+    `least` is timed as one of many."""
+    calls = {}
+    for name, function in functions.items():
+        started = time.process_time()
+        function()
+        calls[name] = max(1, round(least / max(time.process_time() - started, 1e-6)))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats):
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
+            started = time.process_time()
+            for _ in range(calls[name]):
+                functions[name]()
+            seconds[name].append((time.process_time() - started) / calls[name])
+    return seconds
 
 
 def error(got, expected) -> float:
@@ -266,7 +310,10 @@ def compare(
     allowed = 1e-3 if dtype == torch.float32 else 1e-2  # gradients leave in the logits' dtype
     sound = {name: f for name, f in functions.items() if errors[name] < allowed}
     wall = time_alternating(sound, repeats)
-    seconds = time_alternating(sound, repeats, "device") if device.type == "cuda" else wall
+    if device.type == "cuda":
+        seconds = time_alternating(sound, repeats, "device")
+    else:
+        seconds = processor_seconds(sound, repeats)
     bandwidth = copy_bandwidth(logits.numel() * logits.element_size() // 4, device)
     usual = quantiles(seconds[base])["p50"] if base in sound else None
     rows = []

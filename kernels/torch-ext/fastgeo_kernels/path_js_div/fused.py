@@ -227,8 +227,8 @@ def _torch_pair(
     teacher: Tensor, logits: Tensor, kept: Optional[Tensor], how: How, share: Tensor, wanted: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
     both = (False, wanted)
-    values, _, grad = plain_pairs.pair_rows_and_grads(teacher, logits, kept, how, both, share)
-    return values, grad
+    values, grads = plain_pairs.pair_rows_and_grads(teacher, logits, kept, how, both, share)
+    return values, grads[1]
 
 
 def _triton_pair(

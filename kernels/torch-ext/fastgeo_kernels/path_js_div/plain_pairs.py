@@ -1,13 +1,14 @@
 """The divergence of pairs without Triton: autograd, slices, and double precision on a CPU.
 
-Doubles hold log p - log q of fp32 logits in full, and the definition takes a third of the operations
-of the formula in `reference`. Only of rows whose value is nearly 0, or nearly as large as it can be,
-value and gradient are small differences in doubles, too: these are computed again by that formula.
+Doubles hold log p - log q of fp32 logits in full, and the definition takes a third of the
+operations of the formula in `reference`. Only of rows whose value is nearly 0, or nearly as large
+as it can be, value and gradient are small differences in doubles, too: these are computed again by
+that formula.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .options import FORWARD, REVERSE, How, known
 
-Found = Tuple[Tensor, Optional[Tensor], Optional[Tensor]]  # values, gradients to p and to q
+Found = Tuple[Tensor, List[Optional[Tensor]]]  # values; gradients to p and to q, if wanted
 Share = Union[None, float, Tensor]
 NEAR = 1e-9  # nats; the definition has an error of 2e-16
 SATURATED = 1e-6  # of a row's mass on other classes than one
@@ -58,40 +59,40 @@ def pair_rows_and_grads(
     logits = (p_logits, q_logits)
     exact = torch.promote_types(p_logits.dtype, q_logits.dtype)
     exact = torch.promote_types(exact, torch.float32)
-    in_turn = reference.in_slices(len(p_logits), p_logits)
-    doubles = in_turn is not None and exact != torch.float64
+    slices = reference.in_slices(len(p_logits), p_logits)
+    doubles = slices is not None and exact != torch.float64
     rows = _mostly_in_doubles if doubles else reference.pair_rows_and_grads
     factors = [slope if share is None else share * slope for slope in how.slopes]
-    dtypes = [exact, p_logits.dtype, q_logits.dtype]
 
-    def part(tensor: Union[None, float, Tensor], rows: slice) -> Union[None, float, Tensor]:
-        whole = not isinstance(tensor, Tensor) or len(tensor) != len(p_logits)
-        return tensor if whole else tensor[rows]
-
-    def run(p_logits, q_logits, kept, *factors):
-        values, *grads = rows(p_logits, q_logits, kept, how, wanted)
+    def run(own: Optional[slice]) -> Found:
+        p, q, read = (x if x is None or own is None else x[own] for x in (*logits, kept))
+        assert p is not None and q is not None
+        values, grads = rows(p, q, read, how, wanted)
         for grad, factor in zip(grads, factors):
+            if isinstance(factor, Tensor):
+                factor = (factor if own is None or len(factor) == 1 else factor[own])[:, None]
             if grad is not None:
-                grad.mul_(factor[:, None] if isinstance(factor, Tensor) else factor)
-        return values, *grads
+                grad.mul_(factor)
+        return values, grads
 
-    if in_turn is None or len(in_turn) == 1:
-        found = run(*logits, kept, *factors)
-        options = dict(memory_format=torch.contiguous_format)
-        found = [x if x is None else x.to(dtype, **options) for x, dtype in zip(found, dtypes)]
-        return found[0], found[1], found[2]
+    if slices is None or len(slices) == 1:
+        values, grads = run(None)
+        return values.to(exact), [
+            None if grad is None else grad.to(x.dtype, memory_format=torch.contiguous_format)
+            for grad, x in zip(grads, logits)
+        ]
     # Filled as they come: put together at the end they would be there twice.
-    shapes = p_logits.shape[:1], *(x.shape if want else None for x, want in zip(logits, wanted))
-    whole = [
-        None if shape is None else torch.empty(shape, dtype=dtype)
-        for shape, dtype in zip(shapes, dtypes)
+    values = p_logits.new_empty(len(p_logits), dtype=exact)
+    grads = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if want else None
+        for x, want in zip(logits, wanted)
     ]
-    for own in in_turn:
-        found = run(*(part(x, own) for x in (*logits, kept, *factors)))
-        for results, x in zip(whole, found):
-            if results is not None:
-                results[own] = x
-    return whole[0], whole[1], whole[2]
+    for own in slices:
+        values[own], found = run(own)
+        for grad, x in zip(grads, found):
+            if grad is not None and x is not None:
+                grad[own] = x
+    return values, grads
 
 
 class _PairRows(torch.autograd.Function):
@@ -100,7 +101,7 @@ class _PairRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p_logits, q_logits, kept, how: How, inplace, share: Share, wanted) -> Tensor:
-        values, *grads = pair_rows_and_grads(p_logits, q_logits, kept, how, wanted, share)
+        values, grads = pair_rows_and_grads(p_logits, q_logits, kept, how, wanted, share)
         _keep(ctx, grads, q_logits, kept, inplace)
         if share is None:
             return values
@@ -117,8 +118,9 @@ class _MappedPairRows(torch.autograd.Function):
 
     @staticmethod
     def forward(p_logits, q_logits, kept, temperature, beta, inplace, p_wanted, q_wanted):
-        how = How(temperature, beta)
-        return pair_rows_and_grads(p_logits, q_logits, kept, how, (p_wanted, q_wanted))
+        how, wanted = How(temperature, beta), (p_wanted, q_wanted)
+        values, grads = pair_rows_and_grads(p_logits, q_logits, kept, how, wanted)
+        return values, *grads
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -186,25 +188,26 @@ def _mostly_in_doubles(
     how: How,
     wanted: Sequence[bool],
 ) -> Found:
-    found = _in_doubles(p_logits, q_logits, kept, how, wanted)
-    values = found[0]
+    values, grads = _in_doubles(p_logits, q_logits, kept, how, wanted)
     most = 1e20 if how.kind in (FORWARD, REVERSE) else how.largest - NEAR  # of KL: not infinite
     lowest, highest = (known(x) for x in values.aminmax())
     if lowest is None or highest is None:
         return reference.pair_rows_and_grads(p_logits, q_logits, kept, how, wanted)
     if lowest > NEAR and highest < most:
-        return found
+        return values, grads
     again = ~((values > NEAR) & (values < most))  # NaN as well
     if kept is not None:
         again &= kept
     rows = again.nonzero().squeeze(1)
     if len(rows):
-        own = None if kept is None else kept[rows]
-        other = reference.pair_rows_and_grads(p_logits[rows], q_logits[rows], own, how, wanted)
-        for whole, x in zip(found, other):
-            if whole is not None:
-                whole[rows] = x.to(whole.dtype)
-    return found
+        own, own_grads = reference.pair_rows_and_grads(
+            p_logits[rows], q_logits[rows], None, how, wanted
+        )
+        values[rows] = own.to(values.dtype)
+        for grad, x in zip(grads, own_grads):
+            if grad is not None and x is not None:
+                grad[rows] = x.to(grad.dtype)
+    return values, grads
 
 
 def _in_doubles(
@@ -223,24 +226,26 @@ def _in_doubles(
     total = p.sum(-1, keepdim=True)
     p.div_(total)
     logs.sub_(total.log())
+    grads: List[Optional[Tensor]] = [None, None]
     if how.kind in (FORWARD, REVERSE):
         here, there = (0, 1) if how.kind == FORWARD else (1, 0)
         term = logs[here].sub_(logs[there]).mul_(p[here])
         value = term.sum(-1, keepdim=True)
-        grads = [term.addcmul_(p[here], value, value=-1), p[there] - p[here]]
-        grads = grads if here == 0 else grads[::-1]
+        if wanted[here]:
+            grads[here] = term.addcmul_(p[here], value, value=-1)
+        if wanted[there]:
+            grads[there] = p[there] - p[here]
     else:
         probabilities = p.unbind(0)
         logs.sub_(torch.lerp(probabilities[1], probabilities[0], how.beta).log_()).mul_(p)
         kls = logs.sum(-1, keepdim=True).unbind(0)
         value = torch.lerp(kls[1], kls[0], how.beta)
-        grads = [
-            log.addcmul_(p, kl, value=-1) if want else None
-            for log, p, kl, want in zip(logs.unbind(0), probabilities, kls, wanted)
-        ]
+        for i, (row, kl) in enumerate(zip(probabilities, kls)):
+            if wanted[i]:
+                grads[i] = logs[i].addcmul_(row, kl, value=-1)
     # The class with nearly all of a row: its own closed form cancels.
     if any(wanted) and (known(total.amin()) or 0) <= 1 + SATURATED:
         for grad, row in zip(grads, p.unbind(0)):
             if grad is not None:
                 reference.close(grad, row)
-    return value.squeeze(-1), grads[0] if wanted[0] else None, grads[1] if wanted[1] else None
+    return value.squeeze(-1), grads

@@ -89,14 +89,14 @@ def pair_rows_and_grads(
     q_logits: Tensor,
     kept: Optional[Tensor],
     how: How,
-    wanted: Sequence[bool] = (True, True),
-) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    wanted: Sequence[bool],
+) -> Tuple[Tensor, List[Optional[Tensor]]]:
     """[B], and the gradients of each row's own value over `how.slopes`, [B, C], that are wanted."""
     p, q = _pair_points(p_logits, q_logits, kept, how)
     edges = _edges(p, q, how, wanted)
     p_grad = _closed(_row_grad(edges.p_log, p.p, edges.p_kl), p) if wanted[0] else None
     q_grad = _closed(_row_grad(edges.q_log, q.p, edges.q_kl), q) if wanted[1] else None
-    return edges.value.squeeze(-1), p_grad, q_grad
+    return edges.value.squeeze(-1), [p_grad, q_grad]
 
 
 class PathRows(torch.autograd.Function):
@@ -202,8 +202,8 @@ def _pair_points(
     dtype = torch.promote_types(p_logits.dtype, q_logits.dtype)
     p, q = (_wide(x.to(dtype)) for x in (p_logits, q_logits))
     if p.is_cuda or torch.compiler.is_compiling():
-        p, q = (_softmax(_readable(x.clamp(min=LOWEST), kept), how) for x in (p, q))
-        return p, q
+        x, y = (_softmax(_readable(x.clamp(min=LOWEST), kept), how) for x in (p, q))
+        return x, y
     return _ends(_softmax(readable_pair(p, q, kept, p.dtype), how))
 
 
@@ -311,7 +311,10 @@ def _half_edges(d: Tensor, p: Tensor, q: Tensor, wanted: Sequence[bool]) -> _Edg
 
 def _half_gap(value: Tensor, p_kl: Optional[Tensor], q_kl: Optional[Tensor]) -> Tensor:
     """KL(p || m) - KL(q || m), of whose sum the value is half."""
-    return 2 * (value - q_kl if p_kl is None else p_kl - value)
+    if p_kl is not None:
+        return 2 * (p_kl - value)
+    assert q_kl is not None
+    return 2 * (value - q_kl)
 
 
 def _half_terms(d: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
