@@ -219,13 +219,11 @@ def _in_doubles(
 ) -> Found:
     """By definition."""
     logs = reference.readable_pair(p_logits, q_logits, kept, torch.float64)  # [2, B, C]
-    logs.sub_(logs.amax(-1, keepdim=True))
     if how.temperature != 1:
-        logs.mul_(1 / how.temperature)
+        logs.sub_(logs.amax(-1, keepdim=True)).mul_(1 / how.temperature)
+    # As they lie in memory: PyTorch would copy them.
+    logs = logs.log_softmax(-1) if logs.is_contiguous() else logs.mT.log_softmax(1).mT
     p = logs.exp()
-    total = p.sum(-1, keepdim=True)
-    p.div_(total)
-    logs.sub_(total.log())
     grads: List[Optional[Tensor]] = [None, None]
     if how.kind in (FORWARD, REVERSE):
         here, there = (0, 1) if how.kind == FORWARD else (1, 0)
@@ -244,7 +242,7 @@ def _in_doubles(
             if wanted[i]:
                 grads[i] = logs[i].addcmul_(row, kl, value=-1)
     # The class with nearly all of a row: its own closed form cancels.
-    if any(wanted) and (known(total.amin()) or 0) <= 1 + SATURATED:
+    if any(wanted) and (known(p.amax()) or 1) >= 1 - SATURATED:
         for grad, row in zip(grads, p.unbind(0)):
             if grad is not None:
                 reference.close(grad, row)
