@@ -3,7 +3,7 @@
 `public`, `fused` (behind a student's last layer) and `top_k` (a stored teacher) hold what callers
 see, `options` what they may ask for. `operators` is what autograd and torch.compile see, `launch`
 cuts a path into programs; `rows`, `tiles` and `pairs` are the kernels, `terms` is what they compute
-for each class, and `reference` is all of it in plain PyTorch, `plain_pairs` what a pair takes there.
+for each class. `reference` is all of it in plain PyTorch, and `plain_pairs` what pairs take there.
 """
 
 from .fused import fused_linear_js_div
