@@ -8,6 +8,7 @@ users would set up there (`benchmarks.step_gpu`), and each of its kernels agains
 (`benchmarks.roofline`).
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,14 @@ def _paper_step(options: Options, device: str) -> None:
     print(headline(environment()), end="\n\n", flush=True)
     setting, how = step_gpu.Setting(), dict(repeats=options.repeats)
     rate = matmul_rate(device, torch.bfloat16)
-    rows = list(step_gpu.measure(setting, device, rate, compiled=options.compiled, **how))
+    names = step_gpu.chosen(gpu=device == "cuda", compiled=options.compiled)
+    measured = []
+    for one in step_gpu.measure(setting, device, names, **how):
+        words = " ".join(f"{1e3 * t:.2f}" for t in one.seconds)
+        print(f"{one.name}: {one.failed or words + ' ms'}", file=sys.stderr, flush=True)
+        measured.append(one)
+    flop = setting.flop(models.resnet(setting.depth, setting.width))
+    rows = step_gpu.rows(measured, flop, rate)
     print(table(rows), end="\n\n", flush=True)
     floors = roofline.measure(setting, device, rate, **how)
     print(table(floors))

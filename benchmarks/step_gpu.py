@@ -3,33 +3,41 @@
 `python -m benchmarks.step` comes here where there is a GPU. Every engine takes one step from the
 same path on the same batch, whose energy and gradient are compared with those of fp32 networks
 evaluated one after the other; one that disagrees is called wrong and not timed. Then each is timed
-by itself, in turns, since they do not fit into the memory side by side.
+by itself, in turns, since they do not fit into the memory side by side. Without CUDA what a graph
+would replay is run operation by operation, so that all of this can be tried on a CPU.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from fastgeo import Descent, Forward, Path, models
+from fastgeo import models, operations  # noqa: F401 - fills the table of operations
 from fastgeo.data.inputs import Passes
+from fastgeo.forward.options import Forward
+from fastgeo.path import Path
 from fastgeo.profiling.baselines import Baseline, compiled_loop, loop, vmapped
 from fastgeo.profiling.measure import quantiles, time_alternating, wall_seconds
 from fastgeo.stacking.precision import matmul_precision
+from fastgeo.step.descent import Descent
 from fastgeo.step.steps import Steps
 
 LR = 0.1
 # Allowed relative errors of the energy and of the gradient's norm, after one step.
 ALLOWED = {"fp32": (1e-3, 1e-2), "tf32": (1e-2, 1e-1), "bf16": (5e-2, 3e-1)}
-SECONDS = 15  # of measuring one engine, as far as three steps allow
+SECONDS = 15  # of measuring one engine in a round, as far as three steps allow
+RELEASED = "loop, as released (fp32, torch's defaults)"
+COMPILED = "loop, bf16, channels-last, compiled"
+GRAPHED = "loop, bf16, channels-last, CUDA graph"
+BOTH = "loop, bf16, channels-last, compiled, CUDA graph"
+OURS = "fastgeo, bf16, CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -72,17 +80,14 @@ class Loops:
         if options.get("channels_last"):
             x = x.contiguous(memory_format=torch.channels_last)
         self.baseline, self.x = make(module, path, lr=LR, **options), x
-        self.replay = self._captured() if graphed else None
-
-    def step(self) -> None:
-        if self.replay is None:
-            self.energy = self.baseline.step(self.x)
-        else:
-            self.replay()
+        self.step = self._captured() if graphed and x.is_cuda else self._run
 
     def interior(self) -> dict[str, Tensor]:
         points = self.baseline.points()[1:-1]
         return {name: torch.stack([point[name] for point in points]) for name in points[0]}
+
+    def _run(self) -> None:
+        self.energy = self.baseline.step(self.x)
 
     def _captured(self) -> Callable[[], None]:
         """The step as a CUDA graph; the weights are put back to where they were before it."""
@@ -91,12 +96,12 @@ class Loops:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.baseline.step(self.x)
+                self._run()
         torch.cuda.current_stream().wait_stream(stream)
         gc.collect()  # or what only cycles hold stays beside the graph's own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.energy = self.baseline.step(self.x)
+            self._run()
         for point, state in zip(self.baseline.points(), before, strict=True):
             for name, tensor in state.items():
                 point[name].copy_(tensor)
@@ -104,13 +109,13 @@ class Loops:
 
 
 class Fastgeo:
-    """Steps of `fastgeo.optimize`, replayed or one by one."""
+    """Steps of `fastgeo.optimize` on one batch, or on several in turn, replayed or one by one."""
 
-    def __init__(self, module, path, x, *, graphed=False, precondition=False, **forward):
+    def __init__(self, module, path, *x, graphed=False, precondition=False, **forward):
         descent = Descent(LR, 0.0, "constant", precondition, coarse_to_fine=False)
         self.steps = Steps(
             module,
-            Passes([x], repeat=True),
+            Passes(x, repeat=True),
             descent,
             Forward(engine="stacked", channels_last=True, **forward),
             capture=graphed,
@@ -149,7 +154,7 @@ class Engine:
     comparable: bool = True
 
 
-def engines(gpu: bool, compiled: bool) -> dict[str, Engine]:
+def engines() -> dict[str, Engine]:
     def loops(make: Callable[..., Baseline], **options):
         return lambda *given: Loops(make, *given, **options)
 
@@ -157,35 +162,32 @@ def engines(gpu: bool, compiled: bool) -> dict[str, Engine]:
         return lambda *given: Fastgeo(*given, **options)
 
     half = dict(bfloat16=True, channels_last=True)
-    found = {
+    best = dict(precision="bf16", graphed=True)
+    return {
         RELEASED: Engine(loops(loop), "tf32"),
         "loop, bf16, channels-last": Engine(loops(loop, **half), "bf16"),
         "vmap": Engine(loops(vmapped), "tf32"),
         "vmap, bf16": Engine(loops(vmapped, bfloat16=True), "bf16"),
         "fastgeo, fp32": Engine(ours(), "fp32"),
         "fastgeo, bf16": Engine(ours(precision="bf16"), "bf16"),
+        COMPILED: Engine(loops(compiled_loop, **half), "bf16"),
+        GRAPHED: Engine(loops(loop, **half, graphed=True), "bf16"),
+        BOTH: Engine(loops(compiled_loop, **half, graphed=True), "bf16"),
+        "fastgeo, TF32, CUDA graph": Engine(ours(precision="tf32", graphed=True), "tf32"),
+        OURS: Engine(ours(**best), "bf16"),
+        "fastgeo, bf16, CUDA graph, 8 GB of activations": Engine(
+            ours(**best, memory_budget="8GB"), "bf16"
+        ),
+        "fastgeo, bf16, CUDA graph, preconditioned": Engine(
+            ours(**best, precondition=True), "bf16", comparable=False
+        ),
     }
-    if compiled:
-        found["loop, bf16, channels-last, compiled"] = Engine(loops(compiled_loop, **half), "bf16")
-    if gpu:
-        best = dict(precision="bf16", graphed=True)
-        found |= {
-            "loop, bf16, channels-last, CUDA graph": Engine(
-                loops(loop, **half, graphed=True), "bf16"
-            ),
-            "fastgeo, TF32, CUDA graph": Engine(ours(precision="tf32", graphed=True), "tf32"),
-            "fastgeo, bf16, CUDA graph": Engine(ours(**best), "bf16"),
-            "fastgeo, bf16, CUDA graph, 8 GB of activations": Engine(
-                ours(**best, memory_budget="8GB"), "bf16"
-            ),
-            "fastgeo, bf16, CUDA graph, preconditioned": Engine(
-                ours(**best, precondition=True), "bf16", comparable=False
-            ),
-        }
-    return found
 
 
-RELEASED = "loop, as released (fp32, torch's defaults)"
+def chosen(*, gpu: bool, compiled: bool) -> list[str]:
+    """Those that say something on such a device."""
+    names = [name for name in engines() if gpu or "CUDA graph" not in name]
+    return [name for name in names if compiled or "compiled" not in name]
 
 
 def reference(module: nn.Module, path: Path, x: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -213,66 +215,103 @@ def flags(precision: str):
     return nullcontext()
 
 
+@dataclass
+class Measured:
+    """What is known of an engine so far.
+
+    Attributes:
+        seconds: of each step.
+        errors: of the energy and of the gradient; None where steps cannot be compared.
+        peak: bytes beyond the weights and images; None where nothing tells.
+        failed: why it has no time, in words.
+    """
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    errors: tuple[float, float] | None = None
+    peak: int | None = None
+    failed: str = ""
+
+
 def measure(
-    setting: Setting, device: str, rate: float, *, compiled: bool, repeats: int, rounds: int = 2
-) -> Iterator[dict]:
-    """A row for each engine; rate: of bf16 products, FLOP/s."""
-    module, path, x = setting.make(device)
-    gpu = device == "cuda"
-    flop = setting.flop(module)
+    setting: Setting,
+    device: str,
+    names: Collection[str],
+    *,
+    repeats: int,
+    rounds: int = 2,
+    seconds: float = SECONDS,
+    given: tuple[nn.Module, Path, Tensor] | None = None,
+) -> Iterator[Measured]:
+    """Each engine as soon as it is measured, in every round; the order is reversed in the second.
+
+    Args:
+        names: of `engines`.
+        repeats: steps in a round, at most.
+        seconds: of measuring one engine in a round, as far as three steps allow.
+        given: what the setting made, if it is there already.
+    """
+    module, path, x = given or setting.make(device)
     expected = reference(module, path, x)
-    seconds: dict[str, list[float]] = {}
-    errors, peaks, failed = {}, {}, {}
-    candidates = engines(gpu, compiled)
+    found = {name: Measured(name) for name in names}
     for turn in range(rounds):
-        for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
-            if name in failed:
-                continue
-            entry = candidates[name]
-            gc.collect()
+        for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
+            if not found[name].failed:
+                _measure_one(found[name], (module, path, x), expected, repeats, seconds)
+                yield found[name]
+
+
+def _measure_one(into: Measured, given, expected, repeats: int, seconds: float) -> None:
+    entry, gpu = engines()[into.name], given[1].device.type == "cuda"
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        with flags(entry.precision):
+            engine = entry.make(*given)
+            errors = check(engine, given[1].interior, expected)
+            if entry.comparable:
+                into.errors = errors
+                allowed = zip(errors, ALLOWED[entry.precision], strict=True)
+                if not all(error <= most for error, most in allowed):
+                    into.failed = "wrong"
+                    return
+            fits = int(seconds / max(wall_seconds(engine.step), 1e-4))
+            times = time_alternating({"": engine.step}, max(3, min(repeats, fits)))
+            into.seconds += times[""]
             if gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            try:
-                with flags(entry.precision):
-                    engine = entry.make(module, path, x)
-                    errors[name] = check(engine, path.interior, expected)
-                    allowed = ALLOWED[entry.precision]
-                    if entry.comparable and not all(
-                        e <= a for e, a in zip(errors[name], allowed, strict=True)
-                    ):
-                        failed[name] = "wrong"
-                        continue
-                    fits = int(SECONDS / max(wall_seconds(engine.step), 1e-4))
-                    times = time_alternating({name: engine.step}, max(3, min(repeats, fits)))
-                    seconds.setdefault(name, []).extend(times[name])
-                    words = " ".join(f"{1e3 * t:.2f}" for t in times[name])
-                    print(f"{name}: {words} ms", file=sys.stderr, flush=True)  # if cut short
-                    if gpu:
-                        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            except Exception as error:  # noqa: BLE001 - what does not run is a row
-                traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-            finally:
-                engine = None
-    base = {name: quantiles(times)["p50"] for name, times in seconds.items()}
-    for name, entry in candidates.items():
-        row = {"implementation": name, "ms a step (p20/p50/p80)": failed.get(name, "")}
-        row |= dict.fromkeys(("times as released", "TFLOP/s", "of bf16 matmul", "peak GiB"), "-")
-        if name in seconds and name not in failed:
-            quantile = quantiles(seconds[name])
-            each = flop / quantile["p50"]
-            row |= {
-                "ms a step (p20/p50/p80)": "/".join(f"{1e3 * q:.2f}" for q in quantile.values()),
-                "times as released": f"{base[RELEASED] / quantile['p50']:.2f}"
-                if RELEASED in base
-                else "-",
-                "TFLOP/s": f"{each / 1e12:.3g}",
-                "of bf16 matmul": f"{each / rate:.1%}",
-                "peak GiB": f"{peaks[name]:.1f}" if name in peaks else "-",
-            }
-        energy, gradient = errors.get(name, (float("nan"),) * 2)
-        words = f"{energy:.0e}, {gradient:.0e}" if entry.comparable else "other steps"
-        row["error of energy, gradient"] = words
-        yield row
+                into.peak = torch.cuda.max_memory_allocated() - before
+    except Exception as error:  # noqa: BLE001 - what does not run is a row
+        traceback.print_exc()
+        into.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+
+
+def rows(measured: Iterable[Measured], flop: float, rate: float) -> list[dict[str, str]]:
+    """A row for each engine.
+
+    Args:
+        flop: of a step.
+        rate: of bf16 products, FLOP/s.
+    """
+    last = {one.name: one for one in measured}  # as of its last round
+    released = last[RELEASED] if RELEASED in last and not last[RELEASED].failed else None
+    return [_row(one, released, flop, rate) for one in last.values()]
+
+
+def _row(one: Measured, released: Measured | None, flop: float, rate: float) -> dict[str, str]:
+    row = {"implementation": one.name, "ms a step (p20/p50/p80)": one.failed}
+    row |= dict.fromkeys(("times as released", "TFLOP/s", "of bf16 matmul", "peak GiB"), "-")
+    if not one.failed:
+        quantile = quantiles(one.seconds)
+        row["ms a step (p20/p50/p80)"] = "/".join(f"{1e3 * q:.2f}" for q in quantile.values())
+        if released is not None:
+            times = quantiles(released.seconds)["p50"] / quantile["p50"]
+            row["times as released"] = f"{times:.2f}"
+        row["TFLOP/s"] = f"{flop / quantile['p50'] / 1e12:.3g}"
+        row["of bf16 matmul"] = f"{flop / quantile['p50'] / rate:.1%}"
+        if one.peak is not None:
+            row["peak GiB"] = f"{one.peak / 2**30:.1f}"
+    errors = one.errors and ", ".join(f"{error:.0e}" for error in one.errors)
+    return row | {"error of energy, gradient": errors or "-"}

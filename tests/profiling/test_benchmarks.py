@@ -36,29 +36,40 @@ def test_flop_are_those_of_the_layers():
 
 
 def test_every_engine_takes_the_same_step():
-    rows = {row["implementation"]: row for row in run_tiny()}
-    assert len(rows) == 6
+    names = step_gpu.chosen(gpu=True, compiled=False)
+    rows = {row["implementation"]: row for row in run_tiny(names)}
+    assert list(rows) == names and len(names) == 11
     for name, row in rows.items():
         assert "/" in row["ms a step (p20/p50/p80)"], (name, row)
+    on_cpu = step_gpu.chosen(gpu=False, compiled=True)
+    assert len(on_cpu) == 7 and step_gpu.COMPILED in on_cpu and step_gpu.BOTH not in on_cpu
 
 
 def test_an_engine_that_takes_another_step_is_called_wrong(monkeypatch):
     class Lazy(step_gpu.Loops):
         energy = torch.ones(())
 
-        def step(self):
+        def _run(self):
             pass
 
     def make(*given):
         return Lazy(step_gpu.vmapped, *given)
 
-    monkeypatch.setattr(step_gpu, "engines", lambda *_: {"lazy": step_gpu.Engine(make, "bf16")})
-    (row,) = run_tiny()
+    monkeypatch.setattr(step_gpu, "engines", lambda: {"lazy": step_gpu.Engine(make, "bf16")})
+    (row,) = run_tiny(["lazy"])
     assert row["ms a step (p20/p50/p80)"] == "wrong" and row["times as released"] == "-"
 
 
-def run_tiny():
-    return list(step_gpu.measure(TINY, "cpu", 1e12, compiled=False, repeats=1, rounds=1))
+def test_engines_are_given_as_soon_as_each_is_measured_in_turns():
+    names = [step_gpu.RELEASED, "fastgeo, bf16"]
+    found = step_gpu.measure(TINY, "cpu", names, repeats=3)
+    seen = [(one.name, len(one.seconds)) for one in found]
+    assert seen == [(names[0], 3), (names[1], 3), (names[1], 6), (names[0], 6)]
+
+
+def run_tiny(names):
+    measured = step_gpu.measure(TINY, "cpu", names, repeats=1, rounds=1)
+    return step_gpu.rows(measured, flop=1e9, rate=1e12)
 
 
 def test_the_roofline_has_every_layer_of_the_paper_and_counts_their_products():
