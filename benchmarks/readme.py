@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import SPEED
+from benchmarks.device_parts.tables import SECTIONS
 from benchmarks.harness import RESULTS
 from fastgeo.profiling.measure import table
 
@@ -261,6 +262,12 @@ def matching_speed() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def device(name: str, section: str) -> str:
+    """A part of what `benchmarks.device` has measured on a GPU."""
+    result = read(name)
+    return f"{SECTIONS[section](result['rows'])}\n\n{source(result)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{preset: partial(run, preset) for preset in ("digits", "paper-small")},
     **{
@@ -279,6 +286,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "matching": matching,
     "matching-cifar10": matching_cifar,
     "matching-speed": matching_speed,
+    **{
+        f"{file.stem} {section}": partial(device, file.stem, section)
+        for file in RESULTS.glob("device-*.json")
+        for section in SECTIONS
+    },
 }
 
 

@@ -135,6 +135,16 @@ class Fastgeo:
         with matmul_precision(self.precision):
             self.energy = self.steps.take([LR]).energies[0].sum()
 
+    def descend(self, steps: int) -> Iterator[float]:
+        """The energy before each of so many steps, which are read as many together as they are."""
+        while steps:
+            with matmul_precision(self.precision):
+                taken = self.steps.take([LR] * min(steps, self.steps.at_once))
+            if taken.why:
+                raise ArithmeticError(taken.why)
+            yield from taken.energies.sum(1).tolist()
+            steps -= len(taken.energies)
+
     def interior(self) -> dict[str, Tensor]:
         return self.steps.step.copied_path().interior
 

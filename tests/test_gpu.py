@@ -9,7 +9,6 @@ import torch
 from conftest import images, plain, settings, tiny_resnet
 
 from fastgeo import Forward, Path, evaluate, models, optimize
-from fastgeo.app.cli import main
 from fastgeo.data.images import load
 from fastgeo.data.inputs import Passes
 from fastgeo.step.capture import Replay
@@ -48,6 +47,9 @@ def test_augmentation_on_the_device_is_that_of_the_cpu():
 
 @pytest.mark.parametrize("how", ["False", "True"])
 def test_a_run_on_the_device(how, tmp_path, monkeypatch):
+    pytest.importorskip("tyro", reason="the command line needs it")
+    from fastgeo.app.cli import main
+
     monkeypatch.chdir(tmp_path)
     main(
         [
