@@ -41,7 +41,7 @@ class Part:
 
     Attributes:
         seconds: that it has; what is left, for the last.
-        run: gives rows, and raises where something is not as it should be.
+        run: gives rows; one that says how it "failed" fails the part, when all are there.
     """
 
     name: str
@@ -67,7 +67,8 @@ def parts() -> list[Part]:
 
 def run(part: Part, given: Given) -> dict[str, Any]:
     """The part's end: status, seconds, and why it is not ok in the last lines that it said."""
-    log = given.folder / f"{part.name}.log"
+    log = given.folder / "log.txt"
+    before = log.stat().st_size if log.exists() else 0
     process = multiprocessing.get_context("fork").Process(target=_inside, args=(part, given, log))
     process.start()
     process.join(given.left())
@@ -79,25 +80,35 @@ def run(part: Part, given: Given) -> dict[str, Any]:
     end = {"part": part.name, "seconds": round(time.monotonic() - given.started, 1)}
     if not late and process.exitcode == 0:
         return end | {"status": "ok"}
-    said = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = log.read_bytes()[before:].decode(errors="replace").splitlines() if log.exists() else []
+    if late:  # the stack of the main thread, the last of them, begins where it hung
+        stacks = [i for i, line in enumerate(said) if "(most recent call first)" in line]
+        return end | {"status": "timed out", "why": said[stacks[-1] :][:LINES] if stacks else []}
     why = said[-LINES:] or [f"exit status {process.exitcode}"]
-    return end | {"status": "timed out" if late else "failed", "why": why}
+    return end | {"status": "failed", "why": why}
 
 
 def _inside(part: Part, given: Given, log: Path) -> None:
     """What the part's own process does; where it hangs is said just before its deadline."""
     import faulthandler
 
+    from benchmarks import precompile
     from benchmarks.device_parts import records
 
     os.setsid()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    said = log.open("a", buffering=1)
     for stream in (1, 2):
-        os.dup2(file, stream)
+        os.dup2(said.fileno(), stream)
+    sys.stdout = sys.stderr = said
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(given.left() - 1, 0.1))
+    kernels, failed = precompile.Compilations(), []
     for row in part.run(given):
         records.write(given.folder, part=part.name, row=row)
+        failed += [row["failed"]] if row.get("failed") else []
+    records.write(given.folder, part=part.name, compiled=kernels.compiled, found=kernels.found)
+    if failed:
+        raise SystemExit(f"{len(failed)} rows failed, the first of them: {failed[0]}")
 
 
 def measure(folder: Path, *, minutes: float, dry: bool, only: list[str]) -> bool:
@@ -143,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.device", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--minutes", type=float, default=9, help="after which nothing begins")
+    parser.add_argument("--minutes", type=float, default=9, help="after which all is over")
     parser.add_argument("--out", type=Path, help="folder for records.jsonl and what parts said")
     parser.add_argument("--part", action="append", default=[], help="run this one alone")
     parser.add_argument("--cache", type=Path, help="of kernels, from benchmarks.precompile")

@@ -42,11 +42,7 @@ def machine(given: Given) -> Iterator[dict[str, Any]]:
 
 
 def tests(given: Given) -> Iterator[dict[str, Any]]:
-    """As many of `pytest -m gpu` as there is time for; without a GPU they are collected only.
-
-    Raises:
-        AssertionError: some have failed.
-    """
+    """As many of `pytest -m gpu` as there is time for; without a GPU they are read only."""
     log = given.folder / "pytest.log"
     options = ["-m", "gpu", "-v", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     if given.gpu and find_spec("xdist"):
@@ -63,9 +59,11 @@ def tests(given: Given) -> Iterator[dict[str, Any]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 pytest.wait(LAST)
     lines = log.read_text().splitlines()
-    failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    passed = sum(" PASSED" in line for line in lines)
-    yield {"passed": passed, "finished": status is not None, "failures": failures}
-    assert not failures, f"{len(failures)} failed, see {log.name}"
-    sound = (None, 0) if given.gpu else (None, EXIT_NOTHING)
-    assert status in sound, f"pytest: exit status {status}: {' '.join(lines[-3:])}"
+    row: dict[str, Any] = {"passed": sum(" PASSED" in line for line in lines)}
+    row["not"] = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    row["finished"] = status is not None
+    if row["not"]:
+        row["failed"] = row["not"][0]
+    elif status not in (None, 0 if given.gpu else EXIT_NOTHING):
+        row["failed"] = f"exit status {status}: {' '.join(lines[-3:])}"
+    yield row

@@ -1,7 +1,8 @@
 """Records of a run: a file with one JSON object a line, each whole as soon as it is written.
 
-A part's rows are {"part", "row"}; at its end comes {"part", "status", "seconds", "why"}: status is
-ok, failed, timed out or left out, why the last lines that the part had to say.
+A part's rows are {"part", "row"}; behind them come {"part", "compiled", "found"}, how many kernels
+Triton had to compile and how many were in its cache, and {"part", "status", "seconds", "why"}:
+status is ok, failed, timed out or left out, why the last lines that the part had to say.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def rows(records: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
         if record["part"] == part and "row" in record:
             found = [*([] if ended else found), record["row"]]
             ended = False
-        elif record["part"] == part and record["status"] != "left out":
+        elif record["part"] == part and record.get("status", "left out") != "left out":
             ended = True
     return found
 

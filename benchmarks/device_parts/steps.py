@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import step_gpu
+from benchmarks import precompile, step_gpu
 from benchmarks.device_parts import kernels, records
 from benchmarks.device_parts.given import Given
 from benchmarks.step_gpu import BOTH, COMPILED, GRAPHED, OURS, RELEASED
@@ -47,6 +47,7 @@ def step(given: Given) -> Iterator[Row]:
 
 def compiled(given: Given) -> Iterator[Row]:
     """The loop over compiled modules, as it is and from a CUDA graph."""
+    precompile.leave()  # its compiler has processes and a cache of its own
     made = given.sizes.setting.make(given.device)
     compiler = partial(torch.compile, backend=given.sizes.compiler)
     with mock.patch.object(torch, "compile", compiler):

@@ -71,13 +71,13 @@ def of_machine(rows: Rows) -> Row:
 
 def correctness(rows: Rows) -> str:
     cases = rows.get("kernels", [])
-    wrong = [row for row in cases if row["found"] != "right"]
+    wrong = [row for row in cases if "failed" in row]
     lines = [f"{len(cases) - len(wrong)} of {len(cases)} kernel cases are right."] if cases else []
-    lines += [f"* {row['case']}: {row['found']}" for row in wrong]
+    lines += [f"* {row['case']}: {row['failed']}" for row in wrong]
     for row in rows.get("tests", []):
         how = "all that there are" if row["finished"] else "until the time was over"
-        lines.append(f"Tests for GPUs, {how}: {row['passed']} passed, {len(row['failures'])} not.")
-        lines += [f"* {line}" for line in row["failures"]]
+        lines.append(f"Tests for GPUs, {how}: {row['passed']} passed, {len(row['not'])} not.")
+        lines += [f"* {line}" for line in row["not"]]
     return "\n".join(lines)
 
 
