@@ -60,26 +60,21 @@ def cases(given: Given) -> dict[str, Callable[[], None]]:
     sizes, device = given.sizes, given.device
     points, batch = sizes.short
     found: dict[str, Callable[[], None]] = {}
-    for dtype in dict.fromkeys((sizes.dtype, torch.float32)):
-        for shape in sizes.convolutions:
-            for way in WAYS if dtype == sizes.dtype else ("triton",):
-                name = f"conv {', '.join(map(str, shape))}, {way}, {str(dtype)[6:]}"
-                size, stride, channels, out, pixels = shape
-                images = (points, batch, channels, pixels, pixels)
-                check = partial(
-                    *(layers.check_conv, Ways(way, way, way), images, out, size, stride),
-                    dtype=dtype,
-                    device=device,
-                )
-                found[name] = partial(in_fp32, check)
-        for channels, pixels in sizes.norms:
+    runs = [(sizes.dtype, list(sizes.convolutions), sizes.norms, WAYS)]
+    if sizes.dtype != torch.float32:
+        runs.append((torch.float32, list(sizes.convolutions)[:1], sizes.norms[:1], ("triton",)))
+    for dtype, shapes, norms, ways in runs:
+        rest, word = dict(dtype=dtype, device=device), str(dtype)[6:]
+        for shape, way in itertools.product(shapes, ways):
+            size, stride, channels, out, pixels = shape
             images = (points, batch, channels, pixels, pixels)
-            for kind in ("group", "channel"):
-                found[f"{kind} norm, C = {channels}, {pixels}x{pixels}, {str(dtype)[6:]}"] = (
-                    partial(
-                        *(layers.check_norm, kind, images, True, True), dtype=dtype, device=device
-                    )
-                )
+            layer = (Ways(way, way, way), images, out, size, stride)
+            check = partial(layers.check_conv, *layer, **rest)
+            found[f"conv {', '.join(map(str, shape))}, {way}, {word}"] = partial(in_fp32, check)
+        for (channels, pixels), kind in itertools.product(norms, ("group", "channel")):
+            images = (points, batch, channels, pixels, pixels)
+            check = partial(layers.check_norm, kind, images, True, True, **rest)
+            found[f"{kind} norm, C = {channels}, {pixels}x{pixels}, {word}"] = check
     for shape in sizes.divergences:
         name = f"divergence, {', '.join(map(str, shape))}"
         found[name] = partial(check_divergence, paths, shape, device)
