@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from fastgeo_kernels.stacked import conv_table
 from torch import nn
 
 from benchmarks import precompile, step_gpu
@@ -24,22 +25,26 @@ from fastgeo.profiling.measure import recorded
 Row = dict[str, Any]
 HALF_LOOP = "loop, bf16, channels-last"
 KERNELS = 60  # of a replay, those that take the most time
+STREAMS = 4  # over which convolutions that run one a network are spread
 ENDS = 60  # steps in which an end is trained
 RUNS = [("fp32", "fp32", 0), ("bf16", "bf16", 0), ("fp32, another order", "fp32", 1)]
 
 
 def step(given: Given) -> Iterator[Row]:
-    """Ours, before and after the table that was measured, and the loops; then a replay of ours,
-    kernel by kernel."""
+    """Ours, with the table of convolutions as it is, as it was measured, and then over several
+    streams; the loops; and a replay of ours, kernel by kernel."""
     made = given.sizes.setting.make(given.device)
     known = records.read(given.folder / records.FILE)
     table = kernels.best_table(records.rows(known, "convolutions"))
-    measure = partial(measured, given, made, parts=6)
+    measure = partial(measured, given, made, parts=7)
     yield from measure([OURS])
-    if table is not None:
-        with kernels.applied(table):
+    with kernels.applied(table):
+        if table is not None:
             for row in measure([OURS]):
-                yield row | {"table": table["layout"], "search": table["search"]}
+                yield row | {"how": "table as measured"}
+        with mock.patch.object(conv_table, "STREAMS", STREAMS, create=True):
+            for row in measure([OURS]):
+                yield row | {"how": f"{STREAMS} streams"}
     yield from measure([RELEASED, HALF_LOOP, GRAPHED])
     with kernels.applied(table):
         yield from profiled(step_gpu.engines()[OURS].make(*made))
@@ -51,7 +56,7 @@ def compiled(given: Given) -> Iterator[Row]:
     made = given.sizes.setting.make(given.device)
     compiler = partial(torch.compile, backend=given.sizes.compiler)
     with mock.patch.object(torch, "compile", compiler):
-        yield from measured(given, made, [COMPILED, BOTH], parts=6)
+        yield from measured(given, made, [COMPILED, BOTH], parts=7)
 
 
 def measured(given: Given, made: tuple, names: list[str], *, parts: int) -> Iterator[Row]:

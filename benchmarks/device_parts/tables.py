@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,13 +147,13 @@ def conv_table(rows: Rows) -> str:
 
 def step(rows: Rows) -> str:
     """The step in every way, and the kernels of ours."""
-    known = of_machine(rows)
     timed = [row for part in ("step", "compiled") for row in rows.get(part, []) if "name" in row]
-    if not known or not timed:
+    if not timed:
         return ""
+    rate = of_machine(rows).get("FLOP a second", math.nan)
     measured = [
         step_gpu.Measured(
-            row["name"] + (", table as measured" if "table" in row else ""),
+            ", ".join([row["name"], *([row["how"]] if "how" in row else [])]),
             row["seconds"],
             row["errors"],
             row["peak"],
@@ -160,7 +161,7 @@ def step(rows: Rows) -> str:
         )
         for row in timed
     ]
-    return table(step_gpu.rows(measured, timed[0]["flop"], known["FLOP a second"]))
+    return table(step_gpu.rows(measured, timed[0]["flop"], rate))
 
 
 def replay(rows: Rows) -> str:

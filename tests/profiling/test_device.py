@@ -73,7 +73,9 @@ def test_every_part_is_ok_in_a_dry_run(dry):
     assert {row["way"] for row in rows["divergence"]} == {"Triton", "copy", "paper's loop"}
     assert len(rows["convolutions"]) == 2 * 3 * 3 * 2  # shapes, products, ways, searched or not
     names = [row["name"] for part in ("step", "compiled") for row in rows[part] if "name" in row]
-    assert len(names) == 7 and names[0] == names[1]  # before the table and after
+    assert len(names) == 8 and len(set(names)) == 6
+    how = [row.get("how", "as it is") for row in rows["step"] if row.get("name") == names[0]]
+    assert how == ["as it is", "table as measured", "4 streams"]
     assert sum("kernel" in row for row in rows["step"]) > 10
     assert [len(row["energies"]) for row in rows["precision"]] == [3, 3, 3, 0]
 
