@@ -106,7 +106,7 @@ def _paper_step(options: Options, device: str) -> None:
     rate = matmul_rate(device, torch.bfloat16)
     names = step_gpu.chosen(gpu=device == "cuda", compiled=options.compiled)
     measured = []
-    for one in step_gpu.measure(setting, device, names, **how):
+    for one in step_gpu.measure(step_gpu.Start.of(setting, device), names, **how):
         words = " ".join(f"{1e3 * t:.2f}" for t in one.seconds)
         print(f"{one.name}: {one.failed or words + ' ms'}", file=sys.stderr, flush=True)
         measured.append(one)

@@ -208,6 +208,21 @@ def reference(module: nn.Module, path: Path, x: Tensor) -> tuple[float, dict[str
     return exact.energy.item(), exact.interior()
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where every engine takes its step from, and the energy and interior after that step."""
+
+    module: nn.Module
+    path: Path
+    x: Tensor
+    expected: tuple[float, dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, setting: Setting, device: str) -> Start:
+        made = setting.make(device)
+        return cls(*made, reference(*made))
+
+
 def check(engine, start: dict, expected: tuple[float, dict]) -> tuple[float, float]:
     """Relative errors of the energy and of the gradient after one step."""
     engine.step()
@@ -244,14 +259,12 @@ class Measured:
 
 
 def measure(
-    setting: Setting,
-    device: str,
+    start: Start,
     names: Collection[str],
     *,
     repeats: int,
     rounds: int = 2,
     seconds: float = SECONDS,
-    given: tuple[nn.Module, Path, Tensor] | None = None,
 ) -> Iterator[Measured]:
     """Each engine as soon as it is measured, in every round; the order is reversed in the second.
 
@@ -259,20 +272,17 @@ def measure(
         names: of `engines`.
         repeats: steps in a round, at most.
         seconds: of measuring one engine in a round, as far as three steps allow.
-        given: what the setting made, if it is there already.
     """
-    module, path, x = given or setting.make(device)
-    expected = reference(module, path, x)
     found = {name: Measured(name) for name in names}
     for turn in range(rounds):
         for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
             if not found[name].failed:
-                _measure_one(found[name], (module, path, x), expected, repeats, seconds)
+                _measure_one(found[name], start, repeats, seconds)
                 yield found[name]
 
 
-def _measure_one(into: Measured, given, expected, repeats: int, seconds: float) -> None:
-    entry, gpu = engines()[into.name], given[1].device.type == "cuda"
+def _measure_one(into: Measured, start: Start, repeats: int, seconds: float) -> None:
+    entry, gpu = engines()[into.name], start.x.is_cuda
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
@@ -280,8 +290,8 @@ def _measure_one(into: Measured, given, expected, repeats: int, seconds: float) 
         before = torch.cuda.memory_allocated()
     try:
         with flags(entry.precision):
-            engine = entry.make(*given)
-            errors = check(engine, given[1].interior, expected)
+            engine = entry.make(start.module, start.path, start.x)
+            errors = check(engine, start.path.interior, start.expected)
             if entry.comparable:
                 into.errors = errors
                 allowed = zip(errors, ALLOWED[entry.precision], strict=True)

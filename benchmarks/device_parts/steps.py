@@ -33,10 +33,10 @@ RUNS = [("fp32", "fp32", 0), ("bf16", "bf16", 0), ("fp32, another order", "fp32"
 def step(given: Given) -> Iterator[Row]:
     """Ours, with the table of convolutions as it is, as it was measured, and then over several
     streams; the loops; and a replay of ours, kernel by kernel."""
-    made = given.sizes.setting.make(given.device)
+    start = step_gpu.Start.of(given.sizes.setting, given.device)
     known = records.read(given.folder / records.FILE)
     table = kernels.best_table(records.rows(known, "convolutions"))
-    measure = partial(measured, given, made, parts=7)
+    measure = partial(measured, given, start, engines=6)
     yield from measure([OURS])
     with kernels.applied(table):
         if table is not None:
@@ -47,24 +47,30 @@ def step(given: Given) -> Iterator[Row]:
                 yield row | {"how": f"{STREAMS} streams"}
     yield from measure([RELEASED, HALF_LOOP, GRAPHED])
     with kernels.applied(table):
-        yield from profiled(step_gpu.engines()[OURS].make(*made))
+        yield from profiled(step_gpu.engines()[OURS].make(start.module, start.path, start.x))
 
 
 def compiled(given: Given) -> Iterator[Row]:
     """The loop over compiled modules, as it is and from a CUDA graph."""
     precompile.leave()  # its compiler has processes and a cache of its own
-    made = given.sizes.setting.make(given.device)
+    start = step_gpu.Start.of(given.sizes.setting, given.device)
     compiler = partial(torch.compile, backend=given.sizes.compiler)
     with mock.patch.object(torch, "compile", compiler):
-        yield from measured(given, made, [COMPILED, BOTH], parts=7)
+        yield from measured(given, start, [COMPILED, BOTH], engines=2)
 
 
-def measured(given: Given, made: tuple, names: list[str], *, parts: int) -> Iterator[Row]:
-    """A row for each engine, with FLOP of a step; none may spend more than its part of the time on
-    being timed."""
-    flop = given.sizes.setting.flop(made[0])
-    how = dict(repeats=given.sizes.most, rounds=1, seconds=given.seconds / parts / 2)
-    for one in step_gpu.measure(given.sizes.setting, given.device, names, given=made, **how):
+def measured(
+    given: Given, start: step_gpu.Start, names: list[str], *, engines: int
+) -> Iterator[Row]:
+    """A row for each engine, with FLOP of a step.
+
+    Args:
+        engines: in the whole part, which share 40 % of its time for being timed; the rest is for
+            making, compiling, capturing and checking them.
+    """
+    flop = given.sizes.setting.flop(start.module)
+    how = dict(repeats=given.sizes.most, rounds=1, seconds=0.4 * given.seconds / engines)
+    for one in step_gpu.measure(start, names, **how):
         yield asdict(one) | {"flop": flop}
 
 

@@ -62,13 +62,13 @@ def test_an_engine_that_takes_another_step_is_called_wrong(monkeypatch):
 
 def test_engines_are_given_as_soon_as_each_is_measured_in_turns():
     names = [step_gpu.RELEASED, "fastgeo, bf16"]
-    found = step_gpu.measure(TINY, "cpu", names, repeats=3)
+    found = step_gpu.measure(step_gpu.Start.of(TINY, "cpu"), names, repeats=3)
     seen = [(one.name, len(one.seconds)) for one in found]
     assert seen == [(names[0], 3), (names[1], 3), (names[1], 6), (names[0], 6)]
 
 
 def run_tiny(names):
-    measured = step_gpu.measure(TINY, "cpu", names, repeats=1, rounds=1)
+    measured = step_gpu.measure(step_gpu.Start.of(TINY, "cpu"), names, repeats=1, rounds=1)
     return step_gpu.rows(measured, flop=1e9, rate=1e12)
 
 
