@@ -47,9 +47,10 @@ def dry(tmp_path_factory):
     """The records of a dry run in a bare installation."""
     folder = tmp_path_factory.mktemp("dry")
     (folder / "sitecustomize.py").write_text(BARE)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-m", "benchmarks.device", "--dry-run", "--out", str(folder / "out")],
-        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
