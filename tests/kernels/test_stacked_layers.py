@@ -55,7 +55,9 @@ SIZE = (9, 8, 7)
         (3, dict(padding=(1, 0, 1))),
     ],
 )
-def test_stacked_conv_is_the_loop(points, shared, spatial, options):
+@pytest.mark.parametrize("alone", [False, True])
+def test_stacked_conv_is_the_loop(monkeypatch, points, shared, spatial, options, alone):
+    monkeypatch.setattr(plain, "_alone", lambda *_: alone and spatial == 2)
     x = random(*(() if shared else (points,)), 4, 6, *SIZE[:spatial])
     weight = random(points, 8, 6 // options.get("groups", 1), *(3,) * spatial)
     assert_is_the_loop(
@@ -64,6 +66,50 @@ def test_stacked_conv_is_the_loop(points, shared, spatial, options):
         *(x, weight, random(points, 8)),
         shared=shared,
     )
+
+
+def test_inputs_that_all_networks_share_are_taken_as_they_are():
+    """Under as many networks as images, too, and no element of them is copied for a network."""
+    x, weight, bias = random(3, 6, 9, 8), random(3, 8, 6, 3, 3), random(3, 8)
+    got = stacked_conv(x, weight, bias)
+    assert torch.equal(got, stacked_conv(x.expand(3, *x.shape), weight, bias))
+    assert_is_the_loop(
+        lambda x, w, b: stacked_conv(x[0], w, b), F.conv2d, x, weight, bias, shared=True
+    )
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        stacked_conv(x, weight)
+    assert sorted(t.numel() for t in saved) == sorted([x.numel(), weight.numel()])
+
+
+@pytest.mark.parametrize(
+    "shape, out, around",
+    [
+        ((3, 64, 16, 16, 16), 16, True),  # a MiB of images and 16 channels
+        ((64, 3, 32, 32), 16, True),  # shared ones, whose outputs are large
+        ((3, 64, 16, 16, 15), 16, False),
+        ((3, 64, 16, 16, 16), 15, False),
+        ((64, 3, 16, 16), 8, False),
+    ],
+)
+def test_large_images_are_convolved_and_normalised_one_network_after_the_other(shape, out, around):
+    """In fp32, where the channels lie innermost either way, and behind the norm as well."""
+    points, *own = shape if len(shape) == 5 else (3, *shape)
+    x = random(*shape).float().detach().requires_grad_()
+    weight, factor = (
+        random(*size).float() for size in ((points, out, own[1], 3, 3), (points, out))
+    )
+    y = stacked_conv(x, weight, padding=1)
+    z = stacked_group_norm(y, 1, factor, factor, residual=y, relu=True)
+    grad = torch.autograd.grad(z, y, z.detach(), retain_graph=True)[0]
+    for value in (y, z, grad):
+        assert plain.lies_around(value) == around
+        folded = value.transpose(0, 1).flatten(1, 2)
+        assert folded.is_contiguous(memory_format=torch.channels_last) or around
+    each = x.unbind(0) if x.ndim == 5 else [x] * points
+    expected = torch.stack([F.conv2d(a, w, padding=1) for a, w in zip(each, weight, strict=True)])
+    normed = [F.group_norm(a, 1, w, w) for a, w in zip(expected, factor, strict=True)]
+    torch.testing.assert_close(z, F.relu(torch.stack(normed) + expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("points", [1, 3])
@@ -132,8 +178,17 @@ def test_stacked_layer_and_rms_norm_are_the_loop(points, shape):
 
 
 def test_stacked_layers_name_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"stacked_conv: x must have 5 dimensions, got \[4, 3, 8"):
-        stacked_conv(torch.zeros(4, 3, 8, 8), torch.zeros(2, 5, 3, 3, 3))
+    with pytest.raises(
+        ValueError, match=r"stacked_conv: x must have 5 dimensions, got \[4, 3, 8\]"
+    ):
+        stacked_conv(torch.zeros(4, 3, 8), torch.zeros(2, 5, 3, 3, 3))
+    shared = r"what all N networks share is given as x.expand\(N, \*x.shape\)"
+    with pytest.raises(ValueError, match=shared):
+        stacked_conv_transpose(torch.zeros(4, 3, 8, 8), torch.zeros(2, 3, 5, 3, 3))
+    with pytest.raises(ValueError, match=shared):
+        stacked_linear(torch.zeros(4, 3), torch.zeros(2, 5, 3))
+    with pytest.raises(ValueError, match=shared):
+        stacked_group_norm(torch.zeros(4, 3, 8, 8), 1, torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"stacked_conv: weight .* one to three .* \[2, 5, 3\]"):
         stacked_conv(torch.zeros(2, 4, 3), torch.zeros(2, 5, 3))
     with pytest.raises(ValueError, match=r"stacked_linear: weight .* N as in x \[2, 4, 3\]"):

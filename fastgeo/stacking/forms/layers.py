@@ -10,6 +10,7 @@ from fastgeo_kernels import (
     stacked_linear,
     stacked_rms_norm,
 )
+from fastgeo_kernels.stacked.plain import lies_around
 from torch.utils import _pytree as pytree
 
 from fastgeo.stacking import fusion
@@ -39,6 +40,9 @@ def channelwise(spatial: int | None, function: Callable, n: int, input, *args, *
     x = input.tensor
     if spatial is not None and x.ndim == spatial + 2:
         return Stacked(function(x, *args, **kwargs))
+    if lies_around(x):
+        out = function(x.flatten(0, 1), *args, **kwargs)
+        return pytree.tree_map(lambda t: Stacked(t.unflatten(0, (n, -1))), out)
     out = function(x.transpose(0, 1).flatten(1, 2), *args, **kwargs)
     return pytree.tree_map(lambda t: Stacked(t.unflatten(1, (n, -1)).transpose(0, 1)), out)
 

@@ -172,17 +172,19 @@ def stacked_conv(
 
     Args:
         x: [N, B, C, ...] with one, two or three spatial axes, or [B, C, ...] inputs shared by all
-            networks as `x.expand(N, ...)`, which is one dense convolution with N * O output
-            channels.
+            networks, which are not repeated: they get one dense convolution with N * O output
+            channels. `x.expand(N, *x.shape)` is the same.
         weight: [N, O, C / groups, ...].
         bias: [N, O].
         stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
-        impl: "torch" is one convolution with N groups; "triton" an own kernel, for square kernels
-            of images, one stride and padding, no dilation or groups; "auto" on a GPU what
-            `conv_table.py` has for the shape, else "torch".
+        impl: "torch" is one convolution with N groups, or on a CPU, of large images, one a network
+            (`plain.ALONE_CHANNELS`); "triton" an own kernel, for square kernels of images, one
+            stride and padding, no dilation or groups; "auto" on a GPU what `conv_table.py` has for
+            the shape, else "torch".
 
     Returns:
-        [N, B, O, ...]. Differentiable, in Triton once.
+        [N, B, O, ...], of images with the channels innermost in memory. Differentiable, in Triton
+        once.
 
     Raises:
         ValueError: x or weight with another number of dimensions or networks, an unknown impl.
@@ -193,6 +195,8 @@ def stacked_conv(
         >>> stacked_conv(x, weight, padding=1).shape
         torch.Size([3, 8, 6, 9, 9])
     """
+    if x.ndim == weight.ndim - 1:
+        x = x.expand(len(weight), *x.shape)
     plain.check_convolution("stacked_conv", x, weight)
     square = _square(weight, stride, padding, dilation, groups)
     if impl == "auto":

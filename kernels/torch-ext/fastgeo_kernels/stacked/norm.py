@@ -182,7 +182,7 @@ def _check(
         if tensor is not None and tuple(tensor.shape) != expected[own]:
             raise ValueError(
                 f"{name}: {own} must be {list(expected[own])} for x {list(x.shape)}, got "
-                f"{list(tensor.shape)}"
+                f"{list(tensor.shape)}; {plain.SHARED}"
             )
 
 

@@ -3,20 +3,27 @@
 Convolutions, GroupNorm and LayerNorm over channels have kernels as well: `conv.py` and
 `norm.py` call what is here where those do not run.
 
-An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
-in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
-writes is a free view of either. A value that all N networks share has stride 0 along N
-(`x.expand(N, ...)`).
+An image-like value is logically [N, B, C, H, W] and physically (B, H, W, N, C), channels-last, or
+(B, N, C, H, W): the [B, N*C, H, W] tensor that a convolution with N groups reads and writes is a
+free view of either. Large images are convolved one network after the other on a CPU, and lie as
+(N, B, H, W, C). A value that all N networks share has stride 0 along N (`x.expand(N, ...)`).
 """
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence, Tuple, Union
+import math
+from typing import Callable, Iterable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A network by itself, on a CPU: from so many channels a group, which fill a vector of 512 bits, and
+# a megabyte of its images, about what a core has as a cache. Of smaller ones N groups are one call,
+# and its strides over all networks stay in caches.
+ALONE_CHANNELS = 16
+ALONE_BYTES = 1 << 20
+SHARED = "what all N networks share is given as x.expand(N, *x.shape)"
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # whether this CPU does, see `_product`
 
 
@@ -29,14 +36,41 @@ def conv(
     dilation: Union[int, Sequence[int]],
     groups: int,
 ) -> Tensor:
-    """`stacked_conv` in plain PyTorch; what all networks share is convolved once, densely."""
+    """`stacked_conv` in plain PyTorch; small images that all networks share are convolved once."""
     points = len(weight)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
+    if _alone(x, weight, groups):
+        weight = _innermost(weight)
+        biases = [None] * points if bias is None else bias.unbind(0)
+        options = (stride, padding, dilation, groups)
+        return around(
+            _product(convolution, *own, *options)
+            for own in zip(x.unbind(0), weight.unbind(0), biases)
+        )
     shared = x.stride(0) == 0 and groups == 1
     images, weight, bias = _folded(x, weight, bias, shared)
     groups = 1 if shared else points * groups
     options = (stride, padding, dilation, groups)
     return _unfold(_product(convolution, images, weight, bias, *options), points)
+
+
+def _alone(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether each network has a convolution of its own, see `ALONE_CHANNELS`."""
+    if weight.ndim != 5 or x.is_cuda or weight.shape[1] // groups < ALONE_CHANNELS:
+        return False
+    _, batch, channels, *pixels = x.shape
+    largest = batch * max(channels, weight.shape[1]) * math.prod(pixels)
+    return largest * x.element_size() >= ALONE_BYTES
+
+
+def around(images: Iterable[Tensor]) -> Tensor:
+    """[N, B, C, ...], (N, B, ..., C) in memory, of the [B, C, ...] of each network."""
+    return torch.stack([own.movedim(1, -1) for own in images]).movedim(-1, 2)
+
+
+def lies_around(x: Tensor) -> bool:
+    """Whether [N, B, C, ...] has (N, B, ..., C) in memory, and no [B, N*C, ...] view."""
+    return x.movedim(2, -1).is_contiguous() and min(len(x), x.shape[1]) > 1
 
 
 def stacked_conv_transpose(
@@ -103,7 +137,7 @@ def _folded(
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """[B, N*C, ...] inputs (or the shared ones), weight and bias of one convolution."""
     images = x[0] if shared else _fold(x)
-    if x.is_cuda and weight.ndim == 5:
+    if weight.ndim == 5 and (x.is_cuda or x.dtype != torch.float64):
         weight = _innermost(weight)
         images = images.contiguous(memory_format=torch.channels_last)
     return images, weight.flatten(0, 1), None if bias is None else bias.flatten()
@@ -152,6 +186,13 @@ def group_norm(
 ) -> Tensor:
     """`stacked_group_norm` in plain PyTorch: one GroupNorm with N times the groups."""
     points = len(x)
+    if lies_around(x):
+        absent = [None] * points
+        given = (absent if t is None else t.unbind(0) for t in (weight, bias, residual))
+        return around(
+            _sum_and_relu(F.group_norm(own, num_groups, w, b, eps), r, relu)
+            for own, w, b, r in zip(x.unbind(0), *given)
+        )
     weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
     y = F.group_norm(_fold(x), points * num_groups, weight, bias, eps)
     return _unfold(_sum_and_relu(y, None if residual is None else _fold(residual), relu), points)
@@ -259,10 +300,10 @@ def _check_stacked(
 ) -> int:
     """The number of networks, after checking that x and weight agree on it."""
     if x_ndim is not None and x.ndim != x_ndim:
-        raise ValueError(f"{name}: x must have {x_ndim} dimensions, got {list(x.shape)}")
+        raise ValueError(f"{name}: x must have {x_ndim} dimensions, got {list(x.shape)}; {SHARED}")
     if weight is not None and (weight.ndim != weight_ndim or weight.shape[0] != x.shape[0]):
         raise ValueError(
             f"{name}: weight must have {weight_ndim} dimensions, the first of them N as in x "
-            f"{list(x.shape)}, got {list(weight.shape)}"
+            f"{list(x.shape)}, got {list(weight.shape)}; {SHARED}"
         )
     return x.shape[0]
