@@ -18,8 +18,10 @@ from fastgeo_kernels import (
     stacked_conv,
     stacked_group_norm,
 )
-from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
-from fastgeo_kernels.stacked.conv_table import TABLE, Ways
+from fastgeo_kernels.stacked import channel_norm, conv, conv_kernels, group_norm, plain
+from fastgeo_kernels.stacked.conv import conv_by
+from fastgeo_kernels.stacked.conv_table import DENSE, TABLE, Shape, Ways
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ROOT = Path(__file__).parents[2]
 X = torch.zeros(2, 3, 4, 5, 5)
@@ -156,10 +158,51 @@ def test_path_update_names_what_does_not_fit():
 @pytest.mark.parametrize("size, stride", [(3, 1), (3, 2), (1, 2)])
 def test_every_way_of_pytorch_is_the_float64_definition(way, lay_out, size, stride):
     # With fewer channels a strided 1x1 convolution in channels-last corrupts the memory of a CPU
-    # (uxlfoundation/oneDNN#6035).
+    # (uxlfoundation/oneDNN#6035), which `stacked_conv` avoids and `conv_by` does not.
     ways, shape = Ways(way, way, way), (3, 2, 16 if size == 1 else 4, 6, 6)
     claims.check_conv(ways, shape, 5, size, stride, lay_out=lay_out)
     claims.check_conv(ways, shape, 5, size, stride, shared=True)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_convolution_a_network_writes_into_one_tensor(padding):
+    """(N, B, H, W, O) and (N, O, KH, KW, C) in memory, of inputs that lie in any way."""
+    x = claims.random(3, 2, 4, 6, 6).requires_grad_()
+    weight = claims.random(3, 5, 4, 3, 3).requires_grad_()
+    y = conv_by(DENSE, x, weight, 1, padding)
+    for tensor in (y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))):
+        assert tensor.movedim(2, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_has_second_derivatives(stride):
+    x, weight = claims.random(2, 2, 3, 5, 5), claims.random(2, 2, 3, 3, 3)
+    leaves = [t.double().requires_grad_() for t in (x, weight)]
+    assert torch.autograd.gradgradcheck(lambda x, w: conv_by(DENSE, x, w, stride, 1), leaves)
+    (only,) = torch.autograd.grad(conv_by(DENSE, x, leaves[1].float(), stride, 1).sum(), leaves[1:])
+    assert only.shape == weight.shape
+
+
+def test_what_runs_on_a_gpu_until_it_is_measured():
+    """Tensors without data stand in for a device's. No way of the table makes a tensor of all
+    networks with more elements than 32 bits count."""
+
+    def ways(batch, channels=64, points=25, dtype=torch.bfloat16, shared=False, square=(1, 1)):
+        options = dict(device="cuda", dtype=dtype)
+        x = torch.empty((batch, channels, 32, 32), **options).expand(points, -1, -1, -1, -1)
+        weight = torch.empty((points, 64, channels, 3, 3), **options)
+        return conv._measured(x if shared else x.clone(), weight, square)
+
+    grouped = Ways("grouped", "dense", "grouped")
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        patch.setitem(TABLE, Shape(3, 1, 64, 64, 32), grouped)
+        assert ways(256) == grouped
+        assert ways(2000) == ways(256, 63) == ways(256, square=(1, 0)) == DENSE
+        assert ways(256, shared=True) is ways(256, square=None) is None
+        assert ways(256, dtype=torch.float64) is None
+        large = torch.empty((25, 1400, 64, 32, 32), device="cuda", dtype=torch.bfloat16)
+        weight = torch.empty((25, 64, 64, 3, 3), device="cuda", dtype=torch.bfloat16)
+        assert plain._alone(large, weight, 1) and not plain._alone(large[:, :1000], weight, 1)
 
 
 def test_conv_says_why_it_cannot_run_in_triton(monkeypatch):

@@ -3,7 +3,13 @@
 import layer_claims as claims
 import pytest
 import torch
-from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
+from fastgeo_kernels import (
+    path_update,
+    stacked_channel_norm,
+    stacked_conv,
+    stacked_group_norm,
+)
+from fastgeo_kernels.stacked import conv_table
 from fastgeo_kernels.stacked.conv_table import TABLE, Ways
 
 pytestmark = [
@@ -114,6 +120,31 @@ def test_every_way_of_a_convolution_is_the_float64_definition(
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         options = dict(dtype=dtype, device="cuda", lay_out=lay_out)
         claims.check_conv(Ways(way, way, way), shape, out, size, stride, **options)
+
+
+def test_convolutions_spread_over_streams_are_the_same_in_a_graph_too(monkeypatch):
+    x = torch.randn(7, 8, 64, 16, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(7, 64, 64, 3, 3, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def products():
+        y = stacked_conv(x, weight, padding=1)
+        return y, *torch.autograd.grad(y, (x, weight), y.detach())
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    expected = products()
+    monkeypatch.setattr(conv_table, "STREAMS", 3)
+    apart = products()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        products()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = products()
+    graph.replay()
+    torch.cuda.synchronize()
+    for one, two, three in zip(expected, apart, captured, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 @pytest.mark.parametrize("way", ["grouped", "dense", "triton"])

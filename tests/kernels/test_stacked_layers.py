@@ -68,6 +68,24 @@ def test_stacked_conv_is_the_loop(monkeypatch, points, shared, spatial, options,
     )
 
 
+@pytest.mark.parametrize("padding", [0, 1, (1, 2), "valid"])
+@pytest.mark.parametrize("channels", [3, 24])
+def test_a_strided_1x1_convolution_of_few_channels_is_the_loop(channels, padding):
+    """In fp32 and channels-last, where oneDNN's own weight gradient overruns a buffer."""
+    x, weight = random(3, 4, channels, 9, 8), random(3, 5, channels, 1, 1)
+    lies = x.detach().permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2).float()
+    leaves = [lies.requires_grad_(), weight.detach().float().requires_grad_()]
+    got = stacked_conv(*leaves, stride=2, padding=padding)
+    expected = torch.stack(
+        [F.conv2d(*own, None, 2, padding) for own in zip(x, weight, strict=True)]
+    )
+    upstream = random(*expected.shape, seed=2).detach()
+    found = [got, *torch.autograd.grad(got, leaves, upstream.float())]
+    wanted = [expected, *torch.autograd.grad(expected, (x, weight), upstream)]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 def test_inputs_that_all_networks_share_are_taken_as_they_are():
     """Under as many networks as images, too, and no element of them is copied for a network."""
     x, weight, bias = random(3, 6, 9, 8), random(3, 8, 6, 3, 3), random(3, 8)

@@ -1,25 +1,27 @@
 """Convolutions of N stacked networks, each of its three products run in the way that is fastest.
 
 The output, the gradient of the input and that of the weights can each be one grouped convolution,
-one convolution a network, or an own kernel (`conv_kernels.py`); `conv_table.py` says which for
-which shape. All take (B, H, W, N, C) and (N, B, H, W, C) in memory; the grouped way copies from the
-latter, the dense one from the former. There is no normalisation in the epilogue: a program has a
-part of an image, so GroupNorm's statistics would need a pass over partial sums and still the read
-of its output that `group_norm.py` makes.
+one convolution a network, which writes its part of one tensor, or an own kernel
+(`conv_kernels.py`); `conv_table.py` says which for which shape. All take (B, H, W, N, C) and
+(N, B, H, W, C) in memory; the grouped way copies from the latter, the dense one from the former.
+There is no normalisation in the epilogue: a program has a part of an image, so GroupNorm's
+statistics would need a pass over partial sums and still the read of its output that
+`group_norm.py` makes.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple, Union
+import functools
+from functools import partial
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..launching import HALF_AND_SINGLE, triton, use_triton
-from . import conv_kernels, plain
-from .conv_table import DEFAULT, TABLE, Shape, Ways
+from . import conv_kernels, conv_table, plain
+from .conv_table import DENSE, TABLE, Shape, Ways
 from .layout import channels_innermost, channels_third, empty_like
 
 OWN = Ways("triton", "triton", "triton")
@@ -39,10 +41,48 @@ def _each(x: Tensor) -> Tensor:
     return x.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
-def _by_network(function, *tensors: Tensor) -> Tensor:
-    """[N, B, O, H, W] from one call a network, with (N, B, H, W, O) in memory."""
-    outs = [function(*own).movedim(1, -1) for own in zip(*(t.unbind(0) for t in tensors))]
-    return torch.stack(outs).movedim(-1, 2)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """[N, B, C, H, W], (N, B, H, W, C) in memory."""
+    points, batch, channels, height, width = shape
+    return like.new_empty((points, batch, height, width, channels)).movedim(-1, 2)
+
+
+def _by_network(function: Callable[..., None], *tensors: Tensor) -> Tensor:
+    """The last tensor, which a call for each network writes its part of; on a GPU from several
+    streams if `conv_table.STREAMS` says so."""
+    calls = [partial(function, *own) for own in zip(*(t.unbind(0) for t in tensors))]
+    target = tensors[-1]
+    if conv_table.STREAMS == 1 or not target.is_cuda:
+        for call in calls:
+            call()
+        return target
+    now = torch.cuda.current_stream(target.device)
+    streams = _streams(target.device, conv_table.STREAMS)
+    for stream in streams:
+        stream.wait_stream(now)
+    for i, call in enumerate(calls):
+        with torch.cuda.stream(streams[i % len(streams)]):
+            call()
+    for stream in streams:
+        now.wait_stream(stream)
+    return target
+
+
+@functools.lru_cache(maxsize=None)
+def _streams(device: torch.device, number: int) -> List[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(number)]
+
+
+def _convolve(x: Tensor, weight: Tensor, out: Tensor, stride: int, padding: int) -> None:
+    """One network's convolution into `out`, which cuDNN writes itself; others are copied there."""
+    cudnn = torch.backends.cudnn
+    if not (x.is_cuda and torch.version.hip is None and cudnn.enabled and cudnn.is_available()):
+        out.copy_(F.conv2d(x, weight, None, stride, padding))
+        return
+    repeatable = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    flags = cudnn.benchmark, repeatable, _tf32()
+    options = [padding] * 2, [stride] * 2, [1, 1], 1, *flags
+    torch.ops.aten.cudnn_convolution.out(x, weight, *options, out=out)
 
 
 def _tf32() -> bool:
@@ -72,12 +112,21 @@ def forward(way: str, x: Tensor, weight: Tensor, stride: int, padding: int) -> T
         y = F.conv2d(_flat(x), weight.flatten(0, 1), None, stride, padding, 1, points)
         return _unflat(y, points)
     if way == "dense":
-        return _by_network(lambda x, w: F.conv2d(x, w, None, stride, padding), _each(x), weight)
+        return _by_network(
+            partial(_convolve, stride=stride, padding=padding),
+            *(_each(x), _each(weight)),
+            _empty(x, points, x.shape[1], out, *_size(x, size, stride, padding)),
+        )
+    height, width = _size(x, size, stride, padding)
     x = _innermost(x)
-    height, width = ((n + 2 * padding - size) // stride + 1 for n in x.shape[1:3])
     y = empty_like(x, x.shape[0], height, width, points, out)
     conv_kernels.conv(x, _tapped(weight), y, stride, padding, _tf32(), False)
     return channels_third(y)
+
+
+def _size(x: Tensor, size: int, stride: int, padding: int) -> List[int]:
+    """Height and width of the output."""
+    return [(n + 2 * padding - size) // stride + 1 for n in x.shape[3:]]
 
 
 def _innermost(x: Tensor) -> Tensor:
@@ -99,8 +148,15 @@ def input_gradient(
         given = _flat(dy), _flat(x), weight.flatten(0, 1)
         return _unflat(_backward(*given, stride, padding, points, 0), points)
     if way == "dense":
+        dx = _empty(dy, points, dy.shape[1], *x.shape[2:])
+        size = weight.shape[3]
+        if stride == 1 and padding < size:  # a convolution with the taps mirrored
+            mirrored = _each(weight.flip(3, 4).transpose(1, 2))
+            same = partial(_convolve, stride=1, padding=size - 1 - padding)
+            return _by_network(same, _each(dy), mirrored, dx)
         return _by_network(
-            lambda dy, x, w: _backward(dy, x, w, stride, padding, 1, 0), _each(dy), x, weight
+            lambda dy, x, w, dx: dx.copy_(_backward(dy, x, w, stride, padding, 1, 0)),
+            *(_each(dy), x, _each(weight), dx),
         )
     dy = channels_innermost(dy)
     dx = empty_like(dy, x.shape[1], *x.shape[3:], points, x.shape[2])
@@ -118,7 +174,8 @@ def weight_gradient(
         return _backward(*given, stride, padding, points, 1).unflatten(0, (points, -1))
     if way == "dense":
         return _by_network(
-            lambda dy, x, w: _backward(dy, x, w, stride, padding, 1, 1), _each(dy), _each(x), weight
+            lambda dy, x, w, dw: dw.copy_(_backward(dy, x, w, stride, padding, 1, 1)),
+            *(_each(dy), _each(x), weight, _empty(weight, *weight.shape)),
         )
     dweight = conv_kernels.conv_weight(
         *(_innermost(x), channels_innermost(dy)), weight.shape[3], stride, padding, _tf32()
@@ -134,15 +191,23 @@ class _StackedConv(torch.autograd.Function):
         return forward(ways.forward, x, weight, stride, padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         (x, weight), (ways, *options) = ctx.saved_tensors, ctx.options
+        if torch.is_grad_enabled():  # a gradient of the gradient will be asked for
+            return *_differentiable(dy, x, weight, *options), None, None, None
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(ways.input, dy, x, weight, *options)
         if ctx.needs_input_grad[1]:
             dweight = weight_gradient(ways.weight, dy, x, weight, *options)
         return dx, dweight, None, None, None
+
+
+def _differentiable(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int):
+    y = plain.conv(x, weight, None, stride, padding, 1, 1)
+    wanted = [t for t in (x, weight) if t.requires_grad]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if t.requires_grad else None for t in (x, weight)]
 
 
 def conv_by(ways: Ways, x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
@@ -180,11 +245,11 @@ def stacked_conv(
         impl: "torch" is one convolution with N groups, or on a CPU, of large images, one a network
             (`plain.ALONE_CHANNELS`); "triton" an own kernel, for square kernels of images, one
             stride and padding, no dilation or groups; "auto" on a GPU what `conv_table.py` has for
-            the shape, else "torch".
+            the shape, or one a network without copies, else "torch".
 
     Returns:
-        [N, B, O, ...], of images with the channels innermost in memory. Differentiable, in Triton
-        once.
+        [N, B, O, ...], of images with the channels innermost in memory. Differentiable; what is not
+        impl="torch" knows no torch.func transform and no forward mode.
 
     Raises:
         ValueError: x or weight with another number of dimensions or networks, an unknown impl.
@@ -203,22 +268,28 @@ def stacked_conv(
         ways = _measured(x, weight, square)
     else:
         unfit = "" if square else "it takes square kernels, one stride and padding, no dilation"
-        ways = OWN if use_triton("stacked_conv", impl, x, unfit) else DEFAULT
-    if ways == DEFAULT or square is None:
+        ways = OWN if use_triton("stacked_conv", impl, x, unfit) else None
+    if ways is None or square is None:
         return plain.conv(x, weight, bias, stride, padding, dilation, groups)
     y = conv_by(ways, x, weight, *square)
     return y if bias is None else y + bias[:, None, :, None, None]
 
 
-def _measured(x: Tensor, weight: Tensor, square: Optional[Tuple[int, int]]) -> Ways:
-    """What the table has for a shape; what all networks share is one dense convolution."""
-    _, out, channels, size, *_ = weight.shape
-    if square is None or square[1] != size // 2 or x.shape[3] != x.shape[4]:
-        return DEFAULT
-    if not x.is_cuda or x.stride(0) == 0 or x.dtype not in HALF_AND_SINGLE:
-        return DEFAULT
-    ways = TABLE.get(Shape(size, square[0], channels, out, x.shape[3]), DEFAULT)
-    return DEFAULT if triton is None and "triton" in ways else ways
+def _measured(x: Tensor, weight: Tensor, square: Optional[Tuple[int, int]]) -> Optional[Ways]:
+    """What the table has for a shape on a GPU, else one convolution a network; None, which is plain
+    PyTorch, on a CPU, for what all networks share, and under a compiler, who has ways of its own.
+    """
+    if square is None or not x.is_cuda or x.dtype not in HALF_AND_SINGLE:
+        return None
+    if x.stride(0) == 0 or torch.compiler.is_compiling():
+        return None
+    _, out, channels, size, _ = weight.shape
+    known = Shape(size, square[0], channels, out, x.shape[3])
+    usual = square[1] == size // 2 and x.shape[3] == x.shape[4]
+    ways = TABLE.get(known, DENSE) if usual else DENSE
+    large = x.numel() // channels * max(channels, out) > plain.MOST_ELEMENTS
+    fit = not ("triton" in ways and triton is None) and not ("grouped" in ways and large)
+    return ways if fit else DENSE
 
 
 def _square(weight: Tensor, stride, padding, dilation, groups: int) -> Optional[Tuple[int, int]]:

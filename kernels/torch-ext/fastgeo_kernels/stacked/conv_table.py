@@ -1,6 +1,6 @@
 """Which convolution runs where: one line a shape, forward, input and weight gradient apart.
 
-**Not measured yet**: every line is the default, one grouped cuDNN convolution. On a GPU
+**Not measured yet**: every line, and what has none, is one cuDNN convolution a network. On a GPU
 `python -m benchmarks.conv --save` times all ways of each, after checking that they agree, prints
 the lines to put here and writes the times to benchmarks/results/conv-DEVICE.json.
 """
@@ -28,13 +28,14 @@ class Ways(NamedTuple):
     weight: str
 
 
-DEFAULT = Ways("grouped", "grouped", "grouped")
+STREAMS = 1  # over which the convolutions of one call are spread, a network each; not measured, too
+DENSE = Ways("dense", "dense", "dense")
 TABLE: Dict[Shape, Ways] = {  # the paper's ResNet20 of width 4, bf16, N = 25, B = 256
-    Shape(3, 1, 64, 64, 32): DEFAULT,
-    Shape(3, 2, 64, 128, 32): DEFAULT,
-    Shape(1, 2, 64, 128, 32): DEFAULT,
-    Shape(3, 1, 128, 128, 16): DEFAULT,
-    Shape(3, 2, 128, 256, 16): DEFAULT,
-    Shape(1, 2, 128, 256, 16): DEFAULT,
-    Shape(3, 1, 256, 256, 8): DEFAULT,
+    Shape(3, 1, 64, 64, 32): DENSE,
+    Shape(3, 2, 64, 128, 32): DENSE,
+    Shape(1, 2, 64, 128, 32): DENSE,
+    Shape(3, 1, 128, 128, 16): DENSE,
+    Shape(3, 2, 128, 256, 16): DENSE,
+    Shape(1, 2, 128, 256, 16): DENSE,
+    Shape(3, 1, 256, 256, 8): DENSE,
 }

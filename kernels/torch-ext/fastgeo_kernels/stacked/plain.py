@@ -23,6 +23,7 @@ from torch import Tensor
 # and its strides over all networks stay in caches.
 ALONE_CHANNELS = 16
 ALONE_BYTES = 1 << 20
+MOST_ELEMENTS = 2**31 - 1  # of a tensor on a GPU, before cuDNN takes much slower kernels
 SHARED = "what all N networks share is given as x.expand(N, *x.shape)"
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # whether this CPU does, see `_product`
 
@@ -39,6 +40,8 @@ def conv(
     """`stacked_conv` in plain PyTorch; small images that all networks share are convolved once."""
     points = len(weight)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
+    if weight.ndim == 5 and weight.shape[3:] == (1, 1) and not x.is_cuda:
+        x, stride, padding = _read_pixels(x, stride, padding)
     if _alone(x, weight, groups):
         weight = _innermost(weight)
         biases = [None] * points if bias is None else bias.unbind(0)
@@ -54,13 +57,32 @@ def conv(
     return _unfold(_product(convolution, images, weight, bias, *options), points)
 
 
+def _read_pixels(x: Tensor, stride, padding) -> Tuple[Tensor, int, int]:
+    """The pixels that a 1x1 convolution reads, and its stride and padding over those.
+
+    With a stride, oneDNN's weight gradient of few channels that lie innermost writes where it must
+    not (uxlfoundation/oneDNN#6035).
+    """
+    if isinstance(padding, str):  # "valid" or "same", which are alike here
+        padding = 0
+    down, across = (stride,) * 2 if isinstance(stride, int) else tuple(stride)
+    above, left = (padding,) * 2 if isinstance(padding, int) else tuple(padding)
+    if above or left:
+        x = F.pad(x, (left, left, above, above))
+    return x[..., ::down, ::across], 1, 0
+
+
 def _alone(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether each network has a convolution of its own, see `ALONE_CHANNELS`."""
-    if weight.ndim != 5 or x.is_cuda or weight.shape[1] // groups < ALONE_CHANNELS:
+    """Whether each network has a convolution of its own: on a CPU see `ALONE_CHANNELS`; on a GPU
+    where one of all networks would have more elements than 32 bits count, which is slow."""
+    if weight.ndim != 5:
         return False
-    _, batch, channels, *pixels = x.shape
+    points, batch, channels, *pixels = x.shape
     largest = batch * max(channels, weight.shape[1]) * math.prod(pixels)
-    return largest * x.element_size() >= ALONE_BYTES
+    if x.is_cuda:
+        return points * largest > MOST_ELEMENTS
+    many = weight.shape[1] // groups >= ALONE_CHANNELS
+    return many and largest * x.element_size() >= ALONE_BYTES
 
 
 def around(images: Iterable[Tensor]) -> Tensor:
