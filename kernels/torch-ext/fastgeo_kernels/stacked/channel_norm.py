@@ -26,7 +26,7 @@ PROGRAMS = 64  # of one network, at most, that share the pixels of a backward pa
 @jit
 def _rows(x_ptr, at, mask, C: tl.constexpr, EPS: tl.constexpr):
     """[PIXELS, CHANNELS] -> (x - mean) rstd, and rstd [PIXELS, 1]."""
-    x = load(x_ptr, at, mask)
+    x = load(x_ptr, at, mask, "")
     z = tl.where(mask, x - tl.sum(x, 1, keep_dims=True) / C, 0.0)
     rstd = tl.rsqrt(tl.sum(z * z, 1, keep_dims=True) / C + EPS)
     return z * rstd, rstd
@@ -59,7 +59,7 @@ def channel_forward_kernel(
     weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
     bias = tl.load(bias_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
     z, _ = _rows(x_ptr, at, mask, C, EPS)
-    finish(z, weight, bias, residual_ptr, y_ptr, at, mask, RESIDUAL, RELU)
+    finish(z, weight, bias, residual_ptr, y_ptr, at, mask, RESIDUAL, RELU, "")
 
 
 @jit
@@ -99,7 +99,7 @@ def channel_backward_kernel(
         here = (start * pixels + point * points) * C
         mask = (row < R - start)[:, None] & (col < C)[None, :]
         z, rstd = _rows(x_ptr + here, at, mask, C, EPS)
-        g = passed(dy_ptr + here, y_ptr + here, z, weight, bias, at, mask, RESIDUAL, RELU)
+        g = passed(dy_ptr + here, y_ptr + here, z, weight, bias, at, mask, RESIDUAL, RELU, "")
         if RESIDUAL and RELU:
             tl.store(dresidual_ptr + here + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dweights += g * z

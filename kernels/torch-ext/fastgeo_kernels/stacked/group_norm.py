@@ -12,10 +12,11 @@ Statistics are in fp32 and never the difference of two squares: of centred value
 update. The two means of dx are sums over channels, of dbias w and of dw w.
 
 A group that fits into the registers of a program is read once and written once. A larger one is
-read twice, the second time backwards, from what was read last, and from the L2 cache: a program
-has 128 KB to 384 KB in flight (64 channels of 32x32 pixels in bf16, forward or backward). What the
-backward pass needs is x, mean, rstd and, where a residual was added, y for its sign. Parameter
-gradients are summed by program, then over programs in a fixed order: results repeat bit for bit.
+read twice, the second time backwards, from what was read last, and from the L2 cache, which is told
+to keep what the first pass reads and to give up what the second one has read: a program has 128 KB
+to 384 KB in flight (64 channels of 32x32 pixels in bf16, forward or backward). What the backward
+pass needs is x, mean, rstd and, where a residual was added, y for its sign. Parameter gradients are
+summed by program, then over programs in a fixed order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -44,30 +45,51 @@ WHOLE_BACKWARD = 16384  # numbers
 
 
 @jit
-def load(pointer, at, mask):
-    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+def load(pointer, at, mask, CACHE: tl.constexpr):
+    """CACHE is what the L2 cache is told: evict_last, evict_first, or nothing."""
+    return tl.load(pointer + at, mask=mask, other=0.0, eviction_policy=CACHE).to(tl.float32)
 
 
 @jit
 def finish(
-    z, weight, bias, residual_ptr, y_ptr, at, mask, RESIDUAL: tl.constexpr, RELU: tl.constexpr
+    z,
+    weight,
+    bias,
+    residual_ptr,
+    y_ptr,
+    at,
+    mask,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    CACHE: tl.constexpr,
 ):
     """Writes relu(z w + bias + residual)."""
     y = z * weight + bias
     if RESIDUAL:
-        y += load(residual_ptr, at, mask)
+        y += load(residual_ptr, at, mask, CACHE)
     if RELU:
         y = tl.where(y < 0.0, 0.0, y)  # a NaN stays one
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def passed(dy_ptr, y_ptr, z, weight, bias, at, mask, RESIDUAL: tl.constexpr, RELU: tl.constexpr):
+def passed(
+    dy_ptr,
+    y_ptr,
+    z,
+    weight,
+    bias,
+    at,
+    mask,
+    RESIDUAL: tl.constexpr,
+    RELU: tl.constexpr,
+    CACHE: tl.constexpr,
+):
     """The gradient that ReLU lets through; without a residual its input is computed again."""
-    g = load(dy_ptr, at, mask)
+    g = load(dy_ptr, at, mask, CACHE)
     if RELU:
         if RESIDUAL:
-            y = load(y_ptr, at, mask)
+            y = load(y_ptr, at, mask, CACHE)
         else:
             y = z * weight + bias
         g = tl.where(y <= 0.0, 0.0, g)
@@ -118,13 +140,13 @@ def group_forward_kernel(
     own = point * C + col
     if WHOLE:
         mask = (pixel < S)[:, None] & col_ok
-        x = load(x_ptr, at, mask)
+        x = load(x_ptr, at, mask, "")
         mean = tl.sum(tl.sum(x, 0), 0) / (S * C)
         z = tl.where(mask, x - mean, 0.0)
         rstd = tl.rsqrt(tl.sum(tl.sum(z * z, 0), 0) / (S * C) + EPS)
         weight = tl.load(weight_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + own, mask=col < C, other=0.0).to(tl.float32)[None, :]
-        finish(z * rstd, weight, bias, residual_ptr, y_ptr, at, mask, RESIDUAL, RELU)
+        finish(z * rstd, weight, bias, residual_ptr, y_ptr, at, mask, RESIDUAL, RELU, "")
     else:
         # Welford's update in every lane, the lanes merged at the end (Chan et al., 1983).
         count = tl.zeros([PIXELS, 1], tl.float32)
@@ -133,7 +155,7 @@ def group_forward_kernel(
         for first in range(0, S, PIXELS):
             row_ok = (first + pixel < S)[:, None]
             mask = row_ok & col_ok
-            x = load(x_ptr + tl.cast(first, tl.int64) * pixels * C, at, mask)
+            x = load(x_ptr + tl.cast(first, tl.int64) * pixels * C, at, mask, "evict_last")
             count += row_ok.to(tl.float32)
             away = tl.where(mask, x - means, 0.0)
             means += away / tl.maximum(count, 1.0)
@@ -148,8 +170,8 @@ def group_forward_kernel(
             first = (S - 1) // PIXELS * PIXELS - back
             mask = (first + pixel < S)[:, None] & col_ok
             here = at + tl.cast(first, tl.int64) * pixels * C
-            z = (load(x_ptr, here, mask) - mean) * rstd
-            finish(z, weight, bias, residual_ptr, y_ptr, here, mask, RESIDUAL, RELU)
+            z = (load(x_ptr, here, mask, "evict_first") - mean) * rstd
+            finish(z, weight, bias, residual_ptr, y_ptr, here, mask, RESIDUAL, RELU, "evict_first")
     tl.store(mean_ptr + image * N + point, mean)
     tl.store(rstd_ptr + image * N + point, rstd)
 
@@ -198,8 +220,8 @@ def group_backward_kernel(
     dparams_ptr += image * 2 * N * C + own
     if WHOLE:
         mask = (pixel < S)[:, None] & col_ok
-        z = (load(x_ptr, at, mask) - mean) * rstd
-        g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, at, mask, RESIDUAL, RELU)
+        z = (load(x_ptr, at, mask, "") - mean) * rstd
+        g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, at, mask, RESIDUAL, RELU, "")
         if RESIDUAL and RELU:
             tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dweight, dbias = tl.sum(g * z, 0), tl.sum(g, 0)
@@ -212,8 +234,9 @@ def group_backward_kernel(
         for first in range(0, S, PIXELS):
             mask = (first + pixel < S)[:, None] & col_ok
             here = at + tl.cast(first, tl.int64) * pixels * C
-            z = (load(x_ptr, here, mask) - mean) * rstd
-            g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, here, mask, RESIDUAL, RELU)
+            z = (load(x_ptr, here, mask, "evict_last") - mean) * rstd
+            w = weight[None, :]
+            g = passed(dy_ptr, y_ptr, z, w, bias, here, mask, RESIDUAL, RELU, "evict_last")
             dweights += g * z
             dbiases += g
         dweight, dbias = tl.sum(dweights, 0), tl.sum(dbiases, 0)
@@ -222,8 +245,9 @@ def group_backward_kernel(
             first = (S - 1) // PIXELS * PIXELS - back
             mask = (first + pixel < S)[:, None] & col_ok
             here = at + tl.cast(first, tl.int64) * pixels * C
-            z = (load(x_ptr, here, mask) - mean) * rstd
-            g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, here, mask, RESIDUAL, RELU)
+            z = (load(x_ptr, here, mask, "evict_first") - mean) * rstd
+            w = weight[None, :]
+            g = passed(dy_ptr, y_ptr, z, w, bias, here, mask, RESIDUAL, RELU, "evict_first")
             if RESIDUAL and RELU:
                 tl.store(dresidual_ptr + here, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
             dx = rstd * (g * weight[None, :] - shift - z * slope)
