@@ -1,5 +1,7 @@
 """The public names, which `fastgeo` has, too."""
 
+from fastgeo_kernels import keep_pages
+
 from fastgeo import operations  # noqa: F401 - fills the table of operations
 from fastgeo.evaluate import Evaluation, SplitEvaluation, evaluate
 from fastgeo.figures import Comparison, compare
@@ -12,7 +14,6 @@ from fastgeo.plane import Plane, plane
 from fastgeo.recalibrate import recalibrate
 from fastgeo.schedule import Training
 from fastgeo.stacking.module import stack
-from fastgeo.step.allocator import keep_pages
 from fastgeo.step.descent import Descent
 from fastgeo.store.checkpoint import Checkpoints
 from fastgeo.symmetry.derive import permutation_spec

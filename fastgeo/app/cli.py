@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         _wait_without_spinning()
         command = _command(list(sys.argv[1:] if argv is None else argv))
-        from fastgeo.step.allocator import keep_pages
+        from fastgeo_kernels import keep_pages
 
         keep_pages()
         command()

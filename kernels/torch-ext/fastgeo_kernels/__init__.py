@@ -5,6 +5,7 @@ Needs torch alone, and triton on GPUs; the folder can be copied into another pro
 """
 
 from . import layers
+from .pages import keep_pages
 from .path_js_div import (
     fused_linear_js_div,
     js_div,
@@ -28,6 +29,7 @@ __all__ = [
     "fused_linear_js_div",
     "inverse_path_laplacian",
     "js_div",
+    "keep_pages",
     "layers",
     "path_fisher_rao",
     "path_js_div",

@@ -242,14 +242,13 @@ def stacked_conv(
         weight: [N, O, C / groups, ...].
         bias: [N, O].
         stride, padding, dilation, groups: of each network, as in `torch.nn.functional.conv2d`.
-        impl: "torch" is one convolution with N groups, or on a CPU, of large images, one a network
-            (`plain.ALONE_CHANNELS`); "triton" an own kernel, for square kernels of images, one
-            stride and padding, no dilation or groups; "auto" on a GPU what `conv_table.py` has for
-            the shape, or one a network without copies, else "torch".
+        impl: "torch" is one convolution with N groups; "triton" an own kernel, for square kernels
+            of images, one stride and padding, no dilation or groups; "auto" on a GPU what
+            `conv_table.py` has for the shape, or one a network without copies, else "torch".
 
     Returns:
-        [N, B, O, ...], of images with the channels innermost in memory. Differentiable; what is not
-        impl="torch" knows no torch.func transform and no forward mode.
+        [N, B, O, ...], on a GPU with the channels of images innermost in memory. Differentiable;
+        what is not impl="torch" knows no torch.func transform and no forward mode.
 
     Raises:
         ValueError: x or weight with another number of dimensions or networks, an unknown impl.

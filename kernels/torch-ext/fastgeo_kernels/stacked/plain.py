@@ -3,10 +3,10 @@
 Convolutions, GroupNorm and LayerNorm over channels have kernels as well: `conv.py` and
 `norm.py` call what is here where those do not run.
 
-An image-like value is logically [N, B, C, H, W] and physically (B, H, W, N, C), channels-last, or
-(B, N, C, H, W): the [B, N*C, H, W] tensor that a convolution with N groups reads and writes is a
-free view of either. Large images are convolved one network after the other on a CPU, and lie as
-(N, B, H, W, C). A value that all N networks share has stride 0 along N (`x.expand(N, ...)`).
+An image-like value is logically [N, B, C, H, W] and physically (B, N, C, H, W), or (B, H, W, N, C)
+in channels-last, as on GPUs: the [B, N*C, H, W] tensor that a convolution with N groups reads and
+writes is a free view of either. Convolutions of one network each, on GPUs, leave (N, B, H, W, C).
+A value that all N networks share has stride 0 along N (`x.expand(N, ...)`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A network by itself, on a CPU: from so many channels a group, which fill a vector of 512 bits, and
-# a megabyte of its images, about what a core has as a cache. Of smaller ones N groups are one call,
-# and its strides over all networks stay in caches.
-ALONE_CHANNELS = 16
-ALONE_BYTES = 1 << 20
 MOST_ELEMENTS = 2**31 - 1  # of a tensor on a GPU, before cuDNN takes much slower kernels
 SHARED = "what all N networks share is given as x.expand(N, *x.shape)"
 WIDENS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # whether this CPU does, see `_product`
@@ -37,12 +32,12 @@ def conv(
     dilation: Union[int, Sequence[int]],
     groups: int,
 ) -> Tensor:
-    """`stacked_conv` in plain PyTorch; small images that all networks share are convolved once."""
+    """`stacked_conv` in plain PyTorch; what all networks share is convolved once, densely."""
     points = len(weight)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
     if weight.ndim == 5 and weight.shape[3:] == (1, 1) and not x.is_cuda:
         x, stride, padding = _read_pixels(x, stride, padding)
-    if _alone(x, weight, groups):
+    if _alone(x, weight):
         weight = _innermost(weight)
         biases = [None] * points if bias is None else bias.unbind(0)
         options = (stride, padding, dilation, groups)
@@ -72,17 +67,11 @@ def _read_pixels(x: Tensor, stride, padding) -> Tuple[Tensor, int, int]:
     return x[..., ::down, ::across], 1, 0
 
 
-def _alone(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether each network has a convolution of its own: on a CPU see `ALONE_CHANNELS`; on a GPU
-    where one of all networks would have more elements than 32 bits count, which is slow."""
-    if weight.ndim != 5:
-        return False
-    points, batch, channels, *pixels = x.shape
-    largest = batch * max(channels, weight.shape[1]) * math.prod(pixels)
-    if x.is_cuda:
-        return points * largest > MOST_ELEMENTS
-    many = weight.shape[1] // groups >= ALONE_CHANNELS
-    return many and largest * x.element_size() >= ALONE_BYTES
+def _alone(x: Tensor, weight: Tensor) -> bool:
+    """Whether each network has a convolution of its own: on a GPU, where one of all networks would
+    have more elements than 32 bits count, which is slow."""
+    largest = len(x) * x.shape[1] * max(x.shape[2], weight.shape[1]) * math.prod(x.shape[3:])
+    return x.is_cuda and weight.ndim == 5 and largest > MOST_ELEMENTS
 
 
 def around(images: Iterable[Tensor]) -> Tensor:
@@ -159,7 +148,7 @@ def _folded(
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """[B, N*C, ...] inputs (or the shared ones), weight and bias of one convolution."""
     images = x[0] if shared else _fold(x)
-    if weight.ndim == 5 and (x.is_cuda or x.dtype != torch.float64):
+    if x.is_cuda and weight.ndim == 5:
         weight = _innermost(weight)
         images = images.contiguous(memory_format=torch.channels_last)
     return images, weight.flatten(0, 1), None if bias is None else bias.flatten()

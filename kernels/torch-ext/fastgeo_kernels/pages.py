@@ -11,7 +11,7 @@ def keep_pages() -> bool:
 
     A step over N networks allocates and frees hundreds of MB of activations; by default each block
     is mapped and faulted in anew. Affects the whole process, which keeps its peak memory until it
-    ends, so `fastgeo` calls it in its command line only.
+    ends, so no function here calls it by itself.
 
     Returns:
         Whether it took effect; False without glibc.
