@@ -10,7 +10,7 @@ from fastgeo import Forward, Path, match
 from fastgeo.app.config import PRESETS
 from fastgeo.app.folder import Run
 from fastgeo.app.given import Given
-from fastgeo.data.images import Shuffled
+from fastgeo.data.stored import Shuffled
 from fastgeo.train import train_ends
 
 

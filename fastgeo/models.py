@@ -1,4 +1,4 @@
-"""The networks of the presets: the ResNets of Git Re-Basin and of Tan et al., and an MLP.
+"""The networks of the presets: the ResNets of Git Re-Basin and of Tan et al., an MLP, and a GPT.
 
 No BatchNorm anywhere: its running statistics do not interpolate along a path. The parameter names
 of `resnet` are those of the published checkpoints, which load unchanged at depth 20, width 4.
@@ -155,3 +155,90 @@ def mlp(in_features: int, hidden: tuple[int, ...] = (512, 512, 512), num_classes
         torch.Size([5, 10])
     """
     return MLP([in_features, *hidden, num_classes])
+
+
+class GPTBlock(nn.Module):
+    """Causal self-attention, then an MLP, each added to what it reads: [B, T, C] -> [B, T, C]."""
+
+    def __init__(self, channels: int, heads: int, norm: type[nn.Module]):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.query, self.key, self.value, self.mix = (
+            nn.Linear(channels, channels) for _ in range(4)
+        )
+        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        heads = [
+            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, C / H]
+            for layer in (self.query, self.key, self.value)
+        ]
+        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.mix(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """[B, T] tokens to [B, T, vocabulary] logits of the tokens that follow."""
+
+    def __init__(
+        self, vocabulary: int, block_size: int, depth: int, channels: int, heads: int, norm: str
+    ):
+        super().__init__()
+        kind = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[norm]
+        self.tokens = nn.Embedding(vocabulary, channels)
+        self.positions = nn.Embedding(block_size, channels)
+        self.blocks = nn.Sequential(*(GPTBlock(channels, heads, kind) for _ in range(depth)))
+        self.norm = kind(channels)
+        self.head = nn.Linear(channels, vocabulary)
+
+    @property
+    def example_input_array(self) -> Tensor:
+        """Two inputs [2, block_size] for `fastgeo.match`."""
+        generator = torch.Generator().manual_seed(0)
+        size = (2, self.positions.num_embeddings)
+        return torch.randint(self.tokens.num_embeddings, size, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+def gpt(
+    vocabulary: int,
+    block_size: int = 64,
+    depth: int = 2,
+    width: float = 0.5,
+    *,
+    norm: str = "layer",
+) -> GPT:
+    """A decoder of 128 times `width` channels in four heads (Radford et al., 2019, in small).
+
+    Norms come before what they feed, positions are learned, and no two layers share weights: query,
+    key and value are layers of their own, and so is the head. So every axis of every weight is one
+    of the residual stream, of a head, or of one MLP.
+
+    Args:
+        vocabulary: how many tokens there are.
+        block_size: T, at most so many tokens in one input.
+        depth: how many blocks.
+        width: factor on the channels, rounded to a multiple of four.
+        norm: "layer" is LayerNorm, "rms" RMSNorm.
+
+    Raises:
+        ValueError: a width below four channels, a depth below 1, an unknown norm.
+
+    Example:
+        >>> gpt(100)(torch.zeros(3, 64, dtype=torch.long)).shape
+        torch.Size([3, 64, 100])
+    """
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    channels = 4 * round(32 * width)
+    if channels < 4:
+        raise ValueError(f"width must leave at least 4 channels of 128, got {width}")
+    return GPT(vocabulary, block_size, depth, channels, 4, norm)

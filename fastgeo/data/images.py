@@ -1,6 +1,6 @@
 """Image data sets that live on the device as stored, and are normalised and augmented there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgeo.data.arrays import read_arrays
-from fastgeo.data.inputs import Stream
+from fastgeo.data.stored import Stored, check_order
 
 CROP_PADDING = 4  # pixels; Tan et al. (2023) and He et al. (2016, section 4.2)
 COLOURS = 4  # channels that images have: grey, with alpha, RGB, RGBA; others must be square
@@ -26,7 +26,7 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Stored):
     """Training and test images with what it takes to feed them to a network.
 
     Attributes:
@@ -35,6 +35,8 @@ class Dataset:
         num_classes: C of the labels 0 .. C - 1.
         augmented: whether training images are flipped and cropped at random.
     """
+
+    kind = "images"
 
     train: Split
     test: Split
@@ -48,13 +50,8 @@ class Dataset:
         return self.train.images.device
 
     @property
-    def training_size(self) -> str:
-        """How much there is to train on, in words."""
-        return f"{len(self.train.labels)} training images"
-
-    def batches_per_epoch(self, batch_size: int) -> int:
-        """How many full batches one pass over the training images has."""
-        return len(self.train.labels) // batch_size
+    def training_inputs(self) -> int:
+        return len(self.train.labels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,27 +70,16 @@ class Dataset:
             images = flip_and_crop(images, generator)
         return self.normalize(images)
 
-    def shuffled(
-        self, batch_size: int, generator: torch.Generator, *, epochs: int | None = None
-    ) -> "Shuffled":
-        """Batches of augmented training inputs and labels, in a new order each epoch.
-
-        Args:
-            batch_size: B; the rest of an epoch that fills no batch is left out.
-            generator: of the order and the augmentation.
-            epochs: how many; without end by default.
-        """
-        if not 1 <= batch_size <= len(self.train.labels):
-            raise ValueError(
-                f"batch_size must be within 1..{len(self.train.labels)}, the training images, got "
-                f"{batch_size}"
-            )
-        return Shuffled(self, batch_size, generator, epochs)
-
-    def batch(self, index: Tensor, *window: Tensor) -> Tensor:
-        """Normalised training images [B, C, H, W]; of windows if rows and columns are given."""
+    def batch(self, index: Tensor, *window: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised training images [B, C, H, W] and labels [B]; of windows if rows and columns
+        are given."""
         images = self.train.images[index]
-        return self.normalize(crop(images, *window) if window else images)
+        images = crop(images, *window) if window else images
+        return self.normalize(images), self.train.labels[index]
+
+    def chance(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The windows of augmented images, rows [B, H] and columns [B, W]."""
+        return windows(count, *self.image_shape[1:], generator) if self.augmented else ()
 
     def in_order(
         self, split: str, batch_size: int, *, augment_seed: int | None = None
@@ -105,10 +91,7 @@ class Dataset:
             batch_size: B; the last batch may be smaller.
             augment_seed: flip and crop the images with a generator of this seed.
         """
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_order(split, ("train", "test"), batch_size)
         return Batches(self, getattr(self, split), batch_size, augment_seed)
 
     def to(self, device: torch.device | str) -> "Dataset":
@@ -116,59 +99,6 @@ class Dataset:
         train, test = (Split(*(t.to(device) for t in split)) for split in (self.train, self.test))
         mean, std = self.mean.to(device), self.std.to(device)
         return replace(self, train=train, test=test, mean=mean, std=std)
-
-
-class Shuffled(Stream):
-    """What `Dataset.shuffled` returns."""
-
-    def __init__(
-        self, dataset: Dataset, batch_size: int, generator: torch.Generator, epochs: int | None
-    ):
-        self.dataset, self.batch_size, self.epochs = dataset, batch_size, epochs
-        self.generator = generator
-        self._epoch, self._drawn = 0, 0
-        self._batches = dataset.batches_per_epoch(batch_size)
-        self._start = generator.get_state()
-        self._order: tuple[Tensor, ...] = ()  # of this epoch, once it is drawn
-
-    def draw(self) -> tuple[Tensor, ...]:
-        """Which images are next [B], and the windows of augmented ones, rows [B, H] and columns
-        [B, W]; on the CPU."""
-        if self._drawn == self._batches:
-            self._epoch, self._drawn, self._order = self._epoch + 1, 0, ()
-        if self._epoch == self.epochs:
-            raise StopIteration
-        if not self._order:
-            self._shuffle()
-        index = self._order[self._drawn]
-        self._drawn += 1
-        if not self.dataset.augmented:
-            return (index,)
-        return index, *windows(len(index), *self.dataset.image_shape[1:], self.generator)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        index, *window = (drawn.to(self.dataset.device) for drawn in self.draw())
-        return self.dataset.batch(index, *window), self.dataset.train.labels[index]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The generator at the start of the epoch, which gives its order again, and now."""
-        now = self.generator.get_state()
-        start = self._start if self._order else now
-        place = torch.tensor([self._epoch, self._drawn])
-        return {"start": start, "now": now, "place": place}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._epoch, self._drawn = state["place"].tolist()
-        self.generator.set_state(state["start"])
-        self._order = ()
-        if self._drawn:
-            self._shuffle()
-        self.generator.set_state(state["now"])
-
-    def _shuffle(self) -> None:
-        self._start = self.generator.get_state()
-        order = torch.randperm(len(self.dataset.train.labels), generator=self.generator)
-        self._order = order.split(self.batch_size)
 
 
 @dataclass(frozen=True)
