@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastgeo import figures
 from fastgeo.basis import Basis, Kind
 from fastgeo.store.files import read_tensors, write_tensors
+from fastgeo.store.weights import write_pretrained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -359,6 +360,26 @@ class Path:
         """Write one safetensors file: start/NAME, interior/NAME [K - 2, ...], end/NAME and, unless
         the control points are the points, curve/KIND, which is N."""
         write_tensors(FilePath(file), "path", self._parts())
+
+    def export(self, t: float, folder: str | os.PathLike, *, like: str | os.PathLike) -> None:
+        """Write the network at t as a folder that the `from_pretrained` of transformers loads.
+
+        Args:
+            t: as in `at`.
+            folder: a new or an empty one.
+            like: a folder of `save_pretrained`, that of an end, say. All of its files but weights
+                are copied, the configuration and the tokenizer among them, and weights are written
+                in the types that they have there; tied ones, which are there once, stay tied.
+
+        Raises:
+            ValueError: t outside [0, 1], `folder` is not empty, `like` cannot be read, or its
+                weights have other names or shapes than the path's, as of another vocabulary.
+
+        Example:
+            >>> path = Path.linear(*map(GPT2LMHeadModel.from_pretrained, ("tuned-a", "tuned-b")), 9)
+            >>> path.export(0.5, "merged", like="tuned-a")
+        """
+        write_pretrained(FilePath(folder), self.at(t), FilePath(like))
 
     @classmethod
     def load(cls, file: str | os.PathLike, device: torch.device | str = "cpu") -> "Path":

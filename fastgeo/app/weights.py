@@ -1,21 +1,17 @@
 """States of networks in the files that people have: by torch, by safetensors, whole or in parts."""
 
-import json
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path as FilePath
-from typing import Any
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgeo.path import check_numbers, check_tied
+from fastgeo.store.weights import read_weights
 
 State = dict[str, Tensor]
-IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as `save_pretrained` writes them
 KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net")  # of checkpoints
 OUTER = ("module.", "model.", "net.")  # DataParallel and averages, Lightning, and by hand
 INNER = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
@@ -36,7 +32,7 @@ def read_state(file: str, module: nn.Module) -> State:
         ValueError: a missing, damaged or refused file, or one of another module.
     """
     name, _, end = file.partition("#")
-    state = _stored(FilePath(name).expanduser())
+    state = read_weights(FilePath(name).expanduser())
     while isinstance(state, Mapping) and (inside := _within(state)) is not None:
         state = inside
     if not isinstance(state, Mapping) or not state:
@@ -61,64 +57,6 @@ def read_state(file: str, module: nn.Module) -> State:
         several = " or ".join(f"{file}#{one}" for one in ends)
         raise ValueError(f"{file} holds several networks; name one of them: {several}")
     return _fitted(file, _unwrapped(file, state, own), module)
-
-
-def _stored(path: FilePath) -> Any:
-    """What a file holds, an index's parts together."""
-    if path.is_dir():
-        there = [path / f"{name}{index}" for name in IN_FOLDERS for index in ("", ".index.json")]
-        found = next((file for file in there if file.is_file()), None)
-        if found is None:
-            names = " and no ".join(IN_FOLDERS)
-            raise ValueError(f"cannot read {path}: it is a folder with no {names} in it")
-        path = found
-    try:
-        with open(path, "rb") as stream:
-            begin = stream.read(512)
-        if reason := _no_weights(begin):
-            raise ValueError(reason)
-        if begin[:1] == b"{":
-            return _parts(path)
-        if begin[8:9] == b"{":  # behind the length of its header
-            return safetensors.torch.load_file(path)
-        with open(path, "rb") as stream:  # by what it is, and not by its name
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"cannot read {path}: there is no such file") from error
-    except Exception as error:  # noqa: BLE001 - torch.load and its unpickler raise what they like
-        reason = (str(error) or type(error).__name__).splitlines()[0].removesuffix(".")
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            reason = (
-                "it holds more than tensors, which could run code; save the state dict by itself: "
-                "torch.save(module.state_dict(), file)"
-            )
-        raise ValueError(f"cannot read {path}: {reason}") from error
-
-
-def _no_weights(begin: bytes) -> str:
-    """Why a file that begins like this holds no weights; empty if it may."""
-    if not begin:
-        return "it is empty"
-    if begin.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, which stands for the weights; fetch them: git lfs pull"
-    if begin.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "it is an HTML page and no weights, as a download gives that was refused"
-    if begin[8:9] != b"{" and begin[:1] not in (b"{", b"P", b"\x80"):
-        return "it is neither safetensors nor what torch.save writes"
-    return ""
-
-
-def _parts(index: FilePath) -> State:
-    """The tensors of all files that an index names."""
-    content = json.loads(index.read_text(encoding="utf-8"))
-    if "weight_map" not in content:
-        raise ValueError("it is JSON and no index of weights (it has no weight_map)")
-    state: State = {}
-    for name in sorted(set(content["weight_map"].values())):
-        state |= _stored(index.parent / name)
-    if lacking := content["weight_map"].keys() - state.keys():
-        raise ValueError(f"its parts lack {min(lacking)}")
-    return state
 
 
 def _within(content: Mapping) -> Mapping | None:
