@@ -171,11 +171,11 @@ class GPTBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
-        heads = [
+        query, key, value = (
             layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, C / H]
             for layer in (self.query, self.key, self.value)
-        ]
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.mix(attended.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -2,22 +2,25 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Training:
-    """How networks are trained: SGD with Nesterov momentum under a one-cycle rate.
+    """How networks are trained, under a one-cycle rate.
 
     Attributes:
         epochs: passes over the training images (paper: 100)
         train_batch_size: images of each network in a training step (paper: 128)
+        optimizer: sgd: with Nesterov momentum (paper); adamw, which transformers need: it has the
+            momentum as its first beta, and 0.99 as its second
         train_lr: peak of the one-cycle rate (paper)
-        weight_decay: L2 penalty (paper)
+        weight_decay: L2 penalty (paper), or that of adamw
         warmup_fraction: share of the steps with rising rate, two steps at least (paper: pct_start)
         lr_start_divisor: peak rate over first rate (paper: div_factor)
         lr_end_divisor: first rate over last rate (paper: final_div_factor)
-        momentum_low: Nesterov momentum at the peak rate (paper)
-        momentum_high: Nesterov momentum at the first and last rate (paper)
+        momentum_low: momentum at the peak rate (paper)
+        momentum_high: momentum at the first and last rate (paper)
 
     Raises:
         ValueError: a number that cannot be meant.
@@ -25,6 +28,7 @@ class Training:
 
     epochs: int = 20
     train_batch_size: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     train_lr: float = 0.1
     weight_decay: float = 1e-4
     warmup_fraction: float = 0.1

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastgeo.data.images import Dataset
 from fastgeo.data.inputs import Passes, Stream, each_tensor, on_device, tensors_of
 from fastgeo.data.loaders import Batch, LoaderData
 from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.data.stored import Stored
 from fastgeo.forward.options import Forward
 from fastgeo.schedule import Training
 from fastgeo.stacking.module import part_of
@@ -39,7 +39,7 @@ LETTERS = string.ascii_lowercase  # of the networks
 
 def train_ends(
     make_module: Callable[[], nn.Module],
-    data: Dataset | LoaderData,
+    data: Stored | LoaderData,
     seeds: Sequence[int],
     training: Training = Training(),
     *,
@@ -54,8 +54,8 @@ def train_ends(
 
     Each network has its own initial weights, order of images and augmentation, all from its own
     seed, so it does not depend on which others are trained beside it (up to rounding); dropout
-    alone draws for all of them, from the first seed. SGD with Nesterov momentum under a one-cycle
-    schedule on the mean cross-entropy of the rows that count.
+    alone draws for all of them, from the first seed. SGD with Nesterov momentum, or AdamW, under a
+    one-cycle schedule on the mean cross-entropy of the rows that count.
 
     Args:
         make_module: returns a freshly initialised module; called once a seed.
@@ -105,9 +105,7 @@ def train_ends(
     weights = [stacked[name].requires_grad_() for name in trained]
     losses = _Losses(module, stacked, forward, cuda_graph, data.device, on_choice)
 
-    optimizer = torch.optim.SGD(
-        weights, training.train_lr, momentum=0.9, nesterov=True, weight_decay=training.weight_decay
-    )
+    optimizer = _optimizer(weights, training)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=training.train_lr,
@@ -118,12 +116,12 @@ def train_ends(
         div_factor=training.lr_start_divisor,
         final_div_factor=training.lr_end_divisor,
     )
-    images, first_step = training.train_batch_size * len(seeds), 0
+    inputs, first_step = training.train_batch_size * len(seeds), 0
     lower = f"lower train_lr (now {training.train_lr})"
     with (
         seeded(seeds[0], data.device),
         matmul_precision(forward.precision),
-        tqdm(total=steps * images, desc="train", unit="img", disable=not progress) as bar,
+        tqdm(total=steps * inputs, desc="train", unit="input", disable=not progress) as bar,
     ):
         if saved is not None:
             first_step = saved.step
@@ -131,7 +129,7 @@ def train_ends(
                 order.load_state_dict(saved.tensors["state"][f"order {i}"])
             _restore(optimizer, schedule, saved, trained)
             saved.set_generators()
-            bar.update(first_step * images)
+            bar.update(first_step * inputs)
         step, count = first_step, 1
         while step < steps:
             if checkpoints is not None:
@@ -168,13 +166,22 @@ def train_ends(
                 why = why or _which_not_finite(loss[good])
                 raise ValueError(f"training stopped at step {step} of {steps}: {why}; {lower}")
             count = paced(losses.at_once, (time.monotonic() - started) / len(found))
-            bar.update(len(found) * images)
+            bar.update(len(found) * inputs)
             bar.set_postfix_str(f"loss {loss[-1].mean():.3f} nats", refresh=False)
     losses.choice.finish()
     if not all_finite(stacked.values()):
         name, k = first_not_finite(stacked)
         raise ValueError(f"{name} of network {LETTERS[k]} is not finite after training; {lower}")
     return _unstack(stacked)
+
+
+def _optimizer(weights: list[Tensor], training: Training) -> torch.optim.Optimizer:
+    decay = training.weight_decay
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(weights, training.train_lr, betas=(0.9, 0.99), weight_decay=decay)
+    return torch.optim.SGD(
+        weights, training.train_lr, momentum=0.9, nesterov=True, weight_decay=decay
+    )
 
 
 def _state(
@@ -186,16 +193,15 @@ def _state(
     batches: list[Stream],
 ) -> State:
     own = optimizer.state_dict()
-    momentum = {
-        name: own["state"][i]["momentum_buffer"].clone()
-        for i, name in enumerate(trained)
-        if own["state"].get(i, {}).get("momentum_buffer") is not None
-    }
-    orders = {f"order {i}": order.state_dict() for i, order in enumerate(batches)}
+    state: dict[str, dict[str, Tensor]] = {}  # "moment KEY" -> name of a weight -> tensor
+    for i, moments in own["state"].items():
+        for key, tensor in moments.items():
+            state.setdefault(f"moment {key}", {})[trained[i]] = tensor.clone()
+    state |= {f"order {i}": order.state_dict() for i, order in enumerate(batches)}
     ends = _unstack(stacked)
     return State(
         step,
-        {"ends": dict(zip(LETTERS, ends, strict=False)), "state": {"momentum": momentum, **orders}},
+        {"ends": dict(zip(LETTERS, ends, strict=False)), "state": state},
         {"groups": own["param_groups"], "schedule": schedule.state_dict()},
     )
 
@@ -206,8 +212,11 @@ def _restore(
     saved: State,
     trained: list[str],
 ) -> None:
-    momentum = saved.tensors["state"]["momentum"]
-    own = {i: {"momentum_buffer": momentum[n]} for i, n in enumerate(trained) if n in momentum}
+    own: dict[int, dict[str, Tensor]] = {}
+    for group, moments in saved.tensors["state"].items():
+        kind, _, key = group.partition(" ")
+        for name, tensor in moments.items() if kind == "moment" else ():
+            own.setdefault(trained.index(name), {})[key] = tensor
     optimizer.load_state_dict({"state": own, "param_groups": saved.values["groups"]})
     schedule.load_state_dict(saved.values["schedule"])
 
@@ -358,7 +367,7 @@ def _stacked(inputs: list[Any]) -> Any:
     return inputs[0]
 
 
-def training_steps(data: Dataset | LoaderData, training: Training) -> int:
+def training_steps(data: Stored | LoaderData, training: Training) -> int:
     """How many steps a training takes; ValueError if fewer than two."""
     steps = training.epochs * data.batches_per_epoch(training.train_batch_size)
     if steps < 2:

@@ -27,11 +27,16 @@ class Data:
     """What the networks are trained and evaluated on.
 
     Attributes:
-        data: digits (bundled), cifar10, cifar100, mnist, fashion-mnist (downloaded), npz:PATH, or
+        data: digits (bundled), cifar10, cifar100, mnist, fashion-mnist (downloaded), npz:PATH,
+            text:FILE_OR_FOLDER, text:stdlib (sources of Python's standard library), or
             PACKAGE.MODULE:FUNCTION, which returns two iterables, (train, test), of batches (inputs,
             labels)
         data_root: folder where downloads are kept
-        train_subset: how many training images to use, from the first on; None for all
+        train_subset: how many training images, or blocks of a text, to use, from the first on; None
+            for all
+        block_size: tokens in a block of a text
+        tokens: of a text: characters, bytes, or PACKAGE.MODULE:FUNCTION, which is given the text
+            and returns its tokens and the size of their vocabulary
         augment: flip-crop: mirror images at random and crop them after 4 pixels of reflected
             padding (paper); auto: do so on CIFAR only
     """
@@ -39,7 +44,18 @@ class Data:
     data: str = "digits"
     data_root: str = "~/.cache/fastgeo"
     train_subset: int | None = None
+    block_size: int = 64
+    tokens: str = "characters"
     augment: Literal["auto", "none", "flip-crop"] = "auto"
+
+    def __post_init__(self) -> None:
+        within(1, block_size=self.block_size)
+
+    @property
+    def file(self) -> str | None:
+        """The file or folder that the data are read from, if there is one."""
+        kind, _, name = self.data.partition(":")
+        return name if kind in ("npz", "text") and self.data != "text:stdlib" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +63,16 @@ class Ends:
     """The two networks at the ends of the path.
 
     Attributes:
-        model: resnet8, resnet14, resnet20, ... or mlp (paper: resnet20), or
+        model: resnet8, resnet14, resnet20, ... or mlp (paper: resnet20); gpt for text; or
             PACKAGE.MODULE:FUNCTION, which returns an nn.Module
         a: file with the weights of end a, which is then not trained: a state dict in a .safetensors
             or .pt file, or RUN/ends.safetensors#a of an earlier run
         b: the same for end b
         count: how many networks to train; later stages use the first two, a and b, only
-        width: factor on the ResNet's 16-32-64 channels, or on the MLP's 512 (paper: 4)
+        width: factor on the ResNet's 16-32-64 channels, the MLP's 512, or the GPT's 128 (paper: 4)
+        depth: blocks of the GPT
         norm: group: normalise over C, H and W together (paper); channel: over C at each pixel (Git
-            Re-Basin)
+            Re-Basin). Both are LayerNorm over C at each token in a GPT, and rms is RMSNorm there
         seed_a: seed of the first weights, the order of the images and their augmentation, for end
             a (paper: 0)
         seed_b: the same for end b (paper: 1); the networks c, d, ... take the seeds that follow
@@ -68,7 +85,8 @@ class Ends:
     b: str | None = None
     count: int = 2
     width: float = 0.5
-    norm: Literal["group", "channel"] = "group"
+    depth: int = 2
+    norm: Literal["group", "channel", "rms"] = "group"
     seed_a: int = 0
     seed_b: int = 1
     train_precision: Precision = "tf32"
@@ -76,6 +94,7 @@ class Ends:
     def __post_init__(self) -> None:
         within(0, 1000, above=True, width=self.width)
         within(2, 26, count=self.count)
+        within(1, depth=self.depth)
         within(*SEEDS, seed_a=self.seed_a, seed_b=self.seed_b)
         if (self.a is None) != (self.b is None):
             raise ValueError("--a and --b go together; give both files of weights or neither")
@@ -369,6 +388,16 @@ PRESETS = {
         ends=Ends(model="resnet20", width=1),
         training=Training(epochs=40, train_batch_size=128),
         path=PathSettings(steps=400, batch_size=256),
+    ),
+    # A character model of Python sources. Losses are those of a token.
+    "text": Config(
+        data=Data(data="text:stdlib", train_subset=4096),
+        ends=Ends(model="gpt"),
+        training=Training(
+            epochs=8, train_batch_size=32, optimizer="adamw", train_lr=4e-3, weight_decay=0.01
+        ),
+        path=PathSettings(points=9, steps=300, batch_size=32),
+        evaluation=Evaluation(eval_batch_size=64),
     ),
     # What the paper shows, in small, for a CPU. The ends must fit their data, or no path between
     # them has a low loss: few images, small batches, and no augmentation.

@@ -2,7 +2,7 @@
 
 config.json             every setting and where it is from, what each stage took and found, the
                         engines chosen, and the SHA-256 of each stage's files and of the data's,
-                        if that is an npz
+                        if that is an npz or a text
 ends.safetensors        a/NAME and b/NAME (and c/NAME, ... of further networks)
 training.jsonl          a line a training step
 permutation.safetensors    permutation/NAME, which bring b to a
@@ -21,6 +21,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path as FilePath
 from typing import get_args
 
@@ -78,7 +79,8 @@ class Run:
         given: what they name.
         stages: name of each finished stage -> what it took ("seconds") and found.
         engines: name of each stage -> the engine chosen in it, which is kept if it is done again.
-        data: SHA-256 of the file of data npz:PATH, None for other data.
+        data: SHA-256 of the file of the data, or of those of its files, joined; None for data that
+            are not read from files here.
         pace: how often states are saved, and when to stop.
         quiet: whether stages show no progress.
         drawing: how figures are drawn.
@@ -314,14 +316,16 @@ class Run:
             self._verified.add(name)
 
     def check(self) -> None:
-        """ValueError if the settings do not fit the data, the network or the machine, or an npz is
-        not what it was when the run was begun."""
-        kind, _, file = self.config.data.data.partition(":")
-        if kind == "npz":
-            found = sha256_of(FilePath(file))
+        """ValueError if the settings do not fit the data, the network or the machine, or the files
+        of the data are not what they were when the run was begun."""
+        digests = [sha256_of(file) for file in self.given.data_files]
+        if digests:
+            joined = sha256("".join(digests).encode()).hexdigest()
+            found = joined if digests[1:] else digests[0]
             if self.data not in (None, found):
+                name = self.config.data.data.partition(":")[2]
                 raise ValueError(
-                    f"{file} has changed since {self.folder} was begun; restore it, or begin anew "
+                    f"{name} has changed since {self.folder} was begun; restore it, or begin anew "
                     "in another folder"
                 )
             self.data = found

@@ -3,12 +3,12 @@
 The data and the network may be functions of the user's own modules.
 """
 
+import functools
 import importlib
 import os
 import re
 import sys
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastgeo.app.weights import State, read_state
 from fastgeo.data.images import Dataset
 from fastgeo.data.inputs import tensors_of
 from fastgeo.data.loaders import LoaderData, loader_data
+from fastgeo.data.text import Text, load_text, text_files
 
 
 class Given:
@@ -35,7 +36,7 @@ class Given:
     def __init__(self, config: Config):
         self.config = config
 
-    @cached_property
+    @functools.cached_property
     def device(self) -> torch.device:
         """The device, which can be used."""
         name = self.config.device
@@ -50,8 +51,8 @@ class Given:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {name!r} cannot be used: {reason}") from error
 
-    @cached_property
-    def dataset(self) -> Dataset | LoaderData:
+    @functools.cached_property
+    def dataset(self) -> Dataset | Text | LoaderData:
         """The data, on the device, large enough for the batches."""
         c = self.config.data
         if is_function(c.data):
@@ -59,20 +60,43 @@ class Given:
                 return loader_data(_called("data", c.data)).to(self.device)
             except ValueError as error:
                 raise ValueError(f"data {c.data}: {error}") from error
-        found = data.load(c.data, root=c.data_root, augment=c.augment, train_subset=c.train_subset)
+        found = self._text() or data.load(
+            c.data, root=c.data_root, augment=c.augment, train_subset=c.train_subset
+        )
         sizes = {
             "train_batch_size": self.config.training.train_batch_size,
             "batch_size": self.config.path.batch_size,
         }
         for name, size in sizes.items():
-            if size > len(found.train.labels):
+            if size > found.training_inputs:
                 raise ValueError(
-                    f"{name} {size} is larger than the data set: "
-                    f"{len(found.train.labels)} training images of {c.data}"
+                    f"{name} {size} is larger than the data set: {found.training_size} of {c.data}"
                 )
         return found.to(self.device)
 
-    @cached_property
+    def _text(self) -> Text | None:
+        """The text that the data are, if they are one."""
+        c = self.config.data
+        if not c.data.startswith("text:"):
+            return None
+        own = functools.partial(_called, "tokens", c.tokens)
+        tokens = own if is_function(c.tokens) else c.tokens
+        return load_text(
+            c.data.removeprefix("text:"),
+            block_size=c.block_size,
+            tokens=tokens,
+            train_subset=c.train_subset,
+        )
+
+    @property
+    def data_files(self) -> list[FilePath]:
+        """The files that the data are read from, in order; none of other data."""
+        kind, _, name = self.config.data.data.partition(":")
+        if kind == "text":
+            return text_files(name)
+        return [FilePath(name)] if kind == "npz" else []
+
+    @functools.cached_property
     def batch_size(self) -> int:
         """Inputs in an optimisation step; of a user's own loader, those in its first batch."""
         if not isinstance(self.dataset, LoaderData):
@@ -80,7 +104,7 @@ class Given:
         inputs, _ = next(iter(self.dataset.in_order("train", 1)))
         return len(tensors_of(inputs)[0])
 
-    @cached_property
+    @functools.cached_property
     def module(self) -> nn.Module:
         """The network, for all that needs no weights of its own in it."""
         return self.new_module()
@@ -96,17 +120,21 @@ class Given:
                 )
             return module
         depth = re.fullmatch(r"resnet(\d+)", c.model)
-        if c.model != "mlp" and not depth:
+        if c.model not in ("mlp", "gpt") and not depth:
             raise ValueError(
-                "model must be resnet8, resnet14, resnet20, ... or mlp, or a function that "
+                "model must be resnet8, resnet14, resnet20, ..., mlp or gpt, or a function that "
                 f"returns an nn.Module as PACKAGE.MODULE:FUNCTION, got {c.model!r}"
             )
-        if isinstance(self.dataset, LoaderData):
+        there, norm = self.dataset, "rms" if c.norm == "rms" else "layer"
+        if isinstance(there, Text) and c.model == "gpt":
+            return models.gpt(there.num_classes, there.block_size, c.depth, c.width, norm=norm)
+        if not isinstance(there, Dataset) or c.model == "gpt":
+            images = "the data sets of images that have a name here (gpt is for text)"
             raise ValueError(
-                f"model {c.model} is for the data sets of images that have a name here; with "
-                "loaders of your own, give a model of your own by --model PACKAGE.MODULE:FUNCTION"
+                f"model {c.model} is for {'text' if c.model == 'gpt' else images}; for other data, "
+                "give one of your own by --model PACKAGE.MODULE:FUNCTION"
             )
-        (channels, height, width), classes = self.dataset.image_shape, self.dataset.num_classes
+        (channels, height, width), classes = there.image_shape, there.num_classes
         if not depth:
             hidden = max(1, round(512 * c.width))
             return models.mlp(channels * height * width, (hidden,) * 3, classes)
@@ -128,7 +156,8 @@ def is_function(name: str) -> bool:
     """Whether a setting names a function, PACKAGE.MODULE:FUNCTION."""
     module, colon, function = name.partition(":")
     words = f"{module}.{function}".split(".")
-    return bool(colon) and module != "npz" and all(word.isidentifier() for word in words)
+    own = bool(colon) and module not in ("npz", "text")
+    return own and all(word.isidentifier() for word in words)
 
 
 def with_absolute_files(config: Config) -> Config:
@@ -138,22 +167,23 @@ def with_absolute_files(config: Config) -> Config:
         return str(FilePath(file).expanduser().absolute())
 
     a, b = map(absolute, config.ends.files) if config.ends.files else (None, None)
-    kind, _, file = config.data.data.partition(":")
-    data = f"npz:{absolute(file)}" if kind == "npz" else config.data.data
+    data = config.data.data
+    if config.data.file is not None:
+        data = f"{data.partition(':')[0]}:{absolute(config.data.file)}"
     return config.changed(a=a, b=b, data=data)
 
 
-def _called(setting: str, name: str) -> Any:
+def _called(setting: str, name: str, *arguments: Any) -> Any:
     """What a function of the user's returns."""
     try:
-        return _function(name)()
+        return _function(name)(*arguments)
     except Exception as error:
         raise ValueError(
             f"{setting} {name} cannot be used: {type(error).__name__}: {_first_line(error)}"
         ) from error
 
 
-def _function(name: str) -> Callable[[], Any]:
+def _function(name: str) -> Callable[..., Any]:
     """An attribute of a module; the current folder is searched, as by `python -m`."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -17,7 +17,7 @@ TORCHVISION = {
     "mnist": "MNIST",
     "fashion-mnist": "FashionMNIST",
 }
-NAMES = ("digits", *TORCHVISION, "npz:PATH")
+NAMES = ("digits", *TORCHVISION, "text:FILE_OR_FOLDER (in Python load_text)", "npz:PATH")
 
 
 def read_arrays(name: str, root: str) -> list[np.ndarray]:
