@@ -96,6 +96,7 @@ def along(
     splits: Sequence[str] | None = None,
     title: str = "",
     published: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
+    unit: str = "nats",
 ) -> "Figure":
     """Loss along paths, on a linear and on a logarithmic axis, and accuracy.
 
@@ -105,6 +106,7 @@ def along(
         title: above the figure.
         published: path -> split -> [N] losses in nats that somebody else found, drawn as crosses;
             None where there is none.
+        unit: of the losses.
     """
     from matplotlib.ticker import PercentFormatter
 
@@ -130,7 +132,7 @@ def along(
                 label = f"published: {_called(name, split)}"
                 axes.scatter(x, y, 14, label=label, linewidths=0.7, **how)
     linear, logarithmic, accuracy = panels
-    linear.set(ylabel="cross-entropy (nats)", ylim=(0, None))
+    linear.set(ylabel=f"cross-entropy ({unit})", ylim=(0, None))
     if any(max(path[split]["loss"]) > 0 for path in paths.values() for split in splits):
         logarithmic.set(ylabel="the same, log scale", yscale="log")
     accuracy.set(ylabel="accuracy", xlabel="position on the path, from end a to end b", xlim=(0, 1))

@@ -10,8 +10,9 @@ class Training:
     """How networks are trained, under a one-cycle rate.
 
     Attributes:
-        epochs: passes over the training images (paper: 100)
-        train_batch_size: images of each network in a training step (paper: 128)
+        epochs: passes over the training images or text (paper: 100)
+        train_batch_size: images, or blocks of a text, of each network in a training step (paper:
+            128)
         optimizer: sgd: with Nesterov momentum (paper); adamw, which transformers need: it has the
             momentum as its first beta, and 0.99 as its second
         train_lr: peak of the one-cycle rate (paper)

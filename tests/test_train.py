@@ -28,9 +28,11 @@ def train_alone(dataset, seed, config):
     """The schedule of the paper's appendix and public code, in torch's own terms."""
     torch.manual_seed(seed)
     module = make_module()
-    optimizer = torch.optim.SGD(
-        module.parameters(), 1e-9, momentum=0.9, nesterov=True, weight_decay=1e-4
-    )
+    how = dict(lr=1e-9, weight_decay=1e-4)
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(module.parameters(), momentum=0.9, nesterov=True, **how)
+    else:
+        optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), **how)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         config.train_lr,
@@ -51,12 +53,15 @@ def train_alone(dataset, seed, config):
     return module.state_dict(), losses
 
 
-def test_each_stacked_network_is_the_one_trained_alone(dataset):
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, optimizer="adamw", train_lr=0.002)], ids=["sgd", "adamw"]
+)
+def test_each_stacked_network_is_the_one_trained_alone(dataset, config):
     log = []
     seeds = (3, 8, 11)
-    ends = train_ends(make_module, dataset, seeds, CONFIG, on_step=lambda m, e: log.append(m))
+    ends = train_ends(make_module, dataset, seeds, config, on_step=lambda m, e: log.append(m))
     for i, seed in enumerate(seeds):
-        state, losses = train_alone(dataset, seed, CONFIG)
+        state, losses = train_alone(dataset, seed, config)
         assert [line["loss"][i] for line in log] == pytest.approx(losses, rel=1e-3)
         torch.testing.assert_close(ends[i], state, rtol=1e-3, atol=1e-4)
     assert not torch.equal(ends[0]["conv1.weight"], ends[1]["conv1.weight"])

@@ -114,7 +114,8 @@ class _New(_Stage):
 
     Attributes:
         preset: whose settings are the defaults: digits (bundled data, under a minute on a CPU),
-            paper-small (1,000 images of CIFAR-10, for a CPU), cifar10 or paper (both for a GPU)
+            text (sources of Python's standard library, some minutes on a CPU), paper-small (1,000
+            images of CIFAR-10, for a CPU), cifar10 or paper (both for a GPU)
         out: run folder; runs/PRESET by default
     """
 
@@ -322,7 +323,7 @@ class ProfileCommand(Command):
     """Time an optimisation step against the loops people write instead; needs no run folder.
 
     Attributes:
-        preset: whose settings are the defaults: digits, paper-small, cifar10 or paper
+        preset: whose settings are the defaults: digits, text, paper-small, cifar10 or paper
         repeats: how often each implementation is measured; they take turns
         compiled: also measure the loop over compiled modules, which take a while to compile
         trace: file for a trace of some steps, to open in chrome://tracing or ui.perfetto.dev

@@ -158,7 +158,7 @@ class PathSettings:
             in the paper's public code
         steps: optimisation steps (paper: 3,920, which is 20 epochs of 196; the last, partial batch
             of an epoch is left out here)
-        batch_size: images in an optimisation step (paper: 256)
+        batch_size: images, or blocks of a text, in an optimisation step (paper: 256)
         path_seed: seed of the order and augmentation of the images in the optimisation
         cuda_graph: True: capture the whole step in a CUDA graph and replay it, and losses and
             gradients of the training. Networks are stacked then, on a GPU in channels-last, and no
@@ -200,7 +200,7 @@ class Evaluation:
     """Evaluation of the line, the matched line and the optimised path.
 
     Attributes:
-        eval_batch_size: images in one pass over all points of a path
+        eval_batch_size: images, or blocks of a text, in one pass over all points of a path
         eval_precision: of that, as train-precision; losses are in fp32
     """
 

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 from fastgeo import figures
-from fastgeo.app.report import network
+from fastgeo.app.report import each, network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ def loss_figure(report: Mapping, title: str | None = None) -> "Figure":
         splits=("train", "test"),
         title=_title(report) if title is None else title,
         published=_papers_values() if _is_of_the_paper(report["config"]) else None,
+        unit=f"nats{each(report['config'])}",
     )
 
 

@@ -17,10 +17,9 @@ from fastgeo.symmetry.spec import PermutationSpec
 
 # Settings that say nothing of a user's own network, of a user's own loaders, and of given weights.
 OF_NETWORKS = {"width", "norm"}
-OF_IMAGES = {
-    *("data_root", "train_subset", "augment"),
-    *("batch_size", "train_batch_size", "eval_batch_size"),
-}
+OF_IMAGES = {"data_root", "augment"}
+OF_TEXT = {"block_size", "tokens"}
+OF_BATCHES = {"train_subset", "batch_size", "train_batch_size", "eval_batch_size"}
 OF_TRAINING = {"count", "seed_a", "seed_b", *(setting.name for setting in fields(Training))}
 
 MOVING = {"points": "point", "bezier": "control point", "polychain": "bend"}  # what a curve moves
@@ -75,7 +74,8 @@ def summary(report: Mapping) -> str:
         "The mean loss is along arc length, and the barrier the highest loss less the mean of the\n"
         "two ends'. Σ√JSD is the sum of the roots of the Jensen-Shannon divergences between\n"
         "neighbours' predictions, Fisher-Rao the angle by which the predictions turn along the\n"
-        "path, and Σ‖Δθ‖ its length in the weights.\n"
+        "path, and Σ‖Δθ‖ its length in the weights."
+        f"{' Losses are those of a token.' if is_text(report['config']) else ''}\n"
         f"No path between these ends has a Fisher-Rao length below {bound:.3f} rad.\n"
     )
 
@@ -102,7 +102,7 @@ def markdown(report: Mapping) -> str:
         "the line, it is the most by which the loss exceeds a straight line between those two. The "
         "mean and the integral are along arc length in the space of the weights, and so do not "
         "depend on where on the path its networks are.",
-        "## Lengths, on the training images",
+        f"## Lengths, on the training {'text' if is_text(c) else 'images'}",
         markdown_table(_length_rows(report)),
         f"The energy{'' if _on_labels(c) else ', which the optimisation lowers,'} is the sum over "
         "neighbours on the path of the "
@@ -134,8 +134,11 @@ def markdown(report: Mapping) -> str:
 
 def _settings(config: Mapping) -> list[str]:
     """Those that the run depended on."""
+    own = is_function(config["data"])
     idle = OF_NETWORKS if is_function(config["model"]) else set()
-    idle = idle | (OF_IMAGES if is_function(config["data"]) else set())
+    idle = idle | (OF_BATCHES if own else set()) | (OF_IMAGES if own or is_text(config) else set())
+    idle = idle | (set() if is_text(config) else OF_TEXT)
+    idle = idle | (set() if config["model"] == "gpt" else {"depth"})
     idle = idle | (OF_TRAINING if config["a"] else set())
     idle = idle | ({"controls"} if _curve(config) == "points" else set())
     return [name for name in about() if name in config and name not in idle]
@@ -146,7 +149,18 @@ def _batch(report: Mapping) -> str:
     if is_function(config["data"]):
         size = report.get("batch_size")
         return "a batch of the loader" + (f", the first of which has {size} inputs" if size else "")
+    if is_text(config):
+        return f"a batch of {config['batch_size']} blocks of {config['block_size']} tokens"
     return f"a batch of {config['batch_size']} images"
+
+
+def is_text(config: Mapping) -> bool:
+    return config["data"].startswith("text:")
+
+
+def each(config: Mapping) -> str:
+    """What losses are of, in words that follow their unit; empty where that is an image."""
+    return " a token" if is_text(config) else ""
 
 
 def _descent(config: Mapping) -> str:
@@ -202,7 +216,10 @@ def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
 def network(config: Mapping) -> str:
     """What the network is: a user's own has no width."""
     model = config["model"]
-    return model if is_function(model) else f"{model} of width {config['width']:g}"
+    if is_function(model):
+        return model
+    depth = f"{counted(config['depth'], 'block')} and " if model == "gpt" else ""
+    return f"{model} of {depth}width {config['width']:g}"
 
 
 def _networks(config: Mapping) -> str:
@@ -246,17 +263,13 @@ def _engine_rows(report: Mapping) -> Iterable[list[str]]:
 
 
 def _split_rows(report: Mapping, split: str) -> Iterable[list[str]]:
-    yield [
-        "path",
-        "loss at a, nats",
-        "loss at b, nats",
-        "highest loss, nats",
-        "mean loss along arc length, nats",
-        "integral along arc length, nats",
-        "barrier over the mean of the ends, nats",
-        "barrier above the line between the ends, nats",
-        "lowest accuracy",
-    ]
+    measures = (
+        *("loss at a", "loss at b", "highest loss"),
+        *("mean loss along arc length", "integral along arc length"),
+        *("barrier over the mean of the ends", "barrier above the line between the ends"),
+    )
+    unit = f"nats{each(report['config'])}"
+    yield ["path", *(f"{measure}, {unit}" for measure in measures), "lowest accuracy"]
     for name, path in report["paths"].items():
         s = path[split]
         yield [

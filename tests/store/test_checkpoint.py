@@ -99,15 +99,16 @@ def digits_loader():
 
 
 @pytest.mark.parametrize(
-    "make_module, data",
+    "make_module, data, optimizer",
     [
-        (lambda: models.resnet(8, 0.5, in_channels=1), "flip-crop"),
-        (Dropping, "flip-crop"),
-        (Dropping, "loader"),
+        (lambda: models.resnet(8, 0.5, in_channels=1), "flip-crop", "sgd"),
+        (Dropping, "flip-crop", "sgd"),
+        (Dropping, "loader", "sgd"),
+        (Dropping, "loader", "adamw"),
     ],
 )
-def test_training_goes_on_to_the_last_bit(make_module, data, tmp_path):
-    """Momentum, schedule, order, augmentation, dropout and running statistics."""
+def test_training_goes_on_to_the_last_bit(make_module, data, optimizer, tmp_path):
+    """Moments, schedule, order, augmentation, dropout and running statistics."""
 
     def loop(**options):
         own = load("digits", train_subset=100, augment="flip-crop")
@@ -115,7 +116,7 @@ def test_training_goes_on_to_the_last_bit(make_module, data, tmp_path):
             make_module,
             digits_loader() if data == "loader" else own,
             (3, 4),
-            CONFIG,
+            replace(CONFIG, optimizer=optimizer),
             **evaluating(engine="stacked", batchnorm="recalibrate", **options),
         )
 
