@@ -389,14 +389,16 @@ PRESETS = {
         training=Training(epochs=40, train_batch_size=128),
         path=PathSettings(steps=400, batch_size=256),
     ),
-    # A character model of Python sources. Losses are those of a token.
+    # A model of characters. The rate is high, since SGD hardly moves the weights of attention.
     "text": Config(
         data=Data(data="text:stdlib", train_subset=4096),
         ends=Ends(model="gpt"),
         training=Training(
-            epochs=8, train_batch_size=32, optimizer="adamw", train_lr=4e-3, weight_decay=0.01
+            epochs=4, train_batch_size=32, optimizer="adamw", train_lr=4e-3, weight_decay=0.01
         ),
-        path=PathSettings(points=9, steps=300, batch_size=32),
+        matching=Matching(match_restarts=1),
+        path=PathSettings(points=9, steps=400, batch_size=32),
+        descent=Descent(lr=1.0),
         evaluation=Evaluation(eval_batch_size=64),
     ),
     # What the paper shows, in small, for a CPU. The ends must fit their data, or no path between
