@@ -10,6 +10,7 @@ curves of few control points.
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sized
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,15 @@ from fastgeo.recalibrate import settled
 from fastgeo.stacking.precision import matmul_precision
 from fastgeo.step.capture import paced
 from fastgeo.step.descent import Descent
-from fastgeo.step.diagnose import all_finite, first_not_finite
-from fastgeo.step.step import resampled
 from fastgeo.step.steps import Steps, Taken
 from fastgeo.store.checkpoint import Checkpoints, Groups, State
+
+if TYPE_CHECKING:  # what one process needs not
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from fastgeo.ranks.mesh import Ranks
+    from fastgeo.ranks.share import Share
+    from fastgeo.ranks.states import RankStates, Stored
 
 FEW = 10  # steps, of which nothing is concluded
 FALLEN = 0.99  # of the energy, if it fell
@@ -47,6 +53,7 @@ def optimize(
     on_step: Callable[[dict, Path], None] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool = False,
+    mesh: "DeviceMesh | None" = None,
 ) -> Path:
     """Move the control points of a path towards the geodesic between its ends, or to a low loss.
 
@@ -81,9 +88,17 @@ def optimize(
             CPU, to the same result to the last bit. Batches before it are drawn again and left
             aside; random numbers in them must be torch's.
         progress: show a progress bar.
+        mesh: of dimensions ("path", "data") under an initialised process group, all of whose ranks
+            call this alike, with the same path, batches and settings. Ranks along "path" hold
+            consecutive points each, on the device of the mesh, and those along "data" take
+            consecutive rows of every batch. The result is that of one process up to rounding, and
+            to the last bit that of the same mesh. An error of one rank is raised on all.
 
     Returns:
-        A new path with the same ends, and with `history` (`fastgeo.Path`) of this call's steps.
+        A new path with the same ends, and with `history` (`fastgeo.Path`) of this call's steps. On
+        a mesh, this and what on_step is given is the section of this rank: its own points between
+        those beside them, of which `fastgeo.ranks.gather.gather` makes the whole; or the curve, if
+        that has control points of its own.
 
     Warns:
         UserWarning: the energy did not fall; at random nodes that is not looked at.
@@ -94,8 +109,9 @@ def optimize(
         ValueError: a path that is not of this module, a mask or targets with -100 whose shape is
             not that of the logits, no labels where the objective needs them, no parameter to train,
             too few batches, no number of steps where the descent needs one, an energy or gradient
-            that stops being finite, checkpoints of another path, or cuda_graph=True for a step that
-            cannot be captured.
+            that stops being finite, checkpoints of another path, cuda_graph=True for a step that
+            cannot be captured, or what differs between the ranks of a mesh.
+        RuntimeError: another rank of the mesh stopped; with its sentence.
 
     Example:
         >>> path = Path.linear(a, b, 25)
@@ -119,52 +135,78 @@ def optimize(
     history: list[dict] = []
     velocity: dict[str, Tensor] = {}
     state: Groups = {}
-    saved = None if checkpoints is None else checkpoints.load("optimize")
+    watched = checkpoints is not None or on_step is not None
+    ranks, share, states = None, None, None
+    if mesh is not None:
+        from fastgeo.ranks.alike import alike
+        from fastgeo.ranks.share import Share
+        from fastgeo.ranks.states import RankStates
+
+        given = dict(steps=steps, descent=descent, forward=forward, cuda_graph=cuda_graph)
+        ranks, watched = alike(mesh, path, given, checkpoints is not None, watched)
+        share = Share.of(ranks, path, descent.nodes)
+        most = -(-most // ranks.path.size)
+        states = None if checkpoints is None else RankStates(checkpoints, ranks)
+    saved = _saved(checkpoints, states)
     if saved is not None:
-        taken, (path, velocity) = saved.step, _restored(path, saved, sizes)
-        state = saved.tensors["state"]
+        path, velocity, share = _restored(path, *saved, sizes, descent, ranks)
+        taken, state = saved[0].step, saved[0].tensors["state"]
         order.load_state_dict(state["order"])
-        saved.set_generators()
+        saved[0].set_generators()
+    elif share is not None:
+        path = share.part(path)
     mode, updated = evaluation_mode(module), frozenset[str]()
     if recalibrated and (first := order.peek()) is not None:
         inputs = on_device(first[0], path.device)
         own = statistics(module, path.start, inputs)
         mode, updated = batch_statistics(module, own), own.names
         path = settled(path, module, inputs, own, forward) if saved is None else path
-    watched = checkpoints is not None or on_step is not None
     moving = Steps(
         module,
         order,
         descent,
         forward,
-        capture=cuda_graph,
+        capture=cuda_graph if ranks is None else False,
         device=path.device,
         most=most,
         measured=watched,
         on_choice=on_choice,
     )
     check_buffers(path.start, path.end, module, interpolated=path.interpolated, updated=updated)
+    if ranks is not None:
+        generators = ranks.agreement.objects(moving.generator.get_state())
+        moving.generator.set_state(generators[0])
     if "nodes" in state:
         moving.generator.set_state(state["nodes"]["generator"])
+
+    def reached() -> None:
+        """The state is that before a step."""
+        now = {"order": order.state_dict()}
+        if states is None:
+            now["velocity"] = moving.step.velocity()
+        if descent.nodes is not None:
+            now["nodes"] = {"generator": moving.generator.get_state()}
+        if states is not None:
+            states.reached(taken, now, moving)
+        elif checkpoints is not None:
+            checkpoints.reached(State(taken, {"path": path._parts(), "state": now}))
+
+    log = checkpoints if states is None else states
+    shown = progress and (ranks is None or ranks.first)
     with (
         mode,
         matmul_precision(forward.precision),
-        tqdm(total=steps, initial=taken, desc="optimize", unit="step", disable=not progress) as bar,
+        tqdm(total=steps, initial=taken, desc="optimize", unit="step", disable=not shown) as bar,
     ):
-        moving.begin(path, velocity)
+        moving.begin(path, velocity, share)
         count, begun = 1, time.monotonic()
-        length = path.euclidean().sum().item()
+        length = moving.length()
         while True:
-            if sizes.get(taken, path.basis.size) != path.basis.size:
-                path = moving.step.copied_path().refined(sizes[taken])
-                moving.begin(path, resampled(moving.step.velocity(), path))
+            moving.refine(sizes.get(taken, moving.controls))
             if watched:
-                path = moving.step.copied_path()
+                path = moving.copied_path()
             if checkpoints is not None:
-                state = {"order": order.state_dict(), "velocity": moving.step.velocity()}
-                if descent.nodes is not None:
-                    state["nodes"] = {"generator": moving.generator.get_state()}
-                checkpoints.reached(State(taken, {"path": path._parts(), "state": state}))
+                reached()
             if taken == steps:
                 break
             until = min((first for first in sizes if first > taken), default=steps)
@@ -173,17 +215,18 @@ def optimize(
             found = moving.take([descent.rate(taken + i, steps) for i in range(count)])
             if found is None:
                 break
-            lines = _metrics(taken, found, len(path), descent.objective)
-            for metrics in lines:
-                history.append(metrics | {"seconds": started - begun})
-                if checkpoints is not None:
-                    checkpoints.record(metrics)
-                if on_step is not None:
-                    on_step(metrics, path)
+            lines = _metrics(taken, found, moving.points, descent.objective)
+            with moving.callbacks():
+                for metrics in lines:
+                    history.append(metrics | {"seconds": started - begun})
+                    if log is not None:
+                        log.record(metrics)
+                    if on_step is not None:
+                        on_step(metrics, path)
             taken += len(found.energies)
             if found.why:
-                if checkpoints is not None and found.unsound:
-                    checkpoints.distrust()
+                if log is not None and found.unsound:
+                    log.distrust()
                 cause = f"lower lr (now {descent.lr})"
                 if not taken and found.unsound:
                     cause = "look at the inputs and the two ends"
@@ -192,27 +235,27 @@ def optimize(
             if checkpoints is not None:
                 count = paced(count, (time.monotonic() - started) / len(found.energies))
             bar.update(len(found.energies))
-            shown = "energy" if descent.objective == "jsd" else "cross_entropy"
-            bar.set_postfix_str(f"{shown} {lines[-1][shown]:.4f} nats", refresh=False)
+            name = "energy" if descent.objective == "jsd" else "cross_entropy"
+            bar.set_postfix_str(f"{name} {lines[-1][name]:.4f} nats", refresh=False)
         moving.choice.finish()
         if taken < (steps or 1):
             raise ValueError(f"batches ended after {taken} of {steps or 1} steps")
-        path = moving.step.copied_path()
+        path = moving.copied_path()
         if history:
-            last = Taken(moving.energies()[None], path.euclidean().sum()[None])
-            history += _metrics(taken, last, len(path), descent.objective)
+            last = moving.looked_at(path)
+            history += _metrics(taken, last, moving.points, descent.objective)
             history[-1]["seconds"] = time.monotonic() - begun
             history[0].setdefault("euclidean", length)
-    if not all_finite(path.interior.values()):
-        if checkpoints is not None:
-            checkpoints.distrust()
-        name, i = first_not_finite(path.interior)
+    if (bad := moving.not_finite(path)) is not None:
+        if log is not None:
+            log.distrust()
+        name, i = bad
         raise ValueError(
             f"{name} is not finite at point {i + 1} after step {taken - 1}; lower lr (now "
             f"{descent.lr})"
         )
     path.history = history
-    if descent.nodes is None:
+    if descent.nodes is None and (ranks is None or ranks.first):
         _warn_of_no_fall(history, descent.lr)
     return path
 
@@ -245,14 +288,42 @@ def _outside_of_inference(path: Path) -> Path:
     )
 
 
-def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, dict[str, Tensor]]:
-    """The saved path and its velocity, if it has one, on the device of `path`.
+def _saved(
+    checkpoints: Checkpoints | None, states: "RankStates | None"
+) -> "tuple[State, Stored | None] | None":
+    """The state to go on from, and its control points, if they are to be read in parts."""
+    if states is not None:
+        return states.load("optimize")
+    saved = None if checkpoints is None else checkpoints.load("optimize")
+    if checkpoints is None or saved is None or "parts" not in saved.values:
+        return None if saved is None else (saved, None)
+    from fastgeo.ranks.states import Stored
+
+    return saved, Stored(checkpoints._folder_of(saved.step), saved.values)
+
+
+def _restored(
+    path: Path,
+    saved: State,
+    stored: "Stored | None",
+    sizes: dict[int, int],
+    descent: Descent,
+    ranks: "Ranks | None",
+) -> "tuple[Path, dict[str, Tensor], Share | None]":
+    """The saved path and its velocity, if it has one, on the device of `path`; on a mesh what this
+    rank holds of them, and its share.
 
     Raises:
         ValueError: the path is not between the same ends, of another kind, or has not as many
             control points as the levels want.
     """
-    found = Path._of(saved.tensors["path"]).to(path.device)
+    parts, share = {**saved.tensors["path"]}, None
+    velocity = saved.tensors["state"].get("velocity", {})
+    one = {name: path.start[name] for name in path.interior}
+    if stored is not None:  # as an outline first
+        controls = stored.controls(next(iter(one)))
+        parts["interior"] = {n: t.expand(controls, *t.shape) for n, t in one.items()}
+    found = Path._of(parts).to(path.device)
     size = sizes[max(first for first in sizes if first <= saved.step)]
     points = size if path.free else len(path)
     same = (found.basis, found.free, len(found)) == (Basis(path.kind, size), path.free, points)
@@ -265,8 +336,17 @@ def _restored(path: Path, saved: State, sizes: dict[int, int]) -> tuple[Path, di
         raise ValueError(
             "the checkpoints hold a path between other ends, or of another number of points"
         )
-    velocity = saved.tensors["state"].get("velocity", {})
-    return found, {name: tensor.to(path.device) for name, tensor in velocity.items()}
+    if stored is not None:
+        rows = range(controls)
+        if ranks is not None:
+            from fastgeo.ranks.share import Share
+
+            share = Share.of(ranks, found, descent.nodes)
+            rows = range(*share.held)
+        found = found.with_interior(stored.rows(one, rows, "interior"))
+        velocity = stored.rows(one, rows, "velocity")
+    device = path.device if ranks is None else ranks.device
+    return found.to(device), {name: t.to(device) for name, t in velocity.items()}, share
 
 
 def _metrics(first: int, found: Taken, points: int, objective: str) -> list[dict]:

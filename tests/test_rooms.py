@@ -9,6 +9,7 @@ FLOORS = [  # what is above may import what is below
     *("train", "matching", "plane"),
     *("optimize", "evaluate", "recalibrate"),
     "step",
+    "ranks",
     "operations",
     *("stacking", "symmetry"),
     "forward",

@@ -1,6 +1,8 @@
 """An objective of a path on one batch, and its gradient: chunk by chunk, nothing computed twice."""
 
 import weakref
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,52 @@ from fastgeo.step.phases import phase
 MOST_CACHED = 2**28  # bytes of logits and inputs that EndLogits keeps
 
 
+class Beside(Protocol):
+    """Logits of what is beside some points.
+
+    Attributes:
+        upwards: whether to go along the points from the left to the right.
+    """
+
+    upwards: bool
+
+    def evaluated(self, part: slice, logits: Tensor) -> None:
+        """The logits [K, R, C] of some of the points are known."""
+
+    def left(self) -> Tensor:
+        """[1, R, C] of the point before the first one."""
+
+    def right(self) -> Tensor:
+        """[1, R, C] of the point behind the last one."""
+
+
+class Ends:
+    """The two ends of a path, whose logits [2, R, C] are known."""
+
+    upwards = True
+
+    def __init__(self, logits: Tensor):
+        self._logits = logits
+
+    def evaluated(self, part: slice, logits: Tensor) -> None:
+        pass
+
+    def left(self) -> Tensor:
+        return self._logits[:1]
+
+    def right(self) -> Tensor:
+        return self._logits[1:]
+
+
 def energy_and_gradient(
     path: Path,
     engine: Engine,
     inputs: Inputs,
     trained: dict[str, str],
-    ends: Tensor,
+    beside: Tensor | Beside,
     counted: Tensor | None = None,
     counts: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence of each edge on a batch, [E] nats, and their sum's gradient [N - 2, ...].
 
@@ -33,32 +73,48 @@ def energy_and_gradient(
     first logits of the next one are known: at most two chunks' activations are alive.
 
     Args:
-        ends: [2, R, C] logits of the two ends, R rows.
+        beside: [2, R, C] logits of the two ends, R rows, or what gives them.
         counted: [B, ...], which of the rows count; None for all.
         counts: [E], what each edge counts in the sum; 1 by default.
+        scale: what the gradient is multiplied by.
     """
+    beside = Ends(beside) if isinstance(beside, Tensor) else beside
     chunks = engine.chunks(len(path) - 2)
-    energies, whole = [], _room(path, trained, chunks)
-    left, current = ends[:1], _Chunk(path, engine, inputs, trained, chunks[0])
+    chunks = chunks if beside.upwards else chunks[::-1]
+    energies, whole = {}, _room(path, trained, chunks)
+    passed: Tensor | None = None  # logits of the point that the last chunk ended with
+
+    def evaluate(part: slice) -> _Chunk:
+        chunk = _Chunk(path, engine, inputs, trained, part)
+        beside.evaluated(part, chunk.logits.detach())
+        return chunk
+
+    current = evaluate(chunks[0])
     check_rows(counted, current.rows)
-    weight = None if counted is None else counted.flatten().to(ends.device)
-    for i in range(len(chunks)):
-        following = None
-        if i + 1 < len(chunks):
-            following = _Chunk(path, engine, inputs, trained, chunks[i + 1])
-        right = ends[1:] if following is None else following.logits[:1].detach()
+    weight = None if counted is None else counted.flatten().to(current.logits.device)
+    for i, part in enumerate(chunks):
+        following = evaluate(chunks[i + 1]) if i + 1 < len(chunks) else None
+        coming = None if following is None else following.logits.detach()
+        if beside.upwards:
+            left = beside.left() if passed is None else passed
+            right = beside.right() if coming is None else coming[:1]
+        else:
+            left = beside.left() if coming is None else coming[-1:]
+            right = beside.right() if passed is None else passed
         known = torch.cat([left, current.logits.detach(), right])
-        edges = None if counts is None else counts[chunks[i].start : chunks[i].stop + 1]
+        edges = None if counts is None else counts[part.start : part.stop + 1]
         with phase("divergence"):
             divergences, gradient = path_js_div_value_and_grad(known, edges, sample_weight=weight)
-        energies.append(divergences if following is None else divergences[:-1])
-        left = known[-2:-1]
+            gradient = gradient if scale == 1 else gradient.mul_(scale)
+        last = part.stop == len(path) - 2
+        energies[part.start] = divergences if last else divergences[:-1]
+        passed = known[-2:-1] if beside.upwards else known[1:2]
         gradients = current.backward(gradient[1:-1])
         for name, tensor in whole.items():
-            tensor[chunks[i]] = gradients[name]
+            tensor[part] = gradients[name]
         if following is not None:
             current = following
-    return torch.cat(energies), whole or gradients
+    return torch.cat([energies[first] for first in sorted(energies)]), whole or gradients
 
 
 def losses_and_gradient(
@@ -70,12 +126,14 @@ def losses_and_gradient(
     counted: Tensor | None = None,
     *,
     check: bool = True,
+    scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of each point between the ends, [N - 2] nats, and their mean's gradient.
 
     Args:
         labels: [B, ...], as in `label_rows`, which `check` is of.
         counted: [B, ...], which of the rows count; None for all whose label is not -100.
+        scale: what the gradient is multiplied by.
     """
     chunks = engine.chunks(len(path) - 2)
     losses, whole = [], _room(path, trained, chunks)
@@ -84,7 +142,7 @@ def losses_and_gradient(
         logits = chunk.logits.detach().requires_grad_()
         with torch.enable_grad(), phase("divergence"):
             found = cross_entropies(chunk.outputs, logits, labels, counted, check=check)
-            (gradient,) = torch.autograd.grad(found.sum() / (len(path) - 2), logits)
+            (gradient,) = torch.autograd.grad(scale * found.sum() / (len(path) - 2), logits)
         losses.append(found.detach())
         gradients = chunk.backward(gradient)
         for name, tensor in whole.items():
@@ -142,21 +200,28 @@ class _Chunk:
 
 
 class EndLogits:
-    """Logits of the two ends, which never change: kept while the inputs that gave them live."""
+    """Logits of the two ends, which never change: kept while the inputs that gave them live.
 
-    def __init__(self, path: Path):
+    Args:
+        ends: which of them, 0 for the start and 1 for the end.
+    """
+
+    def __init__(self, path: Path, ends: Sequence[int] = (0, 1)):
         self.params = {}
         for name, start in path.start.items():
             end = path.end[name]
             alike = name not in path.interior and torch.equal(start, end)
+            both = [start, end]
             self.params[name] = (
-                start.expand(2, *start.shape) if alike else torch.stack([start, end])
+                start.expand(len(ends), *start.shape)
+                if alike
+                else torch.stack([both[i] for i in ends])
             )
         self.known = WeakIdKeyDictionary()  # first tensor of the inputs -> _Known
 
     @torch.no_grad()
     def __call__(self, given: Inputs, inputs: Inputs, engine: Engine) -> Tensor:
-        """[2, R, C] on a batch.
+        """[2, R, C] on a batch, or of the one end.
 
         Args:
             given: the batch as it came, by which it is known when it comes again.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from fastgeo_kernels import path_update
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fastgeo.data.inputs import Inputs
 from fastgeo.path import Path
 from fastgeo.step.descent import Descent
-from fastgeo.step.energy import energy_and_gradient, losses_and_gradient
+from fastgeo.step.energy import Beside, energy_and_gradient, losses_and_gradient
 from fastgeo.step.engines import Engine
 from fastgeo.step.nodes import Grid
 from fastgeo.step.phases import phase
+
+if TYPE_CHECKING:  # what one process needs not
+    from fastgeo.ranks.share import Share
 
 
 class Batch(NamedTuple):
@@ -24,20 +27,29 @@ class Batch(NamedTuple):
         inputs: on the device of the path.
         counted: [B, ...], which of the rows count; None for all.
         labels: [B, ...], None where the objective needs none.
+        share: of the rows that count in the whole batch, how many are in this.
     """
 
     inputs: Inputs
     counted: Tensor | None
     labels: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass
 class _Block:
     """Parameters whose weights lie side by side, in one tensor [M, P] of the M control points
-    between the ends."""
+    between the ends.
+
+    Attributes:
+        weight: what networks are evaluated with.
+        master: what is updated; the weights themselves, or some columns of them [M, S].
+        velocity: of the master.
+    """
 
     names: list[str]
     weight: Tensor
+    master: Tensor
     velocity: Tensor | None
     copy: Tensor | None = None  # the weights in bf16, for layers that read them so
 
@@ -54,6 +66,8 @@ class Step:
         descent: how to descend.
         velocity: first name of each parameter -> [M, ...] of the momentum; none yet if empty.
         channels_last: weights of images with their channels innermost.
+        share: what this process has of a path that several hold, of which `path` and velocity are
+            the control points that it holds.
 
     Attributes:
         path: as it is now; its tensors change with every step.
@@ -69,21 +83,23 @@ class Step:
         velocity: Mapping[str, Tensor] | None = None,
         *,
         channels_last: bool = False,
+        share: "Share | None" = None,
     ):
-        self.descent, self.channels_last = descent, channels_last
+        self.descent, self.channels_last, self._share = descent, channels_last, share
         self.trained = trained_names(module)
         self._shapes = {name: path.interior[name].shape for name in self.trained.values()}
         self._blocks = []
         for names in self._side_by_side(path):
             weight = self._rows([path.interior[name] for name in names]).clone()
-            moving = torch.zeros_like(weight) if descent.momentum else None
+            master = self._columns(weight)
+            moving = torch.zeros_like(master) if descent.momentum else None
             if moving is not None and velocity:
-                moving.copy_(self._rows([velocity[name] for name in names]))
-            self._blocks.append(_Block(names, weight, moving))
+                moving.copy_(self._columns(self._rows([velocity[name] for name in names])))
+            self._blocks.append(_Block(names, weight, master, moving))
         self._origin = path
         self._half: set[str] = set()
         self._grid: Grid | None = None
-        self.path = self._path_of(self._views("weight"))
+        self.path = self._path_of(self._views())
         self.evaluated = self.path
 
     def keep_half(self, names: Iterable[str]) -> None:
@@ -96,7 +112,7 @@ class Step:
             if names.intersection(block.names):
                 block.copy = block.weight.bfloat16()
                 halves |= self._split(block, block.copy)
-        own = self._views("weight") | {n: t for n, t in halves.items() if n in names}
+        own = self._views() | {n: t for n, t in halves.items() if n in names}
         self.evaluated = self._path_of(own)
 
     def place(self, grid: Grid | None) -> None:
@@ -109,12 +125,12 @@ class Step:
         self.evaluated = Path(path.start, points | half, path.end, path.interpolated)
 
     def gradient(
-        self, engine: Engine, batch: Batch, ends: Tensor
+        self, engine: Engine, batch: Batch, beside: Tensor | Beside
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `energy_and_gradient`."""
         given = self.evaluated, engine, batch.inputs, self.trained
         counts = None if self._grid is None else self._grid.counts
-        return energy_and_gradient(*given, ends, batch.counted, counts)
+        return energy_and_gradient(*given, beside, batch.counted, counts, batch.share)
 
     def loss_gradient(
         self, engine: Engine, batch: Batch, *, check: bool
@@ -122,32 +138,68 @@ class Step:
         """As of `losses_and_gradient`."""
         assert batch.labels is not None
         given = self.evaluated, engine, batch.inputs, self.trained
-        return losses_and_gradient(*given, batch.labels, batch.counted, check=check)
+        scale = batch.share
+        if self._share is not None:  # the mean is that of all networks
+            scale *= self._share.block.size / self._share.networks
+        return losses_and_gradient(*given, batch.labels, batch.counted, check=check, scale=scale)
+
+    def no_gradient(self) -> dict[str, Tensor]:
+        """Zeros, of networks that are not evaluated."""
+        own = self.evaluated.interior
+        return {name: torch.zeros_like(own[name]) for name in self._shapes}
 
     def update(self, gradient: Mapping[str, Tensor], rate: float | Tensor) -> None:
         """Move the control points along a gradient to the networks, first name -> [T, ...]."""
-        how = self.descent
+        how, share = self.descent, self._share
         with phase("update"):
             for block in self._blocks:
-                path_update(
-                    block.weight,
-                    self._back(self._rows([gradient[name] for name in block.names])),
-                    rate,
-                    precondition=how.precondition and self._grid is None,
-                    momentum=how.momentum,
-                    nesterov=how.momentum > 0,
-                    velocity=block.velocity,
-                    copy=block.copy,
-                )
+                rows = self._back(self._rows([gradient[name] for name in block.names]))
+                precondition = how.precondition and self._grid is None
+                if share is not None:
+                    mean = how.objective != "jsd"
+                    rows = share.direction(rows, precondition=precondition, mean=mean)
+                if block.master.numel():
+                    path_update(
+                        block.master,
+                        rows,
+                        rate,
+                        precondition=precondition and share is None,
+                        momentum=how.momentum,
+                        nesterov=how.momentum > 0,
+                        velocity=block.velocity,
+                        copy=block.copy,
+                    )
+                if share is not None and block.master is not block.weight:
+                    block.weight.copy_(share.whole_rows(block.master, block.weight.shape[1]))
 
     def velocity(self) -> dict[str, Tensor]:
         """A copy of the momentum's, first name -> [M, ...]; empty without momentum."""
-        views = self._views("velocity") if self.descent.momentum else {}
+        views: dict[str, Tensor] = {}
+        for block in self._blocks:
+            whole = block.velocity
+            if whole is None:
+                continue
+            if self._share is not None:
+                whole = self._share.whole_rows(whole, block.weight.shape[1])
+            views |= self._split(block, whole)
         return {name: _copied(view) for name, view in views.items()}
+
+    def columns(self) -> list[tuple[list[str], tuple[int, int], dict[str, Tensor]]]:
+        """A copy of what this process has of the weights and the momentum of parameters that lie
+        side by side: their names, the first column and the one behind the last, [M, S] of each."""
+        found = []
+        for block in self._blocks:
+            first, last = 0, block.weight.shape[1]
+            if self._share is not None:
+                first, last = self._share.span(last)
+            own = {"weight": block.master, "velocity": block.velocity}
+            parts = {k: _copied(t[:, : last - first]) for k, t in own.items() if t is not None}
+            found.append((block.names, (first, last), parts))
+        return found
 
     def copied_path(self) -> Path:
         """The path as it is now, in memory of its own."""
-        own = {name: _copied(view) for name, view in self._views("weight").items()}
+        own = {name: _copied(view) for name, view in self._views().items()}
         return self._path_of(own)
 
     def memory(self) -> list[Tensor]:
@@ -165,17 +217,23 @@ class Step:
         precise = torch.promote_types(rows.dtype, torch.float32)
         return self._grid.back.to(rows.device, precise) @ rows.to(precise)
 
+    def _columns(self, rows: Tensor) -> Tensor:
+        """Those of rows [M, P] that this process updates, in memory of its own; rows if all."""
+        if self._share is None or not self._share.sharing:
+            return rows
+        return self._share.columns(rows).clone()
+
     def _side_by_side(self, path: Path) -> list[list[str]]:
-        if path.device.type == "cpu":
+        if path.device.type == "cpu" and self._share is None:
             return [[name] for name in self._shapes]
         dtypes: dict[torch.dtype, list[str]] = {}
         for name in self._shapes:
             dtypes.setdefault(path.interior[name].dtype, []).append(name)
         return list(dtypes.values())
 
-    def _views(self, kind: str) -> dict[str, Tensor]:
-        """First name -> [M, ...] in its place in the blocks."""
-        parts = (self._split(block, getattr(block, kind)) for block in self._blocks)
+    def _views(self) -> dict[str, Tensor]:
+        """First name -> [M, ...] of the weights in their place in the blocks."""
+        parts = (self._split(block, block.weight) for block in self._blocks)
         return {name: view for part in parts for name, view in part.items()}
 
     def _split(self, block: _Block, flat: Tensor) -> dict[str, Tensor]:
@@ -193,7 +251,9 @@ class Step:
     def _rows(self, tensors: list[Tensor]) -> Tensor:
         """[M, P] of tensors [M, ...], as they lie in a block."""
         rows = [
-            (t.movedim(2, -1) if self._innermost(t.shape) else t).reshape(len(t), -1)
+            (t.movedim(2, -1) if self._innermost(t.shape) else t).reshape(
+                len(t), t.shape[1:].numel()
+            )
             for t in tensors
         ]
         return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).contiguous()

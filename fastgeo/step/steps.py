@@ -1,8 +1,9 @@
 """Steps over a stream of batches: one by one, or on a GPU many that the host does not look at."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from fastgeo_kernels import path_js_div
@@ -27,7 +28,12 @@ from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.step.memory import path_work
 from fastgeo.step.nodes import Grid, Nodes
 from fastgeo.step.phases import phase
-from fastgeo.step.step import Batch, Step
+from fastgeo.step.step import Batch, Step, resampled
+
+if TYPE_CHECKING:  # what one process needs not
+    from fastgeo.ranks.share import Share
+    from fastgeo.ranks.states import Layout, Rectangle
+    from fastgeo.step.shared import Shared
 
 
 class Taken(NamedTuple):
@@ -62,11 +68,14 @@ class Steps:
 
     Attributes:
         step: of the path as it is now; `begin` makes it.
+        path_like: a path of as many points and control points, likewise.
         nodes: where its networks are, likewise.
+        shared: the steps of this rank of a mesh; None in one process.
         generator: draws those that are random.
     """
 
     step: Step
+    path_like: Path
     nodes: Nodes
 
     def __init__(
@@ -90,19 +99,91 @@ class Steps:
         self.generator = torch.Generator().manual_seed(torch.initial_seed())
         self._must, self._captures = bool(capture), captures(capture, forward, device)
         self.choice = self._new_choice()
+        self.shared: Shared | None = None
 
     @property
     def at_once(self) -> int:
         """How many steps are read together, at most."""
         return AT_ONCE if self._captures else 1
 
-    def begin(self, path: Path, velocity: Mapping[str, Tensor]) -> None:
-        """Go on with this path."""
+    def begin(
+        self, path: Path, velocity: Mapping[str, Tensor], share: "Share | None" = None
+    ) -> None:
+        """Go on with this path, or with what a rank holds of it."""
         self.choice.next_level()
         innermost = self._captures and bool(self.choice.forward.channels_last)
-        self.step = Step(path, self.module, self.descent, velocity, channels_last=innermost)
-        self.nodes = Nodes(path, self.descent, self.generator)
+        self.step = Step(
+            path, self.module, self.descent, velocity, channels_last=innermost, share=share
+        )
+        self.path_like = path if share is None else share.outline
+        self.nodes = Nodes(self.path_like, self.descent, self.generator)
         self._way = self._captured() if self._captures else self._one_by_one
+        if share is not None:
+            from fastgeo.step.shared import Shared
+
+            self.shared = Shared(self, share)
+            self._way = self.shared.take
+
+    @property
+    def points(self) -> int:
+        """N."""
+        return len(self.path_like)
+
+    @property
+    def controls(self) -> int:
+        """Control points of the path, with both ends."""
+        return self.path_like.basis.size
+
+    def length(self) -> float:
+        """Of the path as it is now."""
+        if self.shared is None:
+            return self.step.path.euclidean().sum().item()
+        self.shared.copied_path()
+        return self.shared.length()
+
+    def callbacks(self) -> contextlib.AbstractContextManager:
+        """In which functions of the caller's are called."""
+        return contextlib.nullcontext() if self.shared is None else self.shared.callbacks()
+
+    def refine(self, size: int) -> None:
+        """Go on with the same curve of so many control points."""
+        if size == self.controls:
+            return
+        path, velocity = self.step.copied_path(), self.step.velocity()
+        if self.shared is None:
+            path = path.refined(size)
+            self.begin(path, resampled(velocity, path))
+            return
+        share, to = self.shared.share, self.shared.share.resized(size)
+        zero = {name: torch.zeros_like(path.start[name]) for name in velocity}
+        moved = share.moved(path.interior, (path.start, path.end), to)
+        velocity = share.moved(velocity, (zero, zero), to) if velocity else {}
+        self.begin(to.outline.with_interior(moved), velocity, to)
+
+    def copied_path(self) -> Path:
+        """The path as it is now, or this rank's section of it, in memory of its own."""
+        return self.step.copied_path() if self.shared is None else self.shared.copied_path()
+
+    def looked_at(self, path: Path) -> Taken:
+        """What the last batch says of the path as it is now, with its length.
+
+        Args:
+            path: as it was copied.
+        """
+        if self.shared is not None:
+            return self.shared.looked_at()
+        return Taken(self.energies()[None], path.euclidean().sum()[None])
+
+    def held(self) -> "tuple[Path, Layout, Rectangle]":
+        """As of `fastgeo.ranks.states.Holder`."""
+        assert self.shared is not None
+        return self.shared.held()
+
+    def not_finite(self, path: Path) -> tuple[str, int] | None:
+        """The first name and point, of those between the ends, with a weight that is not finite."""
+        if self.shared is not None:
+            return self.shared.not_finite()
+        return None if all_finite(path.interior.values()) else first_not_finite(path.interior)
 
     def take(self, rates: list[float]) -> Taken | None:
         """Steps at these rates, fewer where batches end; None where there is no batch.
@@ -124,7 +205,7 @@ class Steps:
     def energies(self) -> Tensor:
         """[E] or [N] nats, of the points of the path as it is now on the last batch."""
         assert self._last is not None and self.choice.chosen is not None
-        inputs, counted, labels = self._last
+        inputs, counted, labels, _ = self._last
         outputs = self.choice.chosen.forward(self.step.path.stacked(), inputs)
         if labels is not None:
             return cross_entropies(outputs, logits_of(outputs), labels, counted)
@@ -157,7 +238,10 @@ class Steps:
         """Line up the engines, or choose the one there is."""
         if self.choice.chosen is None:
             one = {name: tensor[None] for name, tensor in self.step.path.start.items()}
-            self.choice.prepare(one, inputs, points=self.nodes.count, most=self.most)
+            points = self.nodes.count
+            if self.shared is not None:
+                points = max(1, self.shared.share.block.size)
+            self.choice.prepare(one, inputs, points=points, most=self.most)
 
     def _one_by_one(self, rates: list[float]) -> Taken | None:
         """A step at the first of the rates, which is looked at before the path is moved by it."""
