@@ -23,7 +23,7 @@ from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_buffers, check_path_of
 from fastgeo.recalibrate import settled
 from fastgeo.stacking.precision import matmul_precision
-from fastgeo.step.capture import paced
+from fastgeo.step.capture import not_measured, paced
 from fastgeo.step.descent import Descent
 from fastgeo.step.steps import Steps, Taken
 from fastgeo.store.checkpoint import Checkpoints, Groups, State
@@ -144,6 +144,7 @@ def optimize(
 
         given = dict(steps=steps, descent=descent, forward=forward, cuda_graph=cuda_graph)
         ranks, watched = alike(mesh, path, given, checkpoints is not None, watched)
+        forward = not_measured(forward, ranks.device)  # or ranks might take different ones
         share = Share.of(ranks, path, descent.nodes)
         most = -(-most // ranks.path.size)
         states = None if checkpoints is None else RankStates(checkpoints, ranks)

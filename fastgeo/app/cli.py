@@ -285,6 +285,26 @@ class PlaneCommand(_Existing):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusCommand(Command):
+    """Say how a run on several processes ended, and exit as it did, which torchrun does not.
+
+    Attributes:
+        folder: run folder
+    """
+
+    takes = ()
+
+    folder: Positional[FilePath]
+
+    def __call__(self) -> None:
+        from fastgeo.app.company import status
+
+        why, exit_code = status(self.folder)
+        print(why)
+        sys.exit(exit_code)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareCommand(Command):
     """Compare runs in one table and one figure.
 
@@ -383,7 +403,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         from fastgeo_kernels import keep_pages
 
         keep_pages()
-        command()
+        if _launched():
+            from fastgeo.app.company import together
+
+            together(command, getattr(command, "folder", None))
+        else:
+            command()
+
+
+def _launched() -> bool:
+    """Whether torchrun started this process beside others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 @contextlib.contextmanager
@@ -396,9 +426,13 @@ def _errors_as_sentences() -> Iterator[None]:
         _complain(f"fastgeo: {_sentence(error)}", error)
         sys.exit(BAD_INPUT)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        sentence = {  # of classes that are not imported here
+            "OutOfMemoryError": "out of memory; lower batch-size, eval-batch-size or points",
+            "OtherRank": str(error),
+        }
+        if type(error).__name__ not in sentence:
             raise
-        _complain("fastgeo: out of memory; lower batch-size, eval-batch-size or points", error)
+        _complain(f"fastgeo: {sentence[type(error).__name__]}", error)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as error:
         _complain(f"\nfastgeo: {error if str(error) else 'interrupted'}", error)
@@ -489,6 +523,7 @@ def _parsed(argv: list[str], preset: str, method: str | None, config: Config) ->
         "plot": PlotCommand(config=config, folder=folder),
         "plane": PlaneCommand(config=config, folder=folder),
         "compare": CompareCommand(config=config, runs=folder),
+        "status": StatusCommand(config=config, folder=folder),
         "profile": ProfileCommand(config=config.by("geodesic"), preset=preset),
     }
     said = {name: (command.__doc__ or "").split("\n")[0] for name, command in commands.items()}

@@ -11,13 +11,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastgeo.app import plot, preflight, report
+from fastgeo.app.company import mesh_of
 from fastgeo.app.config import Config
 from fastgeo.app.folder import PLANE, READS, STAGES, WEIGHTS, Run
 from fastgeo.app.given import Given, State
 from fastgeo.evaluate import evaluate
 from fastgeo.figures import write_figure
+from fastgeo.forward.options import Forward
 from fastgeo.matching.pair import match
 from fastgeo.optimize import optimize
 from fastgeo.path import Path
@@ -109,21 +112,13 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
     c, given = run.config, run.given
     with _stage(run, "optimize") as found:
         forward, on_choice = run.forward("optimize")
-        a, _ = run.ends
-        order = torch.Generator().manual_seed(c.path.path_seed)
+        line, mesh = first_path(run), mesh_of(run)
         with _steps(run, "optimize", "metrics", found) as (checkpoints, log):
-            path = optimize(
-                _first(c, a, run.matched),
-                given.module,
-                given.dataset.shuffled(c.path.batch_size, order),
-                steps=c.path.steps,
-                descent=c.descent,
-                forward=forward,
-                cuda_graph=c.path.cuda_graph,
+            path = optimized(
+                *(run, line, forward, checkpoints),
                 on_choice=on_choice,
                 on_step=on_step or log,
-                checkpoints=checkpoints,
-                progress=not run.quiet,
+                mesh=mesh,
             )
         if c.forward.batchnorm == "recalibrate":
             path = recalibrate(
@@ -134,6 +129,45 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
                 progress=not run.quiet,
             )
         path.save(run.file("path.safetensors"))
+
+
+def first_path(run: Run) -> Path:
+    """The line from a to the matched b, as the curve that is to bend."""
+    a, _ = run.ends
+    return _first(run.config, a, run.matched)
+
+
+def optimized(
+    run: Run,
+    path: Path,
+    forward: Forward,
+    checkpoints: Checkpoints,
+    *,
+    on_choice: Callable[[dict], None] | None = None,
+    on_step: OnStep | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Path:
+    """The path of a run, of the first one; on a mesh in all of its processes."""
+    c, given = run.config, run.given
+    path = optimize(
+        path,
+        given.module,
+        given.dataset.shuffled(c.path.batch_size, torch.Generator().manual_seed(c.path.path_seed)),
+        steps=c.path.steps,
+        descent=c.descent,
+        forward=forward,
+        cuda_graph=c.path.cuda_graph,
+        on_choice=on_choice,
+        on_step=on_step,
+        checkpoints=checkpoints,
+        progress=not run.quiet,
+        mesh=mesh,
+    )
+    if mesh is None:
+        return path
+    from fastgeo.ranks.gather import gather
+
+    return gather(path, mesh)
 
 
 def evaluate_paths(run: Run) -> None:

@@ -24,6 +24,10 @@ WISHES = 4
 _calls = count()
 
 
+class OtherRank(RuntimeError):
+    """Another rank stopped; with its sentence."""
+
+
 class Found(NamedTuple):
     """What a step found, the same on all ranks.
 
@@ -90,13 +94,13 @@ class Agreement:
         """All ranks have drawn this batch, or all have none.
 
         Raises:
-            RuntimeError: one of them stopped, with its sentence.
+            OtherRank: one of them stopped.
             ValueError: they have drawn others.
         """
         self._awaited = ""
         failed, ended, *known = self._total([0, drawn is None, *_squared(fingerprint(drawn))])
         if failed:
-            raise RuntimeError(self._said())
+            raise OtherRank(self._said())
         if 0 < ended < self._ranks:
             raise ValueError(
                 f"the batches ended on {int(ended)} of {self._ranks} ranks and go on on others; "
@@ -121,7 +125,7 @@ class Agreement:
         known = [0, unsound, *self.wishes(), float(length), *energies.tolist()]
         failed, bad, *others = self._total(known)
         if failed:
-            raise RuntimeError(self._said())
+            raise OtherRank(self._said())
         self.wished = others[:WISHES]
         sums = torch.tensor(others[WISHES:], dtype=torch.float64)
         return Found(sums[1:], sums[0], int(bad))
@@ -154,7 +158,7 @@ class Agreement:
                 axis.add_up(summed)
             return summed.tolist()
         except RuntimeError as error:
-            raise RuntimeError(self._said() or "the connection to another rank was lost") from error
+            raise OtherRank(self._said() or "the connection to another rank was lost") from error
 
     def _alike(self, sums: Sequence[float]) -> bool:
         """Whether numbers were alike on all ranks, by the sums of them and of their squares."""

@@ -88,7 +88,6 @@ class Share:
         """The points of this rank, with those beside them as ends; without a point, two ends."""
         block = self.points.of[self.ranks.path.rank]
         if not block.size:
-            part = part.freed()
             none = {name: tensor[:0] for name, tensor in part.interior.items()}
             return Path(part.start, none, part.end, part.interpolated)
         if self.split:

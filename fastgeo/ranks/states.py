@@ -127,8 +127,7 @@ class RankStates:
                 warnings.warn(
                     f"{damage}; going on from step {content['step']} instead", stacklevel=2
                 )
-            if own.log is not None:
-                own.log.open(content["log"])
+            self._done(own.folder, lambda: self._begin_log(content["log"]))  # noqa: B023
             own.seconds_before = content["seconds"]
             return _state(own.folder / name, content)
         if errors:
@@ -136,8 +135,7 @@ class RankStates:
                 f"{errors[0]}; no other state of {stage} is there: remove {own.folder} to start it "
                 "anew"
             )
-        if own.log is not None:
-            own.log.open()
+        self._done(own.folder, self._begin_log)
         return None
 
     def reached(self, step: int, groups: Groups, holder: "Holder") -> None:
@@ -163,6 +161,10 @@ class RankStates:
         """The state that was just saved, if one was, proves to be no good."""
         if self._saved == self._now and self._ranks.first:
             remove_folder(self._checkpoints._folder_of(self._now))
+
+    def _begin_log(self, saved: Mapping[str, Any] | None = None) -> None:
+        if self._checkpoints.log is not None:
+            self._checkpoints.log.open(saved)
 
     def _wishes(self) -> list[bool]:
         own, now = self._checkpoints, time.monotonic()

@@ -33,12 +33,17 @@ def captures(asked: bool | None, forward: Forward, device: torch.device) -> bool
 
 def captured_forward(forward: Forward, device: torch.device) -> Forward:
     """How networks are evaluated in a graph, in which nothing can take turns to be measured."""
-    layout, precision = forward.channels_last, forward.precision
+    layout = forward.channels_last
     if layout is None:
         layout = device.type == "cuda"
-    if precision == "auto":
-        precision = "bf16" if multiplies_in_bf16(device) else "fp32"
-    return replace(forward, engine="stacked", channels_last=layout, precision=precision)
+    return replace(not_measured(forward, device), engine="stacked", channels_last=layout)
+
+
+def not_measured(forward: Forward, device: torch.device) -> Forward:
+    """With the precision that suits a device, in place of the one that would prove to."""
+    if forward.precision != "auto":
+        return forward
+    return replace(forward, precision="bf16" if multiplies_in_bf16(device) else "fp32")
 
 
 def check_capturable(network: StackedModule) -> None:
