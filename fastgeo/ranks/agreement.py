@@ -17,15 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgeo.data.inputs import tensors_within
-from fastgeo.ranks.axis import Axis
+from fastgeo.ranks.axis import Axis, OtherRank
 
 SAMPLED = 4096  # numbers of each tensor, about, by which batches are compared
 WISHES = 4
+LONG = 300  # for a sentence
 _calls = count()
-
-
-class OtherRank(RuntimeError):
-    """Another rank stopped; with its sentence."""
 
 
 class Found(NamedTuple):
@@ -76,9 +73,11 @@ class Agreement:
             if self._held is not None:
                 raise self._held
             yield
+        except OtherRank as lost:
+            raise OtherRank(self._said() or str(lost)) from lost
         except Exception as error:
             if self._awaited:
-                with contextlib.suppress(RuntimeError):  # of ranks that have ended
+                with contextlib.suppress(OtherRank):  # which has ended as well
                     self._fail(error, give_up)
             raise
 
@@ -132,10 +131,10 @@ class Agreement:
 
     def same(self, what: str, value: object) -> None:
         """ValueError unless it reads the same on all ranks."""
-        if not self._alike(self._total(_squared(zlib.crc32(repr(value).encode())))):
-            raise ValueError(
-                f"{what} must be the same on all ranks; rank {dist.get_rank()} has {value}"
-            )
+        text = repr(value)
+        if not self._alike(self._total(_squared(zlib.crc32(text.encode())))):
+            own = f"; rank {dist.get_rank()} has {text}" if len(text) < LONG else ""
+            raise ValueError(f"{what} must be the same on all ranks{own}")
 
     def any(self, wish: bool) -> bool:
         """Whether one of the ranks wishes it."""
@@ -153,12 +152,9 @@ class Agreement:
 
     def _total(self, values: Sequence[float]) -> list[float]:
         summed = torch.tensor(values, dtype=torch.float64, device=self._device)
-        try:
-            for axis in self._axes:
-                axis.add_up(summed)
-            return summed.tolist()
-        except RuntimeError as error:
-            raise OtherRank(self._said() or "the connection to another rank was lost") from error
+        for axis in self._axes:
+            axis.add_up(summed)
+        return summed.tolist()
 
     def _alike(self, sums: Sequence[float]) -> bool:
         """Whether numbers were alike on all ranks, by the sums of them and of their squares."""
@@ -176,7 +172,10 @@ class Agreement:
 
     def _said(self) -> str:
         """The sentence of the first rank that stopped; empty if none has said one."""
-        return _store().get(self._key).decode() if _store().check([self._key]) else ""
+        with contextlib.suppress(RuntimeError):  # the store is gone with its process
+            if _store().check([self._key]):
+                return _store().get(self._key).decode()
+        return ""
 
 
 def _store() -> dist.Store:

@@ -1,7 +1,8 @@
 """One dimension of a mesh of processes: the place on it, and what is sent along it."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
 
 import torch
@@ -14,6 +15,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Message = tuple[int, Tensor]  # to or from a rank of the axis
+
+
+class OtherRank(RuntimeError):
+    """Another rank stopped; with its sentence."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """In which another rank is waited for, which may be lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherRank("the connection to another rank was lost") from error
 
 
 class Kind(IntEnum):
@@ -51,13 +65,15 @@ class Axis:
             self.sent[kind.name] += tensor.nbytes
             messages.append(self._message(dist.isend, peer, tensor, kind))
         messages += [self._message(dist.irecv, peer, tensor, kind) for peer, tensor in receives]
-        return dist.batch_isend_irecv(messages) if messages else []
+        with connected():
+            return dist.batch_isend_irecv(messages) if messages else []
 
     def reduced(self, parts: Tensor) -> Tensor:
         """[...], the sum of this rank's part over all ranks' parts [size, ...]."""
         own = parts.new_empty(parts.shape[1:])
         if own.numel():
-            _reduce_scatter(own.view(-1), parts.view(-1), group=self._group)
+            with connected():
+                _reduce_scatter(own.view(-1), parts.view(-1), group=self._group)
             self._share(Kind.gradients, parts)
         return own
 
@@ -65,20 +81,23 @@ class Axis:
         """[size, ...] of all ranks' own [...]."""
         parts = own.new_empty(self.size, *own.shape)
         if own.numel():
-            _all_gather(parts.view(-1), own.contiguous().view(-1), group=self._group)
+            with connected():
+                _all_gather(parts.view(-1), own.contiguous().view(-1), group=self._group)
             self._share(Kind.weights, parts)
         return parts
 
     def add_up(self, values: Tensor) -> None:
         """Make the values their sum over all ranks."""
         if self.size > 1:
-            dist.all_reduce(values, group=self._group)
+            with connected():
+                dist.all_reduce(values, group=self._group)
             self._share(Kind.agreement, values, times=2)
 
     def objects(self, own: object) -> list:
         """Of all ranks, by their place."""
         found: list = [None] * self.size
-        dist.all_gather_object(found, own, group=self._group)
+        with connected():
+            dist.all_gather_object(found, own, group=self._group)
         return found
 
     def _message(self, way: Callable, peer: int, tensor: Tensor, kind: Kind) -> dist.P2POp:
@@ -89,8 +108,9 @@ class Axis:
 
 
 def wait(works: Iterable[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+    with connected():
+        for work in works:
+            work.wait()
 
 
 def like(tensor: Tensor, number: float) -> Tensor:

@@ -52,7 +52,9 @@ def test_a_run_of_torchrun_leaves_the_report_and_files_of_one_process(tmp_path, 
     main(["evaluate", str(several), "--overwrite"])  # in one process
 
     found = torchrun(2, "optimize", several, "--overwrite", "--max-minutes", "1e-9")
-    assert found.returncode and "Traceback" not in found.stdout + found.stderr
+    assert found.returncode
+    assert found.stderr.count("fastgeo: the time is over") == 1
+    assert found.stderr.count("Traceback") <= 1  # torchrun's own
     assert status(several, capsys) == (75, "the time is over\n")
     (state,) = (several / "checkpoint").iterdir()
     assert len(list(state.glob("part-*-of-00002.safetensors"))) == 2
