@@ -91,8 +91,9 @@ def optimize(
         mesh: of dimensions ("path", "data") under an initialised process group, all of whose ranks
             call this alike, with the same path, batches and settings. Ranks along "path" hold
             consecutive points each, on the device of the mesh, and those along "data" take
-            consecutive rows of every batch. The result is that of one process up to rounding, and
-            to the last bit that of the same mesh. An error of one rank is raised on all.
+            consecutive rows of every batch. The result is that of one process up to rounding; with
+            an engine that is named it repeats itself on a mesh to the last bit. An error of one
+            rank is raised on all.
 
     Returns:
         A new path with the same ends, and with `history` (`fastgeo.Path`) of this call's steps. On

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-SECONDS = 60  # until a rank that waits gives up
+SECONDS = 120  # until a rank that waits gives up
 
 
 class Raised(NamedTuple):

@@ -87,7 +87,8 @@ def not_finite(mesh, where: str):
         path.interior["first.weight"][5, 2, 3] = torch.nan
     else:
         lr = 1e300
-    optimize(path, module, [inputs()], steps=4, mesh=mesh, descent=replace(GEODESIC, lr=lr))
+    how = dict(descent=replace(GEODESIC, lr=lr), forward=STACKED, mesh=mesh)
+    optimize(path, module, [inputs()], steps=4, **how)
 
 
 def loader_raises(mesh):
@@ -97,22 +98,30 @@ def loader_raises(mesh):
                 raise OSError("the disk of the data went away")
             yield inputs(seed=step)
 
-    optimize(linear(9), Net().double(), batches(), steps=6, mesh=mesh, descent=GEODESIC)
+    optimize(
+        linear(9), Net().double(), batches(), steps=6, mesh=mesh, descent=GEODESIC, forward=STACKED
+    )
 
 
 def loaders_disagree(mesh):
     batches = [inputs(seed=3 + (step == 2) * dist.get_rank()) for step in range(4)]
-    optimize(linear(9), Net().double(), batches, steps=4, mesh=mesh, descent=GEODESIC)
+    optimize(
+        linear(9), Net().double(), batches, steps=4, mesh=mesh, descent=GEODESIC, forward=STACKED
+    )
 
 
 def one_loader_ends(mesh):
     batches = iter([inputs()] * (5 - (dist.get_rank() == 0)))
-    optimize(linear(9), Net().double(), batches, steps=5, mesh=mesh, descent=GEODESIC)
+    optimize(
+        linear(9), Net().double(), batches, steps=5, mesh=mesh, descent=GEODESIC, forward=STACKED
+    )
 
 
 def settings_differ(mesh):
     descent = replace(GEODESIC, lr=0.1 + dist.get_rank())
-    optimize(linear(9), Net().double(), [inputs()], steps=5, mesh=mesh, descent=descent)
+    optimize(
+        linear(9), Net().double(), [inputs()], steps=5, mesh=mesh, descent=descent, forward=STACKED
+    )
 
 
 class Failing(Net):
@@ -153,8 +162,8 @@ def callback_raises(mesh):
 def folder_is_a_file(mesh, file: FilePath):
     file.touch()
     with Checkpoints(file / "states", seconds=0) as checkpoints:
-        how = dict(steps=5, mesh=mesh, descent=GEODESIC, checkpoints=checkpoints)
-        optimize(linear(9), Net().double(), [inputs()], **how)
+        how = dict(steps=5, mesh=mesh, descent=GEODESIC, forward=STACKED)
+        optimize(linear(9), Net().double(), [inputs()], checkpoints=checkpoints, **how)
 
 
 class Coupled(Net):
@@ -165,7 +174,15 @@ class Coupled(Net):
 
 
 def coupled(mesh):
-    optimize(linear(5), Coupled().double(), [inputs()], steps=2, mesh=mesh, descent=GEODESIC)
+    optimize(
+        linear(5),
+        Coupled().double(),
+        [inputs()],
+        steps=2,
+        mesh=mesh,
+        descent=GEODESIC,
+        forward=STACKED,
+    )
 
 
 # --- What is sent and held ------------------------------------------------------------------------

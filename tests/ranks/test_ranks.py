@@ -10,7 +10,7 @@ import pytest
 import tasks
 import torch
 from cases import CASES, STEPS, run, with_exact_inverse
-from processes import Raised, results
+from processes import SECONDS, Raised, results
 
 from fastgeo import Forward
 from fastgeo.ranks.blocks import END, POINT, Blocks
@@ -27,6 +27,7 @@ ERRORS = {  # of rank 1 alone: what the others say of it
     "network fails at once": "no room for the activations",
     "network fails late": "no room for the activations",
 }
+SOON = SECONDS / 2  # what is far from a timeout, on a machine that others use as well
 STATES = "coarse to fine"  # with levels of 5, 9 and 11 points that begin at steps 0, 10 and 17
 
 
@@ -231,7 +232,7 @@ def test_what_is_not_finite_in_one_block_is_said_as_by_one_process(found, where)
         tasks.not_finite(None, where)
     for raised, seconds in found[2, where]:
         assert (raised.kind, raised.text) == ("ValueError", str(expected.value))
-        assert seconds < 20
+        assert seconds < SOON
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -241,7 +242,7 @@ def test_an_error_of_one_rank_ends_all_of_them(found, name):
         assert isinstance(raised, Raised)
         assert raised.text == ("" if rank == 1 else "rank 1 stopped: ") + ERRORS[name]
         assert raised.kind == "OtherRank" or rank == 1
-        assert seconds < 20
+        assert seconds < SOON
 
 
 def test_an_error_of_a_callback_ends_all_ranks(found):
@@ -262,7 +263,7 @@ def test_an_error_of_a_callback_ends_all_ranks(found):
 def test_what_differs_between_ranks_is_said_on_all(found, name, sentence):
     for raised, seconds in found[2, name]:
         assert raised.kind == "ValueError" and raised.text.startswith(sentence)
-        assert seconds < 20
+        assert seconds < SOON
 
 
 def test_where_rank_0_cannot_write_all_say_so(found):
