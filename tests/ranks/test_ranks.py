@@ -10,7 +10,7 @@ import pytest
 import tasks
 import torch
 from cases import CASES, STEPS, run, with_exact_inverse
-from processes import SECONDS, Raised, results
+from spawned import SECONDS, Raised, results
 
 from fastgeo import Forward
 from fastgeo.ranks.blocks import END, POINT, Blocks
