@@ -1,38 +1,40 @@
 """Geodesics beside curve finding: `python -m benchmarks.curves`.
 
-The matched line, the geodesic of the preset, at random nodes and by the paper's plain SGD, a Bezier
-curve and a polychain of one control point on both objectives, and a nudged elastic band, from the
-same ends, at equal image·points: a forward and backward pass of one image through one network is
-one; the ends' forward passes, which divergences need, are not counted. Each has the rate of its
-three that is best, by the highest loss, on pairs of networks that are held out. All are seen at 49
-points.
+The matched line, the geodesic of free points at the preset's own nodes, at random ones and by the
+paper's plain SGD, a Bezier curve and a polychain of one control point on both objectives, and a
+nudged elastic band, from the same ends, at equal image·points: a forward and backward pass of one
+image through one network is one; the ends' forward passes, which divergences need, are not counted.
+Each has the rate of its three that is best, by the highest loss, on the matched ends of pairs that
+are held out, at the first of the budgets. All are seen at their points and the middles between.
+
+Every result is a line in a file, from which a benchmark that was stopped goes on.
 """
 
 import itertools
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from time import perf_counter
-from typing import Any
+from pathlib import Path as FilePath
+from time import process_time
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.convergence import PLAIN
+from benchmarks.convergence import PLAIN, TEST_IMAGES
 from benchmarks.elastic import elastic_band
-from benchmarks.harness import RESULTS, environment, printed, write_result
+from benchmarks.harness import RESULTS, environment, write_result
 from fastgeo import Descent, Forward, Path, evaluate, keep_pages, match, optimize
-from fastgeo.app.config import PRESETS
+from fastgeo.app.config import PRESETS, Config
 from fastgeo.app.given import Given
 from fastgeo.basis import Basis
 from fastgeo.figures import write_figure
-from fastgeo.profiling.measure import headline
+from fastgeo.profiling.measure import headline, table
 from fastgeo.train import train_ends
 
-SEEN = 49  # points of every path that is evaluated
-STACKED = Forward(engine="stacked")
 RATES = (0.05, 0.1, 0.2)
 FOUND = (
     "highest train loss, nats",
@@ -40,9 +42,9 @@ FOUND = (
     "highest test loss",
     "Fisher-Rao, rad",
 )
-REFERENCE = "geodesic, the preset"
+SECONDS = "processor seconds"
+REFERENCE = "geodesic, own nodes"
 LESS = "less the geodesic's"
-ENDS = ("matched", "unmatched")
 # Colours that differ in grey, too, and for colour-blind eyes (Okabe and Ito).
 COLOURS = {
     "line": "black",
@@ -53,24 +55,6 @@ COLOURS = {
 }
 DASHES = ("-", "--", ":")
 MANY = 10_000  # steps, over which the levels of coarse to fine are averaged
-
-
-@dataclass(frozen=True)
-class Options:
-    """Finds paths between pairs of networks by several methods, at the same cost."""
-
-    pairs: int = 8
-    """pairs of seeds (0, 1), (2, 3), ... that are compared"""
-    held_out: int = 2
-    """further pairs, on which each method's rate is chosen; 0: on the pairs themselves"""
-    preset: str = "digits"
-    """whose ends, data and path: digits, paper-small, cifar10 or paper"""
-    model: str | None = None
-    """mlp, say; the preset's by default"""
-    budgets: tuple[float, ...] = (1.0, 4.0)
-    """costs, in those of the preset's geodesic"""
-    save: bool = False
-    """write benchmarks/results/curves-PRESET.json, and the figure"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +90,62 @@ METHODS = {
     "polychain, cross-entropy": Method(Path.polychain, LABELLED),
     "elastic band": Method(None, rates=(0.01, 0.02, 0.05)),
 }
+Kind = Literal["matched", "unmatched"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Finds paths between pairs of networks by several methods, at the same cost."""
+
+    pairs: int = 8
+    """pairs of seeds (0, 1), (2, 3), ... that are compared"""
+    held_out: int = 2
+    """further pairs, on which each method's rate is chosen; 0: on the pairs themselves"""
+    preset: str = "digits"
+    """whose ends, data and path: digits, paper-small, cifar10 or paper"""
+    data: str | None = None
+    """as of `fastgeo run`; the preset's by default"""
+    model: str | None = None
+    """mlp, say; the preset's by default"""
+    budgets: tuple[float, ...] = (1.0, 4.0)
+    """costs, in those of the preset's geodesic"""
+    ends: tuple[Kind, ...] = ("matched", "unmatched")
+    methods: tuple[str, ...] = tuple(METHODS)
+    scale: float = 1.0
+    """times each method's three rates"""
+    engine: Literal["stacked", "loop"] = "stacked"
+    """what evaluates the networks; the loop in channels-last"""
+    out: FilePath | None = None
+    """file of all results, with the networks beside it; by default runs/curves-PRESET.jsonl"""
+    measure: bool = True
+    """no: only the table of the results there are"""
+    save: bool = False
+    """write benchmarks/results/curves-PRESET.json, and the figure"""
+
+    @property
+    def name(self) -> str:
+        return f"curves-{self.preset}" + (f"-{self.model}" if self.model else "")
+
+    @property
+    def config(self) -> Config:
+        preset = PRESETS[self.preset]
+        return preset.changed(
+            model=self.model or preset.ends.model, data=self.data or preset.data.data
+        )
+
+    @property
+    def forward(self) -> Forward:
+        return Forward(engine=self.engine, channels_last=self.engine == "loop" or None)
+
+
+class Case(NamedTuple):
+    """What a result is of; the budget of a line is 0."""
+
+    pair: int
+    ends: str
+    method: str
+    rate: float
+    budget: float
 
 
 class Pair:
@@ -115,121 +155,195 @@ class Pair:
         ends: "matched" and "unmatched" -> states (a, b).
     """
 
-    def __init__(self, options: Options, number: int):
-        preset = PRESETS[options.preset]
-        seeds = dict(seed_a=2 * number, seed_b=2 * number + 1)
-        given = Given(preset.changed(**seeds, model=options.model or preset.ends.model))
-        self.config = c = given.config
+    def __init__(self, options: Options, number: int, kept: FilePath | None = None):
+        given = Given(options.config.changed(seed_a=2 * number, seed_b=2 * number + 1))
+        self.config, self.forward = given.config, options.forward
         self.dataset, self.module = given.dataset, given.new_module().to(given.device)
-        train = given.new_module, self.dataset, c.ends.seeds, c.training
-        a, b = train_ends(*train, progress=True, forward=STACKED)
-        inputs, _ = next(iter(self.dataset.in_order("train", c.evaluation.eval_batch_size)))
-        restarts = c.matching.match_restarts
-        matching = match(a, b, inputs, module=self.module, restarts=restarts)
-        self.ends = {"matched": (a, matching.state_dict), "unmatched": (a, b)}
+        if kept is not None and kept.exists():
+            self.ends = torch.load(kept, map_location=given.device)
+        else:
+            self.ends = self._trained(given)
+            if kept is not None:
+                torch.save(self.ends, kept)
 
-    def networks(self, budget: float) -> int:
-        """Passes of one network on a batch that a method may cost."""
-        return round(budget * self._each(self.config.descent) * self.config.path.steps)
-
-    def path(self, method: Method, kind: str, lr: float, budget: float) -> Path:
+    def path(self, case: Case) -> Path:
         """What a method finds; ValueError if it diverges."""
-        torch.manual_seed(self.config.path.path_seed)  # of random nodes
-        networks, points = self.networks(budget), self.config.path.points
-        order = torch.Generator().manual_seed(self.config.path.path_seed)
-        batches = self.dataset.shuffled(self.config.path.batch_size, order)
+        method, settings = METHODS[case.method], self.config.path
+        torch.manual_seed(settings.path_seed)  # of random nodes
+        order = torch.Generator().manual_seed(settings.path_seed)
+        batches = self.dataset.shuffled(settings.batch_size, order)
+        ends, cost = self.ends[case.ends], networks(self.config, case.budget)
         if method.make is None:
-            return elastic_band(*self.ends[kind], self.module, batches, lr=lr, networks=networks)
-        path = method.make(*self.ends[kind], points)
+            return elastic_band(*ends, self.module, batches, lr=case.rate, networks=cost)
+        path = method.make(*ends, settings.points)
         if method.descent is None:
             return path
-        how = replace(method.descent, lr=lr)
-        steps = round(networks / self._each(how))
-        return optimize(path, self.module, batches, steps=steps, descent=how, forward=STACKED)
+        how = replace(method.descent, lr=case.rate)
+        steps = round(cost / in_a_step(how, settings.points))
+        return optimize(path, self.module, batches, steps=steps, descent=how, forward=self.forward)
 
-    def result(self, method: Method, kind: str, lr: float, budget: float) -> dict[str, Any]:
-        """What is found of a path, with its training losses at `SEEN` points."""
-        started = perf_counter()
+    def result(self, case: Case) -> dict[str, Any]:
+        """What is found of a path, with its training losses along it."""
+        started = process_time()
         try:
-            path = self.path(method, kind, lr, budget)
+            path = self.path(case)
         except ValueError as error:
             if "lower lr" not in str(error):
                 raise
-            return dict.fromkeys(FOUND, math.inf) | {"seconds": math.inf, "losses": []}
-        seconds, size = perf_counter() - started, self.config.evaluation.eval_batch_size
-        splits = {split: self.dataset.in_order(split, size) for split in ("train", "test")}
-        path = path.resample(SEEN)
-        found = evaluate(path, self.module, splits, forward=STACKED)
+            return dict.fromkeys((*FOUND, SECONDS), math.inf) | {"losses": []}
+        seconds = process_time() - started
+        path = path.resample(2 * self.config.path.points - 1)
+        size = self.config.evaluation.eval_batch_size
+        test = itertools.islice(self.dataset.in_order("test", size), max(1, TEST_IMAGES // size))
+        splits = {"train": self.dataset.in_order("train", size), "test": list(test)}
+        found = evaluate(path, self.module, splits, forward=self.forward)
         train, lengths = torch.tensor(found.splits["train"].loss), path.euclidean().cpu()
         mean = ((train[1:] + train[:-1]) / 2 * lengths).sum() / lengths.sum()
-        test = found.splits["test"].loss
-        values = (train.max().item(), mean.item(), max(test), found.fisher_rao)
-        sound = [math.inf if math.isnan(value) else value for value in values]
-        row = dict(zip(FOUND, sound, strict=True))
-        return row | {"seconds": seconds, "losses": train.tolist()}
+        highest, test_loss = train.max().item(), max(found.splits["test"].loss)
+        values = (highest, mean.item(), test_loss, found.fisher_rao, seconds)
+        sound = [math.inf if math.isnan(value) else float(f"{value:.5g}") for value in values]
+        row = dict(zip((*FOUND, SECONDS), sound, strict=True))
+        return row | {"losses": [float(f"{loss:.4g}") for loss in train.tolist()]}
 
-    def _each(self, descent: Descent) -> float:
-        """Networks that a step evaluates, on average."""
-        if descent.nodes is not None:
-            return descent.nodes
-        basis = Basis("polychain", self.config.path.points)
-        first, size = zip(*descent.levels(basis, MANY).items(), strict=True)
-        last = (*first[1:], MANY)
-        spans = zip(first, last, size, strict=True)
-        return sum((end - begin) * (points - 2) for begin, end, points in spans) / MANY
+    def _trained(self, given: Given) -> dict[str, tuple[dict, dict]]:
+        c, train = self.config, (given.new_module, self.dataset)
+        a, b = train_ends(*train, c.ends.seeds, c.training, forward=self.forward)
+        inputs, _ = next(iter(self.dataset.in_order("train", c.evaluation.eval_batch_size)))
+        restarts = c.matching.match_restarts
+        matching = match(a, b, inputs, module=self.module, restarts=restarts)
+        return {"matched": (a, matching.state_dict), "unmatched": (a, b)}
 
 
-def chosen(pairs: list[Pair], method: Method, kind: str, budget: float) -> float:
-    """The rate whose highest losses are lowest on average."""
-
-    def highest(lr: float) -> float:
-        return sum(pair.result(method, kind, lr, budget)[FOUND[0]] for pair in pairs)
-
-    return min(method.rates, key=highest) if len(method.rates) > 1 else method.rates[0]
+def networks(config: Config, budget: float) -> int:
+    """Passes of one network on a batch that a method may cost."""
+    return round(budget * in_a_step(config.descent, config.path.points) * config.path.steps)
 
 
-def measured(
-    options: Options, pairs: list[Pair], held_out: list[Pair]
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """A row for each cost, kind of ends and method, and what it is of: the results of each pair."""
-    for budget, kind in itertools.product(options.budgets, ENDS):
-        reference: list[dict[str, Any]] = []
-        for name, method in METHODS.items():
-            lr = chosen(held_out or pairs, method, kind, budget)
-            results = [pair.result(method, kind, lr, budget) for pair in pairs]
-            reference = results if name == REFERENCE else reference
-            images = pairs[0].networks(budget) * pairs[0].config.path.batch_size
-            row = {
-                "image·points": f"{images:.3g}" if method.descent or not method.make else "0",
-                "ends": kind,
-                "path": name,
-                "labels": "yes" if method.labels else "no",
-                "rate": f"{lr:g}",
-                **{key: spread([result[key] for result in results]) for key in FOUND},
-                "seconds": f"{statistics.mean(result['seconds'] for result in results):.0f}",
-                **{f"{key}: {LESS}": less(results, reference, key) for key in (FOUND[0], FOUND[3])},
-            }
-            yield row, [{"budget": budget, **result} for result in results]
+def in_a_step(descent: Descent, points: int) -> float:
+    """Networks that a step evaluates, on average."""
+    if descent.nodes is not None:
+        return descent.nodes
+    first, size = zip(*descent.levels(Basis("polychain", points), MANY).items(), strict=True)
+    spans = zip(first, (*first[1:], MANY), size, strict=True)
+    return sum((end - begin) * (points - 2) for begin, end, points in spans) / MANY
+
+
+class Results:
+    """What was found in each case, kept in a file as soon as it is.
+
+    Raises:
+        ValueError: the file is of other networks or data.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.file = options.out or FilePath("runs") / f"{options.name}.jsonl"
+        self.known: dict[Case, dict[str, Any]] = {}
+        self._pairs: dict[int, Pair] = {}
+        own = {"of": str(options.config)}
+        if not self.file.exists():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._keep(own)
+        first, *lines = map(json.loads, self.file.read_text().splitlines())
+        if first != own:
+            raise ValueError(f"{self.file} holds results of {first}, not of {own}")
+        for line in lines:
+            self.known[Case(*(line.pop(name) for name in Case._fields))] = line
+
+    def measure(self) -> None:
+        """All that is not known yet, pair by pair, so that methods can be compared at any time."""
+        o = self.options
+        trials = (case for name in o.methods for case in self.trials(name))
+        order = itertools.product(o.budgets, o.ends, range(o.pairs), o.methods)
+        compared = (self.best(pair, ends, name, budget) for budget, ends, pair, name in order)
+        for case in itertools.chain(trials, compared):  # the best ones are known after the trials
+            if case is not None and case not in self.known:
+                self.known[case] = self._pair(case.pair).result(case)
+                self._keep(case._asdict() | self.known[case])
+                print(*case, *(f"{self.known[case][name]:.4g}" for name in FOUND), flush=True)
+
+    def trials(self, name: str) -> list[Case]:
+        """On which the rate of a method is chosen, if there is a choice."""
+        o, method = self.options, METHODS[name]
+        if len(method.rates) == 1:
+            return []
+        pairs = range(o.pairs, o.pairs + o.held_out) if o.held_out else range(o.pairs)
+        rates = (o.scale * rate for rate in method.rates)
+        return [
+            Case(pair, "matched", name, rate, o.budgets[0])
+            for rate, pair in itertools.product(rates, pairs)
+        ]
+
+    def best(self, pair: int, ends: str, name: str, budget: float) -> Case | None:
+        """At the rate whose highest losses are lowest in the trials; None until all are known."""
+        highest: dict[float, float] = {}
+        for case in self.trials(name):
+            if case not in self.known:
+                return None
+            loss = self.known[case][FOUND[0]]
+            highest[case.rate] = highest.get(case.rate, 0.0) + loss
+        rate = min(highest, key=highest.__getitem__) if highest else METHODS[name].rates[0]
+        return Case(pair, ends, name, rate, budget if METHODS[name].descent else 0.0)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each kind of ends, cost and method, as far as it is known."""
+        o, rows = self.options, []
+        for ends, budget in itertools.product(o.ends, o.budgets):
+            reference = self._of(ends, REFERENCE, budget)
+            for name in o.methods:
+                own = self._of(ends, name, budget)
+                case = self.best(0, ends, name, budget)
+                if not own or case is None or (case.budget == 0 and budget != o.budgets[0]):
+                    continue
+                images = networks(o.config, case.budget) * o.config.path.batch_size
+                row = {
+                    "image·points": f"{images:.3g}",
+                    "ends": ends,
+                    "path": name,
+                    "labels": "yes" if METHODS[name].labels else "no",
+                    "rate": f"{case.rate:g}",
+                    "pairs": len(own),
+                    **{key: spread([r[key] for r in own.values()]) for key in FOUND},
+                    **{f"{k}: {LESS}": less(own, reference, k) for k in (FOUND[0], FOUND[3])},
+                    SECONDS: f"{statistics.mean(r[SECONDS] for r in own.values()):.1f}",
+                }
+                rows.append(row | {"of each": [{"pair": pair, **own[pair]} for pair in own]})
+        return rows
+
+    def _of(self, ends: str, name: str, budget: float) -> dict[int, dict[str, Any]]:
+        """Pair -> what is known of it."""
+        cases = (self.best(pair, ends, name, budget) for pair in range(self.options.pairs))
+        return {case.pair: self.known[case] for case in cases if case in self.known}
+
+    def _pair(self, number: int) -> Pair:
+        if number not in self._pairs:
+            kept = self.file.with_name(f"{self.file.stem}-{number}.pt")
+            self._pairs[number] = Pair(self.options, number, kept)
+        return self._pairs[number]
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation."""
-    if math.inf in values:
+    if not all(map(math.isfinite, values)):
         return "diverged"
     deviation = f" ± {statistics.stdev(values):.{digits - 1}g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}g}{deviation}"
 
 
-def less(results: list[dict], reference: list[dict], key: str) -> str:
-    """Paired differences from the reference, and on how many pairs they are below 0."""
-    if not reference or results is reference:
+def less(own: dict[int, dict], reference: dict[int, dict], key: str) -> str:
+    """Differences from the reference on the same pairs, and on how many they are below 0."""
+    differences = [own[pair][key] - reference[pair][key] for pair in own if pair in reference]
+    if own == reference or not differences:
         return "-"
-    differences = [r[key] - other[key] for r, other in zip(results, reference, strict=True)]
     wins = sum(difference < 0 for difference in differences)
     return f"{spread(differences, 2)}, less on {wins} of {len(differences)}"
 
 
-def figure(rows: list[dict[str, Any]], results: list[list[dict[str, Any]]]) -> Figure:
+def figure(rows: list[dict[str, Any]]) -> Figure:
     """Between matched ends: loss along the paths of the first pair, and length against cost."""
     drawn = Figure(figsize=(8, 4.5), layout="constrained")
     along, lengths = drawn.subplots(1, 2)
@@ -239,20 +353,15 @@ def figure(rows: list[dict[str, Any]], results: list[list[dict[str, Any]]]) -> F
         dashes = DASHES[kinds.count(kind)]
         kinds.append(kind)
         look: dict[str, Any] = dict(color=COLOURS[kind], linestyle=dashes, linewidth=1.3)
-        own = [
-            (row, found)
-            for row, found in zip(rows, results, strict=True)
-            if (row["path"], row["ends"]) == (name, "matched")
-        ]
-        losses = own[0][1][0]["losses"]
-        if losses:
-            along.plot([i / (SEEN - 1) for i in range(SEEN)], losses, label=name, **look)
-        costs = [float(row["image·points"]) for row, _ in own]
-        means = [statistics.mean(result[FOUND[3]] for result in found) for _, found in own]
-        if all(costs) and math.inf not in means:
+        own = [row for row in rows if (row["path"], row["ends"]) == (name, "matched")]
+        if own and (losses := own[0]["of each"][0]["losses"]):
+            along.plot(torch.linspace(0, 1, len(losses)), losses, label=name, **look)
+        costs = [float(row["image·points"]) for row in own]
+        means = [statistics.mean(result[FOUND[3]] for result in row["of each"]) for row in own]
+        if any(costs) and math.inf not in means:
             lengths.plot(costs, means, marker="o", markersize=3, **look)
     along.set(xlabel="position on the path", ylabel=FOUND[0].removeprefix("highest "), yscale="log")
-    lengths.set(xlabel="image·points", ylabel=FOUND[3], xscale="log")
+    lengths.set(xlabel="image·points", ylabel=FOUND[3], xscale="log", yscale="log")
     drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     for axis in (along, lengths):
         axis.spines[["top", "right"]].set_visible(False)
@@ -263,21 +372,17 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.curves")
     keep_pages()
     print(headline(environment()), flush=True)
-    every = [Pair(options, number) for number in range(options.pairs + options.held_out)]
-    pairs, held_out = every[: options.pairs], every[options.pairs :]
-    results = []
-
-    def rows() -> Iterator[list[dict[str, Any]]]:
-        for row, found in measured(options, pairs, held_out):
-            results.append(found)
-            yield [row]
-
-    table = printed(rows())
+    results = Results(options)
+    if options.measure:
+        results.measure()
+    rows = results.rows()
+    print(table([{k: v for k, v in row.items() if k != "of each"} for row in rows]))
     if options.save:
-        name = f"curves-{options.preset}" + (f"-{options.model}" if options.model else "")
-        write_figure(RESULTS / f"{name}.png", figure(table, results))
-        kept = [{**row, "pairs": found} for row, found in zip(table, results, strict=True)]
-        print(f"\nwrote {write_result(name, {'rows': kept})}")
+        write_figure(RESULTS / f"{options.name}.png", figure(rows))
+        for row in rows:
+            for other in row["of each"][1:]:
+                del other["losses"]  # which the figure does not show
+        print(f"\nwrote {write_result(options.name, {'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Nudged elastic bands with automatic insertion, for comparison with what fastgeo does.
 
 Jónsson, Mills and Jacobsen, "Nudged elastic band method for finding minimum energy paths of
-transitions" (1998); Henkelman and Jónsson, "Improved tangent estimate" (2000); Draxler et al.,
-"Essentially No Barriers in Neural Network Energy Landscape" (ICML 2018), whose AutoNEB begins with
-few pivots and inserts more where the loss between two of them rises above the line.
+transitions" (1998), whose springs are finite; Draxler et al., "Essentially No Barriers in Neural
+Network Energy Landscape" (ICML 2018), whose AutoNEB begins with few pivots and inserts more where
+the loss between two of them rises above the line, and whose tangent is that to the neighbour of the
+higher loss.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def elastic_band(
     for cycle in range(CYCLES):
         share = left / (CYCLES - cycle)
         pivots = len(path) - 2
-        looks = BETWEEN * (pivots + 1) / 3 if cycle < CYCLES - 1 else 0
+        looks = ((pivots + 1) * (BETWEEN + 1) - 1) / 3 if cycle < CYCLES - 1 else 0
         steps = max(1, int((share - looks) / pivots))
         path = _relaxed(path, module, batches, lr / 2**cycle, steps)
         left -= steps * pivots
@@ -70,7 +71,7 @@ def _relaxed(path: Path, module: nn.Module, batches: Iterator, lr: float, steps:
         inputs, labels = next(batches)
         now = path.with_interior(path.interior | _named(pivots, shapes, trained))
         with evaluation_mode(module):
-            if end_losses is None:
+            if end_losses is None:  # they only say which neighbour of an outer pivot is higher
                 both = {k: torch.stack([path.start[k], path.end[k]]) for k in path.start}
                 logits = engine.forward(both, inputs).detach()
                 end_losses = torch.stack([nn.functional.cross_entropy(x, labels) for x in logits])

@@ -94,6 +94,19 @@ def points(preset: str) -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
+def curves(name: str) -> str:
+    """Geodesics beside curve finding, at the same cost."""
+    result = read(f"curves-{name}")
+    rows = [
+        {
+            f"{result['setting']}, image·points": row["image·points"],
+            **{key: row[key] for key in ("ends", "path", "labels", "rate", *CURVES)},
+        }
+        for row in result["rows"]
+    ]
+    return f"{table(rows)}\n\n{source(result)}"
+
+
 def precision(preset: str) -> str:
     """What bf16 changes in a whole run, and what another order of the images does."""
     result = read(f"precision-{preset}-cpu")
@@ -117,6 +130,11 @@ def precision_of_ends() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+CURVES = (
+    *("highest train loss, nats", "highest test loss", "Fisher-Rao, rad"),
+    *("highest train loss, nats: less the geodesic's", "Fisher-Rao, rad: less the geodesic's"),
+    "processor seconds",
+)
 REACHED = (
     *("energy, nats", "Σ√JSD", "highest train loss", "between the points"),
     *("barrier, train", "test", "seconds"),
@@ -276,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for preset in ("digits", "paper-small")
     },
     "precision of ends": precision_of_ends,
+    **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp", "paper-small")},
     "seeds": seeds,
     "step": step,
     "grid": grid,

@@ -3,21 +3,34 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import curves, elastic
+from benchmarks.curves import FOUND, METHODS, SECONDS, Case, Method, Options, Pair, Results
 from fastgeo import Descent, Path
 from fastgeo.app.config import PRESETS
 
+BEZIER = "Bezier, JSD"
+
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, tmp_path):
     small = dict(width=0.25, train_subset=200, epochs=2, points=9, batch_size=50, steps=12)
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"].changed(**small))
-    monkeypatch.setattr(curves, "SEEN", 9)
-    return curves.Options(pairs=1, held_out=1, preset="tiny", budgets=(0.5, 1.0))
+    one_rate = {name: replace(m, rates=m.rates[:1]) for name, m in METHODS.items()}
+    monkeypatch.setattr(curves, "METHODS", one_rate)
+    out = tmp_path / "tiny.jsonl"
+    return Options(pairs=2, held_out=1, preset="tiny", budgets=(0.5, 1.0), out=out)
+
+
+def costs_of(steps, descent, path):
+    sizes = descent.levels(path.basis, steps)
+    every = [max(size for first, size in sizes.items() if first <= i) for i in range(steps)]
+    return sum(descent.nodes or size - 2 for size in every)
 
 
 def test_every_method_is_measured_at_the_same_cost(tiny, monkeypatch):
@@ -25,53 +38,81 @@ def test_every_method_is_measured_at_the_same_cost(tiny, monkeypatch):
     taken = curves.optimize
 
     def counted(path, module, batches, *, steps, descent, forward):
-        sizes = descent.levels(path.basis, steps)
-        networks = [max(size for first, size in sizes.items() if first <= i) for i in range(steps)]
-        costs.append(sum(descent.nodes or size - 2 for size in networks))
+        costs.append(costs_of(steps, descent, path))
         return taken(path, module, batches, steps=steps, descent=descent, forward=forward)
 
     monkeypatch.setattr(curves, "optimize", counted)
-    methods = {name: replace(m, rates=m.rates[:1]) for name, m in curves.METHODS.items()}
-    monkeypatch.setattr(curves, "METHODS", methods)
-    pair = curves.Pair(tiny, 0)
-    measured = list(curves.measured(tiny, [pair], []))
-    rows, results = ([part[i] for part in measured] for i in (0, 1))
-    assert [row["path"] for row in rows] == list(curves.METHODS) * 4
+    results = Results(replace(tiny, pairs=1, ends=("matched",)))
+    results.measure()
     per_budget = len(costs) // 2
     for budget, own in ((0.5, costs[:per_budget]), (1.0, costs[per_budget:])):
-        assert own == pytest.approx([pair.networks(budget)] * per_budget, abs=6)
-    assert pair.networks(1.0) == pytest.approx(8 * 3 + 4 * 7, abs=1)  # of 5 and of 9 points
-    by_name = {row["path"]: row for row in rows if row["ends"] == "matched"}
+        assert own == pytest.approx([curves.networks(tiny.config, budget)] * per_budget, abs=6)
+    assert curves.networks(tiny.config, 1.0) == pytest.approx(8 * 3 + 4 * 7, abs=1)  # of 5, of 9
+    rows = results.rows()
+    moving = [name for name in METHODS if name != "line"]
+    assert [row["path"] for row in rows] == [*METHODS, *moving]
+    by_name = {row["path"]: row for row in rows}
     assert [name for name, row in by_name.items() if row["labels"] == "yes"] == [
         *("Bezier, cross-entropy", "polychain, cross-entropy", "elastic band")
     ]
     assert by_name["line"]["image·points"] == "0"
-    assert by_name["Bezier, JSD"]["image·points"] == by_name["elastic band"]["image·points"]
-    assert "less on" in by_name["Bezier, JSD"]["Fisher-Rao, rad: less the geodesic's"]
-    found = results[-1][0]
-    assert max(found["losses"]) == pytest.approx(found["highest train loss, nats"])
+    assert by_name[BEZIER]["image·points"] == by_name["elastic band"]["image·points"]
+    assert "less on" in by_name[BEZIER]["Fisher-Rao, rad: less the geodesic's"]
+    found = rows[-1]["of each"][0]
+    assert max(found["losses"]) == pytest.approx(found[FOUND[0]], rel=1e-3)
     assert min(found["losses"]) < found["mean along its length"] < max(found["losses"])
-    kept = json.loads(json.dumps(results))
-    along, lengths = curves.figure(rows, kept).axes
-    assert len(along.get_lines()) == len(curves.METHODS)
+    along, lengths = curves.figure(json.loads(json.dumps(rows))).axes
+    assert len(along.get_lines()) == len(METHODS)
     assert {len(line.get_xdata()) for line in lengths.get_lines()} == {2}
 
 
-def test_the_rate_is_the_best_of_the_held_out_pairs():
-    class Known:
-        def result(self, method, kind, lr, budget):
-            return {curves.FOUND[0]: {0.05: math.inf, 0.1: 0.2, 0.2: 0.3}[lr]}
+def test_a_benchmark_that_was_stopped_goes_on_where_it_was(tiny, monkeypatch):
+    some = replace(tiny, budgets=(0.5,), ends=("matched",), methods=("line", BEZIER))
+    whole = Results(some)
+    whole.measure()
+    *early, last = tiny.out.read_text().splitlines()
+    tiny.out.write_text("\n".join(early) + "\n")
+    monkeypatch.delattr(curves, "train_ends")  # the networks are kept, too
+    again = Results(some)
+    (row,) = [row for row in again.rows() if row["path"] == BEZIER]
+    assert row["pairs"] == 1
+    again.measure()
+    new, old = json.loads(tiny.out.read_text().splitlines()[-1]), json.loads(last)
+    assert new.pop(SECONDS) > 0 < old.pop(SECONDS)
+    assert new == old
+    assert again.known.keys() == whole.known.keys()
+    with pytest.raises(ValueError, match="holds results of"):
+        Results(replace(some, model="mlp"))
 
-    method = curves.METHODS["Bezier, JSD"]
-    assert curves.chosen([Known(), Known()], method, "matched", 1.0) == 0.1
+
+def test_the_rate_is_the_best_of_the_held_out_pairs(tiny, monkeypatch):
+    monkeypatch.setattr(curves, "METHODS", METHODS)
+    results = Results(replace(tiny, held_out=2, scale=0.5))
+    trials = results.trials(BEZIER)
+    assert [(case.rate, case.pair) for case in trials] == [
+        *((0.025, 2), (0.025, 3), (0.05, 2), (0.05, 3), (0.1, 2), (0.1, 3))
+    ]
+    assert {(case.ends, case.method, case.budget) for case in trials} == {("matched", BEZIER, 0.5)}
+    losses = (0.1, math.inf, 0.3, 0.3, 0.4, 0.1)
+    for case, loss in zip(trials, losses, strict=True):
+        assert results.best(0, "unmatched", BEZIER, 1.0) is None
+        results.known[case] = {FOUND[0]: loss}
+    assert results.best(0, "unmatched", BEZIER, 1.0) == Case(0, "unmatched", BEZIER, 0.1, 1.0)
+    assert results.best(1, "matched", "line", 1.0) == Case(1, "matched", "line", 0.0, 0.0)
+
+
+def test_differences_are_those_of_the_same_pairs():
+    own, reference = {0: {"x": 1.0}, 2: {"x": 5.0}}, {0: {"x": 3.0}, 1: {"x": 0.0}, 2: {"x": 6.0}}
+    assert curves.less(own, reference, "x") == "-1.5 ± 0.7, less on 2 of 2"
+    assert curves.less(reference, reference, "x") == "-"
 
 
 def test_a_path_that_diverges_is_said_to(tiny, monkeypatch):
-    pair = curves.Pair(tiny, 0)
-    method = curves.Method(Path.bezier, Descent(nodes=3, momentum=0.0))
-    result = pair.result(method, "matched", 1e38, 0.5)
-    assert result[curves.FOUND[0]] == math.inf
-    assert curves.spread([result[curves.FOUND[0]], 1.0]) == "diverged"
+    wild = Method(Path.bezier, Descent(nodes=3, momentum=0.0))
+    monkeypatch.setitem(curves.METHODS, "wild", wild)
+    result = Pair(tiny, 0).result(Case(0, "matched", "wild", 1e38, 0.5))
+    assert result[FOUND[0]] == math.inf
+    assert curves.spread([result[FOUND[0]], 1.0]) == "diverged"
     assert curves.spread([1.0, 2.0]) == "1.5 ± 0.71"
 
 
@@ -88,14 +129,80 @@ def test_forces_on_a_band_are_those_by_hand():
     torch.testing.assert_close(got, torch.tensor([[-1.0, 0.0]]))
 
 
+def test_forces_on_a_band_are_those_of_the_definition_pivot_by_pivot():
+    draw = torch.Generator().manual_seed(0)
+    whole, gradient = (torch.randn(n, 5, generator=draw).double() for n in (8, 6))
+    every = torch.rand(8, generator=draw).double()
+    got = elastic.force(whole, gradient, every[[0, -1]], every[1:-1])
+    for i in range(1, 7):
+        before, after = whole[i] - whole[i - 1], whole[i + 1] - whole[i]
+        to_higher = after if every[i + 1] > every[i - 1] else before
+        tangent = to_higher / math.sqrt(sum(x * x for x in to_higher.tolist()))
+        pull = elastic.SPRING * (after.norm() - before.norm())
+        across = gradient[i - 1] - (gradient[i - 1] @ tangent) * tangent
+        torch.testing.assert_close(got[i - 1], pull * tangent - across)
+
+
+def test_springs_alone_space_a_straight_band_evenly():
+    whole = torch.tensor([0.0, 0.1, 0.15, 0.7, 1.0]).double()[:, None] * torch.ones(3).double()
+    for _ in range(500):
+        flat = torch.zeros(3).double()
+        whole[1:-1] += 0.1 * elastic.force(whole, torch.zeros(3, 3).double(), flat[:2], flat)
+    torch.testing.assert_close(whole[:, 0], torch.linspace(0, 1, 5).double())
+
+
+@pytest.mark.parametrize(
+    ("rises", "expected"),
+    [
+        ({}, []),  # a slope is no rise above the line
+        ({3: 1.0}, [0.15]),  # between the first two networks, where it is highest
+        ({1: 0.4, 3: 1.0, 8: 0.3, 17: 0.19}, [0.15, 0.4]),  # less than a fifth of the range: none
+    ],
+)
+def test_pivots_are_inserted_where_the_loss_rises_most(monkeypatch, rises, expected):
+    """Four gaps with four networks in each, so a network every twentieth of the way."""
+    a, b = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+
+    def evaluated(path, module, splits, *, forward):
+        assert [float(point["w"]) for point in path.points()] == pytest.approx(
+            [i / 20 for i in range(21)]
+        )
+        losses = [rises.get(i, 0.0) if rises else i / 20 for i in range(21)]
+        return SimpleNamespace(splits={"batch": SimpleNamespace(loss=losses)})
+
+    monkeypatch.setattr(elastic, "evaluate", evaluated)
+    batch = torch.zeros(1, 1), torch.zeros(1)
+    path = elastic._inserted(Path.linear(a, b, 5), nn.Identity(), batch)
+    found = [float(point["w"]) for point in path.points()]
+    assert found == pytest.approx(sorted([0, 0.25, 0.5, 0.75, 1, *expected]))
+
+
+def test_a_band_costs_what_it_may(tiny, monkeypatch):
+    passes = []
+    gradient, evaluate = elastic.losses_and_gradient, elastic.evaluate
+
+    def counted(path, *rest):
+        passes.append(len(path) - 2)
+        return gradient(path, *rest)
+
+    def looked(path, *rest, **settings):
+        passes.append((len(path) - 2) / 3)
+        return evaluate(path, *rest, **settings)
+
+    monkeypatch.setattr(elastic, "losses_and_gradient", counted)
+    monkeypatch.setattr(elastic, "evaluate", looked)
+    path = Pair(tiny, 0).path(Case(0, "unmatched", "elastic band", 0.05, 5.0))
+    allowed = curves.networks(tiny.config, 5.0)
+    assert allowed - len(path) <= sum(passes) <= allowed
+
+
 def test_the_band_gets_pivots_where_the_loss_rises_and_is_lower_in_the_end(tiny):
-    pair = curves.Pair(tiny, 0)
-    method = curves.METHODS["elastic band"]
-    line = pair.result(curves.METHODS["line"], "unmatched", 0.0, 1.0)
-    path = pair.path(method, "unmatched", 0.1, 8.0)
+    pair = Pair(tiny, 0)
+    line = pair.result(Case(0, "unmatched", "line", 0.0, 0.0))
+    case = Case(0, "unmatched", "elastic band", 0.1, 8.0)
+    path = pair.path(case)
     assert len(path) > elastic.FIRST + 2
-    band = pair.result(method, "unmatched", 0.1, 8.0)
-    assert band[curves.FOUND[0]] < line[curves.FOUND[0]]
+    assert pair.result(case)[FOUND[0]] < line[FOUND[0]]
     for name in path.start:
         assert torch.equal(path.start[name], pair.ends["unmatched"][0][name])
         assert torch.equal(path.end[name], pair.ends["unmatched"][1][name])
