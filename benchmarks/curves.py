@@ -24,7 +24,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.convergence import PLAIN, TEST_IMAGES
+from benchmarks.convergence import PLAIN
 from benchmarks.elastic import elastic_band
 from benchmarks.harness import RESULTS, environment, write_result
 from fastgeo import Descent, Forward, Path, evaluate, keep_pages, match, optimize
@@ -54,6 +54,7 @@ COLOURS = {
     "elastic band": "#cc79a7",
 }
 DASHES = ("-", "--", ":")
+TEST_IMAGES = 512  # at most
 MANY = 10_000  # steps, over which the levels of coarse to fine are averaged
 
 
@@ -240,7 +241,7 @@ class Results:
         self.file = options.out or FilePath("runs") / f"{options.name}.jsonl"
         self.known: dict[Case, dict[str, Any]] = {}
         self._pairs: dict[int, Pair] = {}
-        own = {"of": str(options.config)}
+        own = {"preset": options.preset, "model": options.model, "data": options.data}
         if not self.file.exists():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._keep(own)
@@ -356,10 +357,12 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         own = [row for row in rows if (row["path"], row["ends"]) == (name, "matched")]
         if own and (losses := own[0]["of each"][0]["losses"]):
             along.plot(torch.linspace(0, 1, len(losses)), losses, label=name, **look)
-        costs = [float(row["image·points"]) for row in own]
-        means = [statistics.mean(result[FOUND[3]] for result in row["of each"]) for row in own]
-        if any(costs) and math.inf not in means:
-            lengths.plot(costs, means, marker="o", markersize=3, **look)
+        costs = sorted(
+            (float(row["image·points"]), statistics.mean(r[FOUND[3]] for r in row["of each"]))
+            for row in own
+        )
+        if METHODS[name].descent and all(math.isfinite(length) for _, length in costs):
+            lengths.plot(*zip(*costs, strict=True), marker="o", markersize=3, **look)
     along.set(xlabel="position on the path", ylabel=FOUND[0].removeprefix("highest "), yscale="log")
     lengths.set(xlabel="image·points", ylabel=FOUND[3], xscale="log", yscale="log")
     drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
@@ -382,7 +385,8 @@ def main() -> None:
         for row in rows:
             for other in row["of each"][1:]:
                 del other["losses"]  # which the figure does not show
-        print(f"\nwrote {write_result(options.name, {'rows': rows})}")
+        setting = f"{options.config.ends.model} on {options.preset}"
+        print(f"\nwrote {write_result(options.name, {'setting': setting, 'rows': rows})}")
 
 
 if __name__ == "__main__":

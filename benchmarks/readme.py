@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import SPEED
-from benchmarks.device_parts.tables import SECTIONS
 from benchmarks.harness import RESULTS
 from fastgeo.profiling.measure import table
 
@@ -100,11 +99,12 @@ def curves(name: str) -> str:
     rows = [
         {
             f"{result['setting']}, image·points": row["image·points"],
-            **{key: row[key] for key in ("ends", "path", "labels", "rate", *CURVES)},
+            **{key: row[key] for key in ("ends", "path", "labels", "rate", "pairs", *CURVES)},
         }
         for row in result["rows"]
     ]
-    return f"{table(rows)}\n\n{source(result)}"
+    measured = source(result).replace(" --no-measure", "")  # which was only left to make the table
+    return f"{table(rows)}\n\n{measured}"
 
 
 def precision(preset: str) -> str:
@@ -124,16 +124,9 @@ def precision(preset: str) -> str:
     return f"{table(rows)}\n\n{source(result)}"
 
 
-def precision_of_ends() -> str:
-    """What bf16 changes in networks that are trained in it."""
-    result = read("precision-ends-digits-cpu")
-    return f"{table(result['rows'])}\n\n{source(result)}"
-
-
 CURVES = (
     *("highest train loss, nats", "highest test loss", "Fisher-Rao, rad"),
     *("highest train loss, nats: less the geodesic's", "Fisher-Rao, rad: less the geodesic's"),
-    "processor seconds",
 )
 REACHED = (
     *("energy, nats", "Σ√JSD", "highest train loss", "between the points"),
@@ -280,12 +273,6 @@ def matching_speed() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
-def device(name: str, section: str) -> str:
-    """A part of what `benchmarks.device` has measured on a GPU."""
-    result = read(name)
-    return f"{SECTIONS[section](result['rows'])}\n\n{source(result)}"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     **{preset: partial(run, preset) for preset in ("digits", "paper-small")},
     **{
@@ -293,8 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for made in (convergence, points, precision)
         for preset in ("digits", "paper-small")
     },
-    "precision of ends": precision_of_ends,
-    **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp", "paper-small")},
+    **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp")},
     "seeds": seeds,
     "step": step,
     "grid": grid,
@@ -305,11 +291,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "matching": matching,
     "matching-cifar10": matching_cifar,
     "matching-speed": matching_speed,
-    **{
-        f"{file.stem} {section}": partial(device, file.stem, section)
-        for file in RESULTS.glob("device-*.json")
-        for section in SECTIONS
-    },
 }
 
 
