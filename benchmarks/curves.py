@@ -4,8 +4,9 @@ The matched line, the geodesic of free points at the preset's own nodes, at rand
 paper's plain SGD, a Bezier curve and a polychain of one control point on both objectives, and a
 nudged elastic band, from the same ends, at equal image·points: a forward and backward pass of one
 image through one network is one; the ends' forward passes, which divergences need, are not counted.
-Each has the rate of its three that is best, by the highest loss, on the matched ends of pairs that
-are held out, at the first of the budgets. All are seen at their points and the middles between.
+Each has its best rate, by the highest loss, on the matched ends of pairs that are held out, at the
+first of the budgets: rates are halved or doubled until the best is between two others. All paths
+are seen at their points and the middles between.
 
 Every result is a line in a file, from which a benchmark that was stopped goes on.
 """
@@ -35,7 +36,6 @@ from fastgeo.figures import write_figure
 from fastgeo.profiling.measure import headline, table
 from fastgeo.train import train_ends
 
-RATES = (0.05, 0.1, 0.2)
 FOUND = (
     "highest train loss, nats",
     "mean along its length",
@@ -65,12 +65,12 @@ class Method:
     Attributes:
         make: (a, b, N) -> the path to start from; None for an elastic band.
         descent: at any rate; None for none.
-        rates: to choose from.
+        rate: the first that is tried.
     """
 
     make: Callable[..., Path] | None
     descent: Descent | None = Descent()
-    rates: tuple[float, ...] = RATES
+    rate: float = 0.1
 
     @property
     def labels(self) -> bool:
@@ -81,15 +81,15 @@ class Method:
 
 LABELLED = Descent(objective="cross_entropy", nodes=1)
 METHODS = {
-    "line": Method(Path.linear, None, (0.0,)),
+    "line": Method(Path.linear, None),
     REFERENCE: Method(Path.linear),
     "geodesic, random nodes": Method(Path.linear, Descent(nodes=3)),
-    "geodesic, plain SGD": Method(Path.linear, PLAIN, (0.1, 0.2, 0.4)),
+    "geodesic, plain SGD": Method(Path.linear, PLAIN, 0.2),
     "Bezier, JSD": Method(Path.bezier, Descent(nodes=3)),
     "Bezier, cross-entropy": Method(Path.bezier, LABELLED),
     "polychain, JSD": Method(Path.polychain, Descent(nodes=3)),
     "polychain, cross-entropy": Method(Path.polychain, LABELLED),
-    "elastic band": Method(None, rates=(0.01, 0.02, 0.05)),
+    "elastic band": Method(None, rate=0.02),
 }
 Kind = Literal["matched", "unmatched"]
 
@@ -112,8 +112,6 @@ class Options:
     """costs, in those of the preset's geodesic"""
     ends: tuple[Kind, ...] = ("matched", "unmatched")
     methods: tuple[str, ...] = tuple(METHODS)
-    scale: float = 1.0
-    """times each method's three rates"""
     engine: Literal["stacked", "loop"] = "stacked"
     """what evaluates the networks; the loop in channels-last"""
     out: FilePath | None = None
@@ -254,37 +252,45 @@ class Results:
     def measure(self) -> None:
         """All that is not known yet, pair by pair, so that methods can be compared at any time."""
         o = self.options
-        trials = (case for name in o.methods for case in self.trials(name))
-        order = itertools.product(o.budgets, o.ends, range(o.pairs), o.methods)
-        compared = (self.best(pair, ends, name, budget) for budget, ends, pair, name in order)
-        for case in itertools.chain(trials, compared):  # the best ones are known after the trials
+        for name in o.methods:
+            while cases := self.search(name)[0]:
+                for case in cases:
+                    self._measure(case)
+        for budget, ends, pair, name in itertools.product(
+            o.budgets, o.ends, range(o.pairs), o.methods
+        ):
+            case = self.best(pair, ends, name, budget)
             if case is not None and case not in self.known:
-                self.known[case] = self._pair(case.pair).result(case)
-                self._keep(case._asdict() | self.known[case])
-                print(*case, *(f"{self.known[case][name]:.4g}" for name in FOUND), flush=True)
+                self._measure(case)
 
-    def trials(self, name: str) -> list[Case]:
-        """On which the rate of a method is chosen, if there is a choice."""
-        o, method = self.options, METHODS[name]
-        if len(method.rates) == 1:
-            return []
+    def search(self, name: str) -> tuple[list[Case], float]:
+        """What to try before the rate of a method is known, and the best rate until then."""
+        o, rate = self.options, METHODS[name].rate
+        if METHODS[name].descent is None:
+            return [], 0.0
         pairs = range(o.pairs, o.pairs + o.held_out) if o.held_out else range(o.pairs)
-        rates = (o.scale * rate for rate in method.rates)
-        return [
-            Case(pair, "matched", name, rate, o.budgets[0])
-            for rate, pair in itertools.product(rates, pairs)
-        ]
+        rates = [rate / 2, rate]
+        while True:
+            tried = [
+                [Case(pair, "matched", name, r, o.budgets[0]) for pair in pairs] for r in rates
+            ]
+            if unknown := [case for own in tried for case in own if case not in self.known]:
+                return unknown, rate
+            losses = [sum(self.known[case][FOUND[0]] for case in own) for own in tried]
+            best = losses.index(min(losses))
+            rate = rates[best]
+            if best == 0:
+                rates.insert(0, rate / 2)
+            elif best == len(rates) - 1:
+                rates.append(2 * rate)
+            else:
+                return [], rate
 
     def best(self, pair: int, ends: str, name: str, budget: float) -> Case | None:
-        """At the rate whose highest losses are lowest in the trials; None until all are known."""
-        highest: dict[float, float] = {}
-        for case in self.trials(name):
-            if case not in self.known:
-                return None
-            loss = self.known[case][FOUND[0]]
-            highest[case.rate] = highest.get(case.rate, 0.0) + loss
-        rate = min(highest, key=highest.__getitem__) if highest else METHODS[name].rates[0]
-        return Case(pair, ends, name, rate, budget if METHODS[name].descent else 0.0)
+        """At the best rate of all; None until that is known."""
+        unknown, rate = self.search(name)
+        moves = METHODS[name].descent is not None
+        return None if unknown else Case(pair, ends, name, rate, budget if moves else 0.0)
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each kind of ends, cost and method, as far as it is known."""
@@ -321,6 +327,11 @@ class Results:
             kept = self.file.with_name(f"{self.file.stem}-{number}.pt")
             self._pairs[number] = Pair(self.options, number, kept)
         return self._pairs[number]
+
+    def _measure(self, case: Case) -> None:
+        found = self.known[case] = self._pair(case.pair).result(case)
+        self._keep(case._asdict() | found)
+        print(*case, *(f"{found[name]:.4g}" for name in FOUND), flush=True)
 
     def _keep(self, line: dict[str, Any]) -> None:
         with self.file.open("a") as file:

@@ -21,8 +21,7 @@ BEZIER = "Bezier, JSD"
 def tiny(monkeypatch, tmp_path):
     small = dict(width=0.25, train_subset=200, epochs=2, points=9, batch_size=50, steps=12)
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"].changed(**small))
-    one_rate = {name: replace(m, rates=m.rates[:1]) for name, m in METHODS.items()}
-    monkeypatch.setattr(curves, "METHODS", one_rate)
+    monkeypatch.setattr(Results, "search", lambda self, name: ([], METHODS[name].rate))
     out = tmp_path / "tiny.jsonl"
     return Options(pairs=2, held_out=1, preset="tiny", budgets=(0.5, 1.0), out=out)
 
@@ -85,19 +84,26 @@ def test_a_benchmark_that_was_stopped_goes_on_where_it_was(tiny, monkeypatch):
         Results(replace(some, model="mlp"))
 
 
-def test_the_rate_is_the_best_of_the_held_out_pairs(tiny, monkeypatch):
-    monkeypatch.setattr(curves, "METHODS", METHODS)
-    results = Results(replace(tiny, held_out=2, scale=0.5))
-    trials = results.trials(BEZIER)
-    assert [(case.rate, case.pair) for case in trials] == [
-        *((0.025, 2), (0.025, 3), (0.05, 2), (0.05, 3), (0.1, 2), (0.1, 3))
-    ]
-    assert {(case.ends, case.method, case.budget) for case in trials} == {("matched", BEZIER, 0.5)}
-    losses = (0.1, math.inf, 0.3, 0.3, 0.4, 0.1)
-    for case, loss in zip(trials, losses, strict=True):
+@pytest.mark.parametrize(
+    ("highest", "tried", "best"),
+    [
+        (lambda rate: abs(rate - 0.11), (0.05, 0.1, 0.2), 0.1),
+        (lambda rate: 1 / rate if rate < 1 else math.inf, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6), 0.8),
+        (lambda rate: rate if rate > 0.02 else 1.0, (0.05, 0.1, 0.025, 0.0125), 0.025),
+    ],
+)
+def test_a_rate_is_the_best_between_two_others_on_held_out_pairs(tmp_path, highest, tried, best):
+    results = Results(Options(held_out=2, budgets=(0.5, 1.0), out=tmp_path / "x.jsonl"))
+    found = []
+    while unknown := results.search(BEZIER)[0]:
         assert results.best(0, "unmatched", BEZIER, 1.0) is None
-        results.known[case] = {FOUND[0]: loss}
-    assert results.best(0, "unmatched", BEZIER, 1.0) == Case(0, "unmatched", BEZIER, 0.1, 1.0)
+        for case in unknown:
+            assert case == Case(case.pair, "matched", BEZIER, case.rate, 0.5)
+            found.append((case.rate, case.pair))
+            results.known[case] = {FOUND[0]: highest(case.rate)}
+    assert found == [(pytest.approx(rate), pair) for rate in tried for pair in (8, 9)]
+    case = results.best(0, "unmatched", BEZIER, 1.0)
+    assert case == Case(0, "unmatched", BEZIER, pytest.approx(best), 1.0)
     assert results.best(1, "matched", "line", 1.0) == Case(1, "matched", "line", 0.0, 0.0)
 
 
@@ -109,7 +115,7 @@ def test_differences_are_those_of_the_same_pairs():
 
 def test_a_path_that_diverges_is_said_to(tiny, monkeypatch):
     wild = Method(Path.bezier, Descent(nodes=3, momentum=0.0))
-    monkeypatch.setitem(curves.METHODS, "wild", wild)
+    monkeypatch.setitem(METHODS, "wild", wild)
     result = Pair(tiny, 0).result(Case(0, "matched", "wild", 1e38, 0.5))
     assert result[FOUND[0]] == math.inf
     assert curves.spread([result[FOUND[0]], 1.0]) == "diverged"
