@@ -280,7 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for made in (convergence, points, precision)
         for preset in ("digits", "paper-small")
     },
-    **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp")},
+    **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp", "paper-small")},
     "seeds": seeds,
     "step": step,
     "grid": grid,
