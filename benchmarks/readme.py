@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import SPEED
+from benchmarks.device_parts.tables import SECTIONS
 from benchmarks.harness import RESULTS
 from fastgeo.profiling.measure import table
 
@@ -122,6 +123,12 @@ def precision(preset: str) -> str:
         if row["nats"] != "barrier" or float(row["another order from fp32"])
     ]
     return f"{table(rows)}\n\n{source(result)}"
+
+
+def precision_of_ends() -> str:
+    """What bf16 changes in networks that are trained in it."""
+    result = read("precision-ends-digits-cpu")
+    return f"{table(result['rows'])}\n\n{source(result)}"
 
 
 CURVES = (
@@ -273,6 +280,12 @@ def matching_speed() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def device(name: str, section: str) -> str:
+    """A part of what `benchmarks.device` has measured on a GPU."""
+    result = read(name)
+    return f"{SECTIONS[section](result['rows'])}\n\n{source(result)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{preset: partial(run, preset) for preset in ("digits", "paper-small")},
     **{
@@ -280,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for made in (convergence, points, precision)
         for preset in ("digits", "paper-small")
     },
+    "precision of ends": precision_of_ends,
     **{f"curves {name}": partial(curves, name) for name in ("digits", "digits-mlp", "paper-small")},
     "seeds": seeds,
     "step": step,
@@ -291,6 +305,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "matching": matching,
     "matching-cifar10": matching_cifar,
     "matching-speed": matching_speed,
+    **{
+        f"{file.stem} {section}": partial(device, file.stem, section)
+        for file in RESULTS.glob("device-*.json")
+        for section in SECTIONS
+    },
 }
 
 
