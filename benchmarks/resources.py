@@ -1,5 +1,8 @@
 """Registers, spills, shared memory and occupancy of every kernel, compiled for GPUs without one.
 
+Of paths on an H100 also instructions a class and edge: those of every edge, and after a + those of
+edges whose sums are taken again (`benchmarks.instructions` counts them).
+
 python -m benchmarks.resources            # the table, and benchmarks/results/resources.json
 python -m benchmarks.resources --check    # exit status 1 where one spills or does not fit; of the
                                           # layers those of the paper in bf16
@@ -12,10 +15,7 @@ import importlib
 import itertools
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.harness import environment, write_result
+from benchmarks.instructions import Count, count, dump
 from fastgeo.profiling.measure import headline, table
 
 path_update = importlib.import_module("fastgeo_kernels.path_update")
@@ -332,15 +333,7 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
         waves = 4 * min(8, chip.registers // (-(-registers // 8) * 8))  # of 4 SIMDs
         threads = waves // warps * warps * 64
     else:
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            usage = subprocess.run(
-                [tool, "--dump-resource-usage", file.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
+        usage = dump(compiled.asm["cubin"], "--dump-resource-usage")
         registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         a_warp = -(-registers * 32 // 256) * 256
         programs = min(chip.registers // (a_warp * warps), chip.threads // (32 * warps), 32)
@@ -355,7 +348,23 @@ def resources(compiled, chip: Chip, warps: int) -> dict[str, int | float]:
     }
 
 
+def path_instructions(compiled, variant: Variant) -> Count:
+    """What the walk along a path takes, compiled for a GPU of NVIDIA."""
+    constants = variant.constants
+    return count(
+        compiled.asm["cubin"],
+        threads=32 * variant.options["num_warps"],
+        rows=constants.get("ROWS", 1),
+        classes=constants["C"],
+        at_once=constants.get("AT_ONCE", 1),
+    )
+
+
 FAMILIES = (path_variants, pair_variants, norm_variants, conv_variants, update_variants)
+
+
+def words(taken: Count) -> str:
+    return f"{taken.always:.1f}" + (f" + {taken.again:.1f}" if taken.again else "")
 
 
 def main() -> None:
@@ -369,7 +378,9 @@ def main() -> None:
             if arguments.only not in variant.kernel or (arguments.check and variant.extra):
                 continue
             warps = variant.options["num_warps"]
-            used = resources(compile_variant(variant, chip), chip, warps)
+            compiled = compile_variant(variant, chip)
+            used = resources(compiled, chip, warps)
+            counted = target == "sm_90" and variant.kernel in MODES
             row = {
                 "kernel": variant.kernel,
                 "shape": variant.shape,
@@ -377,6 +388,7 @@ def main() -> None:
                 "tile": variant.tile,
                 "warps": warps,
                 **used,
+                "instructions": words(path_instructions(compiled, variant)) if counted else "-",
             }
             rows.append(row)
             if used["shared"] > chip.shared or (used["spilled"] and not variant.may_spill):
