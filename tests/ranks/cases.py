@@ -1,6 +1,5 @@
 """Optimisations that one process and the ranks of a mesh do alike, on a small smooth network."""
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -104,14 +103,3 @@ def run(name: str, **options) -> Path:
     module = Net().to(next(iter(path.interior.values())).dtype)
     how = dict(steps=STEPS, descent=descent, forward=forward) | options
     return optimize(path, module, batches, **how)
-
-
-def exact_inverse(size: int) -> Tensor:
-    """Of the path Laplacian, in float64: the plain update's own is rounded to fp32."""
-    laplacian = 2 * torch.eye(size) - torch.ones(size - 1).diag(1) - torch.ones(size - 1).diag(-1)
-    return torch.linalg.inv(laplacian.double())
-
-
-def with_exact_inverse(monkeypatch) -> None:
-    module = sys.modules["fastgeo_kernels.path_update"]
-    monkeypatch.setattr(module, "inverse_path_laplacian", exact_inverse)

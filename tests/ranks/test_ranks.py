@@ -9,7 +9,7 @@ import warnings
 import pytest
 import tasks
 import torch
-from cases import CASES, STEPS, run, with_exact_inverse
+from cases import CASES, STEPS, run
 from spawned import SECONDS, Raised, results
 
 from fastgeo import Forward
@@ -83,17 +83,15 @@ def found(tmp_path_factory):
         every = results(own, ranks, folder / f"of {ranks}")
         found.update({(ranks, name): result for name, result in every.items()})
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        with_exact_inverse(monkeypatch)
-        do(1, {})
-        do(4, of_four(folder))
-        damage(folder)
-        do(2, of_two(folder))
-        try:
-            tasks.with_states(None, folder / "chain", STATES, 14)
-        except KeyboardInterrupt as stopped:
-            found["one process"] = stopped
-        do(3, of_three(folder))
+    do(1, {})
+    do(4, of_four(folder))
+    damage(folder)
+    do(2, of_two(folder))
+    try:
+        tasks.with_states(None, folder / "chain", STATES, 14)
+    except KeyboardInterrupt as stopped:
+        found["one process"] = stopped
+    do(3, of_three(folder))
     found["folder"] = folder
     return found
 
@@ -121,9 +119,8 @@ def one_process():
 
     def of(name):
         if name not in known:
-            with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the (energy|loss) did not fall")
-                with_exact_inverse(monkeypatch)
                 known[name] = run(name)
         return known[name]
 

@@ -182,7 +182,7 @@ def _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy) -
     precision = torch.promote_types(weight.dtype, torch.float32)
     step = grad.to(precision)
     if precondition:
-        step = inverse_path_laplacian(len(grad)).to(step) @ step
+        step = inverse_path_laplacian(len(grad), precision).to(step.device) @ step
     if velocity is not None:
         velocity.mul_(momentum).add_(step)
         step = step + momentum * velocity if nesterov else velocity
@@ -191,15 +191,15 @@ def _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy) -
         copy.copy_(weight)
 
 
-def inverse_path_laplacian(size: int) -> Tensor:
-    """[n, n] fp32, the inverse of tridiag(-1, 2, -1): min(i, j) (n + 1 - max(i, j)) / (n + 1).
+def inverse_path_laplacian(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[n, n], the inverse of tridiag(-1, 2, -1): min(i, j) (n + 1 - max(i, j)) / (n + 1).
 
     Example:
         >>> inverse_path_laplacian(2) * 3
         tensor([[2., 1.],
                 [1., 2.]])
     """
-    i = torch.arange(1, size + 1, dtype=torch.float32)
+    i = torch.arange(1, size + 1, dtype=dtype)
     return torch.minimum(i, i[:, None]) * (size + 1 - torch.maximum(i, i[:, None])) / (size + 1)
 
 
