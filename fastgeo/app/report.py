@@ -257,7 +257,7 @@ def _engine_rows(report: Mapping) -> Iterable[list[str]]:
             choice["engine"],
             "yes" if choice["channels_last"] else "no",
             str(choice["chunk"] or "all"),
-            choice["precision"],
+            choice.get("precision", "fp32"),  # older reports have no other
             "; ".join(times) or "none, since it was named",
         ]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgeo.data.outputs import IGNORED
 from fastgeo.data.stored import Stored, check_order
@@ -207,6 +206,8 @@ def _text(files: Sequence[FilePath]) -> str:
                     "can be tokens as they are (tokens bytes)"
                 ) from error
     if skipped:
+        from tqdm import tqdm  # here, since whoever has other data may do without
+
         names = ", ".join(map(str, skipped))
         tqdm.write(f"left out, since they are not UTF-8: {names}", file=sys.stderr)
     return "\n".join(parts)

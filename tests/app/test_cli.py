@@ -233,10 +233,10 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
     [
         (
             ["--preset", "nope"],
-            "preset must be one of digits, cifar10, paper-small, paper, paper-fast, got 'nope'",
+            "preset must be one of digits, cifar10, text, paper-small, paper, .*, got 'nope'",
         ),
         (["--data", "nope"], "data must be one of digits, cifar10, .*, got 'nope'"),
-        (["--model", "vgg"], "model must be resnet8, .* or mlp, .*, got 'vgg'"),
+        (["--model", "vgg"], "model must be resnet8, .*, mlp or gpt, .*, got 'vgg'"),
         (["--model", "resnet9"], r"depth must be 6 k \+ 2"),
         (["--data", "npz:none.npz"], "none.npz: there is no such file"),
         (["--points", "2"], "points must be at least 3"),

@@ -17,7 +17,12 @@ COLOUR = [
     *("--train-batch-size", "12", "--batch-size", "12", "--points", "4", "--steps", "2"),
     *("--train-subset", "24"),
 ]
-SMALL = {"digits": ["--epochs", "2", "--steps", "5"]}
+TEXT = [
+    *("--data", "text:words.txt", "--width", "0.125", "--depth", "1", "--block-size", "8"),
+    *("--epochs", "1", "--train-batch-size", "12", "--batch-size", "12", "--points", "4"),
+    *("--steps", "2", "--train-subset", "24"),
+]
+SMALL = {"digits": ["--epochs", "2", "--steps", "5"], "text": TEXT}
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +34,8 @@ def inside(tmp_path, monkeypatch):
         arrays[f"x_{split}"] = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
         arrays[f"y_{split}"] = np.arange(count) % 4
     np.savez("colour.npz", **arrays)
+    words = rng.choice(["one ", "two ", "three "], 400)
+    (tmp_path / "words.txt").write_text("".join(words))
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
