@@ -27,14 +27,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.convergence import PLAIN
 from benchmarks.elastic import elastic_band
+from benchmarks.ends import trained
 from benchmarks.harness import RESULTS, environment, write_result
-from fastgeo import Descent, Forward, Path, evaluate, keep_pages, match, optimize
+from fastgeo import Descent, Forward, Path, evaluate, keep_pages, optimize
 from fastgeo.app.config import PRESETS, Config
 from fastgeo.app.given import Given
 from fastgeo.basis import Basis
-from fastgeo.figures import write_figure
+from fastgeo.figures import PALETTE, write_figure
 from fastgeo.profiling.measure import headline, table
-from fastgeo.train import train_ends
 
 FOUND = (
     "highest train loss, nats",
@@ -45,13 +45,12 @@ FOUND = (
 SECONDS = "processor seconds"
 REFERENCE = "geodesic, own nodes"
 LESS = "less the geodesic's"
-# Colours that differ in grey, too, and for colour-blind eyes (Okabe and Ito).
 COLOURS = {
     "line": "black",
-    "geodesic": "#0072b2",
-    "Bezier": "#d55e00",
-    "polychain": "#009e73",
-    "elastic band": "#cc79a7",
+    "geodesic": PALETTE[0].colour,
+    "Bezier": PALETTE[1].colour,
+    "polychain": PALETTE[3].colour,
+    "elastic band": PALETTE[5].colour,
 }
 DASHES = ("-", "--", ":")
 TEST_IMAGES = 512  # at most
@@ -161,7 +160,8 @@ class Pair:
         if kept is not None and kept.exists():
             self.ends = torch.load(kept, map_location=given.device)
         else:
-            self.ends = self._trained(given)
+            a, b, matched = trained(given, self.forward)
+            self.ends = {"matched": (a, matched), "unmatched": (a, b)}
             if kept is not None:
                 torch.save(self.ends, kept)
 
@@ -196,21 +196,11 @@ class Pair:
         test = itertools.islice(self.dataset.in_order("test", size), max(1, TEST_IMAGES // size))
         splits = {"train": self.dataset.in_order("train", size), "test": list(test)}
         found = evaluate(path, self.module, splits, forward=self.forward)
-        train, lengths = torch.tensor(found.splits["train"].loss), path.euclidean().cpu()
-        mean = ((train[1:] + train[:-1]) / 2 * lengths).sum() / lengths.sum()
-        highest, test_loss = train.max().item(), max(found.splits["test"].loss)
-        values = (highest, mean.item(), test_loss, found.fisher_rao, seconds)
+        train, test_loss = found.splits["train"], max(found.splits["test"].loss)
+        values = (max(train.loss), train.mean, test_loss, found.fisher_rao, seconds)
         sound = [math.inf if math.isnan(value) else float(f"{value:.5g}") for value in values]
         row = dict(zip((*FOUND, SECONDS), sound, strict=True))
-        return row | {"losses": [float(f"{loss:.4g}") for loss in train.tolist()]}
-
-    def _trained(self, given: Given) -> dict[str, tuple[dict, dict]]:
-        c, train = self.config, (given.new_module, self.dataset)
-        a, b = train_ends(*train, c.ends.seeds, c.training, forward=self.forward)
-        inputs, _ = next(iter(self.dataset.in_order("train", c.evaluation.eval_batch_size)))
-        restarts = c.matching.match_restarts
-        matching = match(a, b, inputs, module=self.module, restarts=restarts)
-        return {"matched": (a, matching.state_dict), "unmatched": (a, b)}
+        return row | {"losses": [float(f"{loss:.4g}") for loss in train.loss]}
 
 
 def networks(config: Config, budget: float) -> int:

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 import torch
-from torch import Tensor
 
 from fastgeo import Forward, Path, match
 from fastgeo.app.config import PRESETS
 from fastgeo.app.folder import Run
-from fastgeo.app.given import Given
+from fastgeo.app.given import Given, State
 from fastgeo.data.stored import Shuffled
 from fastgeo.train import train_ends
 
@@ -44,7 +43,7 @@ class Ends:
         preset = PRESETS[options.preset]
         if options.run is None:
             given = Given(preset.changed(data=options.data or preset.data.data))
-            self.a, self.b = _trained(given)
+            self.a, _, self.b = trained(given, Forward(engine="stacked"))
         else:
             run = Run.open(options.run)
             given, own = run.given, preset.changed(data=run.config.data.data)
@@ -65,13 +64,12 @@ class Ends:
         return self.dataset.shuffled(self.config.path.batch_size, order)
 
 
-def _trained(given: Given) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained(given: Given, forward: Forward) -> tuple[State, ...]:
+    """The states of a, of b, and of b matched to a."""
     c, data = given.config, given.dataset
     a, b = train_ends(
-        *(given.new_module, data, c.ends.seeds, c.training),
-        forward=Forward(engine="stacked"),
-        progress=True,
+        *(given.new_module, data, c.ends.seeds, c.training), forward=forward, progress=True
     )
     inputs, _ = next(iter(data.in_order("train", c.evaluation.eval_batch_size)))
     module = given.new_module().to(given.device)
-    return a, match(a, b, inputs, module=module, restarts=c.matching.match_restarts).state_dict
+    return a, b, match(a, b, inputs, module=module, restarts=c.matching.match_restarts).state_dict

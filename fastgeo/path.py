@@ -348,10 +348,9 @@ class Path:
         """[E], the Euclidean distance of neighbouring points over all floating point entries."""
         squares = torch.zeros(len(self) - 1, device=self.device)
         for name, between in self.freed().interior.items():
-            points = torch.cat([self.start[name][None], between, self.end[name][None]])
-            steps = points.diff(dim=0).masked_fill_(
-                points[1:] == points[:-1], 0
-            )  # of infinite ones
+            start, end = self.start[name], self.end[name]
+            steps = torch.cat([between[:1] - start, between.diff(dim=0), end - between[-1:]])
+            steps.masked_fill_((start == end) & start.isinf(), 0)  # as of a mask, which stays
             steps = steps.to(torch.promote_types(steps.dtype, torch.float32))
             squares = squares + steps.reshape(len(steps), -1).square().sum(1)
         return squares.sqrt()

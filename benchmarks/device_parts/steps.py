@@ -42,7 +42,7 @@ def step(given: Given) -> Iterator[Row]:
         if table is not None:
             for row in measure([OURS]):
                 yield row | {"how": "table as measured"}
-        with mock.patch.object(conv_table, "STREAMS", STREAMS, create=True):
+        with mock.patch.object(conv_table, "STREAMS", STREAMS):
             for row in measure([OURS]):
                 yield row | {"how": f"{STREAMS} streams"}
     yield from measure([RELEASED, HALF_LOOP, GRAPHED])

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgeo.app.folder import Run
+from fastgeo.ranks.agreement import store
 from fastgeo.store.checkpoint import INTERRUPTED
 from fastgeo.store.files import read_json, write_json
 from fastgeo.train import seeded
@@ -36,7 +37,7 @@ class Company:
 
     def say(self, text: str) -> None:
         """Have them do the next thing: help in a run folder, or end where that is empty."""
-        _store().set(f"fastgeo/say/{self._said}", text)
+        store().set(f"fastgeo/say/{self._said}", text)
         self._said += 1
 
 
@@ -102,8 +103,8 @@ def _follow() -> None:
     said = 0
     while True:
         name = f"fastgeo/say/{said}"
-        _store().wait([name], EVER)
-        folder = _store().get(name).decode()
+        store().wait([name], EVER)
+        folder = store().get(name).decode()
         if not folder:
             return
         with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
@@ -139,7 +140,3 @@ def _mesh(run: Run) -> DeviceMesh:
         along = ranks
     shape = along, ranks // along
     return init_device_mesh(run.given.device.type, shape, mesh_dim_names=("path", "data"))
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()

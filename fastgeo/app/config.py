@@ -378,7 +378,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "bezier": dict(curve="bezier", controls=1, spacing="even", objective="jsd", nodes=3),
     "polychain": dict(curve="polychain", controls=1, spacing="even", objective="jsd", nodes=3),
 }
-METHOD = "geodesic"  # of all presets but the paper's
 
 PRESETS = {
     # Of the pairs in benchmarks/results/seeds.json, one whose matched line has a clear bump.
@@ -427,6 +426,3 @@ PRESETS["paper-fast"] = PRESETS["paper"].changed(
     train_precision="bf16",
     **vars(Descent()),
 )
-PRESETS = {
-    name: preset if name == "paper" else preset.by(METHOD) for name, preset in PRESETS.items()
-}

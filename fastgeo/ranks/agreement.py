@@ -164,7 +164,7 @@ class Agreement:
     def _fail(self, error: Exception, give_up: Callable[[], None]) -> None:
         awaited, self._awaited = self._awaited, ""
         text = f"rank {dist.get_rank()} stopped: {error or type(error).__name__}"
-        _store().compare_set(self._key, "", text)
+        store().compare_set(self._key, "", text)
         if awaited == "found":
             give_up()
         others = 2 + WISHES + self._terms if awaited == "found" else 5
@@ -173,12 +173,13 @@ class Agreement:
     def _said(self) -> str:
         """The sentence of the first rank that stopped; empty if none has said one."""
         with contextlib.suppress(RuntimeError):  # the store is gone with its process
-            if _store().check([self._key]):
-                return _store().get(self._key).decode()
+            if store().check([self._key]):
+                return store().get(self._key).decode()
         return ""
 
 
-def _store() -> dist.Store:
+def store() -> dist.Store:
+    """Where all processes read what one of them has written."""
     return dist.distributed_c10d._get_default_store()
 
 

@@ -71,7 +71,7 @@ def test_a_benchmark_that_was_stopped_goes_on_where_it_was(tiny, monkeypatch):
     whole.measure()
     *early, last = tiny.out.read_text().splitlines()
     tiny.out.write_text("\n".join(early) + "\n")
-    monkeypatch.delattr(curves, "train_ends")  # the networks are kept, too
+    monkeypatch.delattr(curves, "trained")  # the networks are kept, too
     again = Results(some)
     (row,) = [row for row in again.rows() if row["path"] == BEZIER]
     assert row["pairs"] == 1

@@ -36,13 +36,10 @@ def pair_rows(
     the gradient to q_logits in their place."""
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
     fixed = not (isinstance(share, Tensor) and share.requires_grad)
-    if fixed and not torch.compiler.is_compiling():
-        try:
-            return _PairRows.apply(p_logits, q_logits, kept, how, inplace, share, wanted)
-        except RuntimeError as error:
-            # So says torch.func of this kind of function, which takes autograd half the time.
-            if "setup_context" not in str(error):
-                raise
+    # torch.func refuses this kind of function, which takes autograd half the time of the other.
+    mapped = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if fixed and not mapped:
+        return _PairRows.apply(p_logits, q_logits, kept, how, inplace, share, wanted)
     rows = _MappedPairRows.apply(p_logits, q_logits, kept, *how, inplace, *wanted)[0]
     return rows if share is None else (rows * share).sum(-1)
 

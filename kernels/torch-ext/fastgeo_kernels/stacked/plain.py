@@ -35,7 +35,8 @@ def conv(
     """`stacked_conv` in plain PyTorch; what all networks share is convolved once, densely."""
     points = len(weight)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 4]
-    if weight.ndim == 5 and weight.shape[3:] == (1, 1) and not x.is_cuda:
+    innermost = weight.ndim == 5 and x.stride(2) == 1
+    if innermost and weight.shape[3:] == (1, 1) and not x.is_cuda:
         x, stride, padding = _read_pixels(x, stride, padding)
     if _alone(x, weight):
         weight = _innermost(weight)
