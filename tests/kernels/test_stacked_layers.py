@@ -86,6 +86,19 @@ def test_a_strided_1x1_convolution_of_few_channels_is_the_loop(channels, padding
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
+def test_a_strided_1x1_convolution_that_is_safe_is_one_call_bit_for_bit():
+    """Copies of what it reads would be rounded in another order, and a run would be another one."""
+    x, weight = random(8, 75, 16, 16).float(), random(25, 4, 3, 1, 1).float()
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+    expected = F.conv2d(leaves[0], leaves[1].flatten(0, 1), stride=2, groups=25)
+    upstream = random(*expected.shape, seed=2).float().detach()
+    wanted = [expected, *torch.autograd.grad(expected, leaves, upstream)]
+    networks = leaves[0].unflatten(1, (25, 3)).transpose(0, 1)
+    got = stacked_conv(networks, leaves[1], stride=2).transpose(0, 1).flatten(1, 2)
+    found = [got, *torch.autograd.grad(got, leaves, upstream)]
+    assert all(map(torch.equal, found, wanted))
+
+
 def test_inputs_that_all_networks_share_are_taken_as_they_are():
     """Under as many networks as images, too, and no element of them is copied for a network."""
     x, weight, bias = random(3, 6, 9, 8), random(3, 8, 6, 3, 3), random(3, 8)
