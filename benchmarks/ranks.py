@@ -30,6 +30,7 @@ from fastgeo import Descent, Forward, Path, models, optimize
 from fastgeo.profiling.measure import headline
 from fastgeo.ranks import alike
 from fastgeo.ranks.blocks import END, POINT, Blocks
+from fastgeo.step.memory import point_bytes
 
 WARM_UP = 3  # steps
 KINDS = ("logits", "ends", "sums", "gradients", "weights", "agreement")
@@ -58,7 +59,6 @@ class Setting:
     Attributes:
         flop: of one network's forward pass on one input.
         parameters, classes, points, batch: P, C, N, B.
-        width: bytes of a weight in computation.
     """
 
     name: str
@@ -68,7 +68,6 @@ class Setting:
     points: int
     batch: int
     meshes: tuple[tuple[int, int], ...]
-    width: int = 4
 
 
 SETTINGS = (
@@ -213,7 +212,8 @@ def modelled(setting: Setting) -> list[dict[str, Any]]:
         across = WITHIN if path * data <= NODE else BETWEEN
         beside = WITHIN if data <= NODE else BETWEEN
         sending = max(a / across + (s - a) / beside for a, s in zip(along, sent, strict=True))
-        held = max(sizes) * setting.parameters * (4 + setting.width + (8 / data if data > 1 else 4))
+        point = point_bytes(int(setting.parameters), momentum=True, ranks=data)
+        held = max(sizes) * sum(point.values())
         found.append(
             {
                 "setting": setting.name,

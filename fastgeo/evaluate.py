@@ -23,6 +23,9 @@ from fastgeo.step.engines import EngineChoice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from fastgeo.ranks.mesh import Ranks
 
 Pair = tuple[Inputs, Tensor]
 Data = Pair | Iterable[Pair]
@@ -126,6 +129,7 @@ def evaluate(
     on_choice: Callable[[dict], None] | None = None,
     progress: bool = False,
     description: str = "evaluate",
+    mesh: "DeviceMesh | None" = None,
 ) -> Evaluation:
     """Evaluate all N points of a path on labelled data.
 
@@ -145,6 +149,8 @@ def evaluate(
         on_choice: as in `fastgeo.optimize`.
         progress: show a progress bar.
         description: its label.
+        mesh: as in `fastgeo.optimize`: all of its ranks call this alike, with the whole path. They
+            take the batches in turn, and all return what one process does, up to rounding.
 
     Raises:
         TypeError: a path or module of another type, a batch that is not such a pair, or no logits
@@ -171,14 +177,18 @@ def evaluate(
         path = recalibrate(path, module, unlabelled, forward=forward)
     else:
         check_buffers(path.start, path.end, module, interpolated=path.interpolated)
+    ranks = None if mesh is None else _ranks(mesh)
     stacked, steps = path.stacked(), path.euclidean().double()
     one = {name: tensor[:1] for name, tensor in stacked.items()}
     results: dict[str, SplitEvaluation] = {}
     lengths: dict[str, float] = {}
     for name, data in splits.items():
         totals, batch = _Totals(len(path), path.device), None
+        batches = _batches(name, data, batch_size)
+        if ranks is not None:
+            batches = ranks.in_turn(batches)
         for batch in tqdm(
-            _batches(name, data, batch_size),
+            batches,
             desc=f"{description} {name}",
             unit="batch",
             disable=not progress,
@@ -192,6 +202,8 @@ def evaluate(
             counted, labels = rows_that_count(inputs, None, forward.mask), labels.to(path.device)
             rows = label_rows(f"split {name!r}", labels, outputs, counted)
             totals.add(logits, rows, lengths=not lengths)
+        if ranks is not None:
+            totals.add_up(ranks)
         if totals.count == 0:
             what = "no data" if batch is None else "no row that counts"
             raise ValueError(f"split {name!r} holds {what}")
@@ -227,6 +239,15 @@ class _Totals:
             self.square_distance = self.square_distance + distance.square().sum(1)
             self.square_chord += chord.square().sum().item()
 
+    def add_up(self, ranks: "Ranks") -> None:
+        """Those of all ranks."""
+        along = [self.loss, self.correct, self.js_div, self.square_distance]
+        whole = torch.cat([*along, self.loss.new_tensor([self.count, self.square_chord])])
+        ranks.add_up(whole)
+        sizes = [len(one) for one in along]
+        self.loss, self.correct, self.js_div, self.square_distance, rest = whole.split([*sizes, 2])
+        self.count, self.square_chord = int(rest[0]), rest[1].item()
+
     def split(self, steps: Tensor) -> SplitEvaluation:
         """steps [E], the Euclidean lengths of the edges."""
         loss = self.loss / self.count
@@ -250,6 +271,12 @@ class _Totals:
             "fisher_rao": (self.square_distance / self.count).sqrt().sum().item(),
             "fisher_rao_lower_bound": math.sqrt(self.square_chord / self.count),
         }
+
+
+def _ranks(mesh: "DeviceMesh") -> "Ranks":
+    from fastgeo.ranks.mesh import Ranks  # what one process needs not
+
+    return Ranks(mesh)
 
 
 def _batches(name: str, data: Data, batch_size: int) -> Iterable[Pair]:

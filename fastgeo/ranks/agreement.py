@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgeo.data.inputs import tensors_within
-from fastgeo.ranks.axis import Axis, OtherRank
+from fastgeo.ranks.axis import Axis, LostRank, OtherRank
 
 SAMPLED = 4096  # numbers of each tensor, about, by which batches are compared
 WISHES = 4
@@ -73,8 +73,12 @@ class Agreement:
             if self._held is not None:
                 raise self._held
             yield
-        except OtherRank as lost:
-            raise OtherRank(self._said() or str(lost)) from lost
+        except LostRank as lost:
+            if said := self._said():
+                raise OtherRank(said) from lost
+            raise
+        except OtherRank:
+            raise
         except Exception as error:
             if self._awaited:
                 with contextlib.suppress(OtherRank):  # which has ended as well

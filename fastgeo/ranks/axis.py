@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
 
 # Torch 2.14 renamed these two.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -21,13 +22,18 @@ class OtherRank(RuntimeError):
     """Another rank stopped; with its sentence."""
 
 
+class LostRank(OtherRank):
+    """Another rank is gone, without one."""
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """In which another rank is waited for, which may be lost."""
     try:
-        yield
+        with record_function("fastgeo.communication"):
+            yield
     except RuntimeError as error:
-        raise OtherRank("the connection to another rank was lost") from error
+        raise LostRank("the connection to another rank was lost") from error
 
 
 class Kind(IntEnum):

@@ -2,11 +2,13 @@
 batch along the other."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastgeo.ranks.agreement import Agreement
+from fastgeo.ranks.agreement import Agreement, fingerprint
 from fastgeo.ranks.axis import Axis
 
 NAMES = ("path", "data")
@@ -50,4 +52,31 @@ class Ranks:
     @property
     def first(self) -> bool:
         """Whether this is the rank that speaks for all."""
-        return self.path.rank == 0 and self.data.rank == 0
+        return self.place == 0
+
+    @property
+    def place(self) -> int:
+        """Of this rank among all."""
+        return self.path.rank * self.data.size + self.data.rank
+
+    @property
+    def count(self) -> int:
+        return self.path.size * self.data.size
+
+    def in_turn(self, batches: Iterable) -> Iterator:
+        """Those of this rank, of the same ones that all draw.
+
+        Raises:
+            ValueError: they have drawn others.
+        """
+        seen = 0
+        for turn, batch in enumerate(batches):
+            seen = (31 * seen + fingerprint(batch)) % 2**32
+            if turn % self.count == self.place:
+                yield batch
+        self.agreement.same("what is evaluated", seen)
+
+    def add_up(self, values: Tensor) -> None:
+        """Make the values their sum over all ranks."""
+        for axis in (self.path, self.data):
+            axis.add_up(values)

@@ -81,7 +81,7 @@ class Share:
     def part(self, whole: Path) -> Path:
         """What this rank holds of a path, between the ends of the whole, on its device."""
         first, last = self.held
-        held = {name: tensor[first:last] for name, tensor in whole.interior.items()}
+        held = {name: tensor[first:last].clone() for name, tensor in whole.interior.items()}
         return whole.with_interior(held).to(self.ranks.device)
 
     def section(self, part: Path) -> Path:

@@ -187,9 +187,8 @@ class RankStates:
                 raise ValueError(f"{file} is of another stage or step: it was moved here")
             if difference := _difference(content["of"], own.of):
                 raise ValueError(f"{folder} belongs to another run: {difference}")
-            place = ranks.path.rank * ranks.data.size + ranks.data.rank
             files = list(content["files"].items())
-            for name, sha256 in files[place :: ranks.path.size * ranks.data.size]:
+            for name, sha256 in files[ranks.place :: ranks.count]:
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(
                         f"cannot read {folder / name}: it was damaged, or is not the one that was "
@@ -205,9 +204,7 @@ class RankStates:
         started, checkpoints, ranks = time.monotonic(), self._checkpoints, self._ranks
         folder = checkpoints._folder_of(step)
         part = folder.with_name(f".{folder.name}{PART}")
-        count = ranks.path.size * ranks.data.size
-        place = ranks.path.rank * ranks.data.size + ranks.data.rank
-        name = f"part-{place:05d}-of-{count:05d}"
+        name = f"part-{ranks.place:05d}-of-{ranks.count:05d}"
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             generators["cuda"] = torch.cuda.get_rng_state("cuda")

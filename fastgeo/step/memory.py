@@ -28,6 +28,19 @@ def path_work(momentum: float) -> str:
     return "optimisation, momentum" if momentum else "optimisation"
 
 
+def point_bytes(parameters: int, *, momentum: bool, ranks: int) -> dict[str, int]:
+    """What a rank of a mesh holds of each of its control points, in bytes, beside activations.
+
+    Args:
+        parameters: P, of those that are trained, in fp32.
+        ranks: how many hold the same points, and share what is updated.
+    """
+    whole, own = 4 * parameters, 4 * -(-parameters // ranks)
+    held = {"weights": whole, "gradient": whole}
+    held |= {"momentum": own} if momentum else {}
+    return held | ({"masters": own} if ranks > 1 else {})
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """What a step takes.

@@ -99,7 +99,7 @@ class Step:
         self._origin = path
         self._half: set[str] = set()
         self._grid: Grid | None = None
-        self.path = self._path_of(self._views())
+        self.path = self._origin = self._path_of(self._views())  # and the one given can go
         self.evaluated = self.path
 
     def keep_half(self, names: Iterable[str]) -> None:

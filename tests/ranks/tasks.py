@@ -1,19 +1,25 @@
 """What the processes of a mesh are asked to do; each is a function of the mesh."""
 
+import errno
 import functools
+import os
 import signal
+import time
 import warnings
 from dataclasses import replace
+from itertools import count
 from pathlib import Path as FilePath
 
 import torch
 import torch.distributed as dist
-from cases import CASES, GEODESIC, STACKED, Net, inputs, linear, run
+from cases import CASES, GEODESIC, LABELLED, STACKED, Net, inputs, linear, run, with_labels
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgeo import Checkpoints, Forward, Path, optimize
+from fastgeo import Checkpoints, Forward, Path, evaluate, optimize
+from fastgeo.profiling import breakdown
 from fastgeo.ranks import alike, states
 from fastgeo.ranks.gather import gather
+from fastgeo.step.step import Step
 from fastgeo.store import checkpoint
 
 
@@ -55,6 +61,14 @@ def sections(mesh) -> tuple[list, Path, Path]:
     how = dict(steps=8, descent=descent, forward=forward, mesh=mesh, on_step=on_step)
     result = optimize(path, Net().double(), batches, **how)
     return seen, result, gather(result, mesh)
+
+
+def evaluated(mesh) -> dict:
+    """In float64, of five batches of other sizes, in some of which rows do not count."""
+    path, module = linear(6), Net().double()
+    splits = {"one": LABELLED + [with_labels(8, 3)], "other": (inputs(30), torch.arange(30) % 5)}
+    how = dict(batch_size=7, forward=STACKED, mesh=mesh)
+    return evaluate(path, module, splits, **how).to_json()
 
 
 # --- States ---------------------------------------------------------------------------------------
@@ -166,6 +180,49 @@ def folder_is_a_file(mesh, file: FilePath):
         optimize(linear(9), Net().double(), [inputs()], checkpoints=checkpoints, **how)
 
 
+class Full:
+    """A file on a disk that is full."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def disk_is_full(mesh, folder: FilePath, what: str):
+    """Of rank 0, when it has written three times."""
+    owner = {"state": states, "log": checkpoint._Log}[what]
+    name = {"state": "write_tensors", "log": "append"}[what]
+    original, calls = getattr(owner, name), count(1)
+
+    def write(*args):
+        full = next(calls) > 3
+        if full and what == "state":
+            Full(None).write(b"")
+        elif full:
+            args[0]._stream = Full(args[0]._stream)
+        return original(*args)
+
+    states.SHARE = checkpoint.SHARE = 0
+    if not dist.get_rank():
+        setattr(owner, name, write)
+    try:
+        with Checkpoints(folder / what, seconds=0, log=folder / f"{what}.log") as checkpoints:
+            run("geodesic", mesh=mesh, checkpoints=checkpoints)
+    finally:
+        setattr(owner, name, original)
+
+
+def folders_differ(mesh, folder: FilePath):
+    """As on a node that does not see the folder of the others."""
+    with Checkpoints(folder / str(dist.get_rank()), seconds=0) as checkpoints:
+        run("geodesic", mesh=mesh, checkpoints=checkpoints)
+
+
 class Coupled(Net):
     """Outputs of an input depend on the others of its batch."""
 
@@ -186,6 +243,21 @@ def coupled(mesh):
 
 
 # --- What is sent and held ------------------------------------------------------------------------
+
+
+@quietly
+def phases(mesh) -> breakdown.Breakdown:
+    """Where a step's time goes, one rank being late in each."""
+    breakdown.matmul_rate = lambda *_: 1e9  # which is not looked at
+
+    def batches():
+        while True:
+            time.sleep(0.05 * dist.get_rank())
+            yield inputs()
+
+    descent = replace(GEODESIC, lr_schedule="constant")
+    how = dict(descent=descent, forward=STACKED, mesh=mesh)
+    return breakdown.breakdown(Net().double(), linear(9), batches(), **how)
 
 
 def written() -> int:
@@ -229,8 +301,11 @@ class Allocated(TorchDispatchMode):
 
 
 def traffic(mesh, points: int) -> dict:
-    """Bytes a step by kind, those that the system has seen, and the shapes of new tensors."""
-    made, ranks = [], alike.Ranks
+    """Bytes a step by kind, those that the system has seen, the shapes of new tensors, and how many
+    bytes of weights, momentum and masters stay."""
+    made, ranks, held = [], alike.Ranks, []
+    step_init = Step.__init__
+    Step.__init__ = lambda self, *a, **k: step_init(self, *a, **k) or held.append(self._blocks)
     alike.Ranks = lambda mesh: made.append(ranks(mesh)) or made[-1]
     seen: list[tuple[dict, int]] = []
     x = torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
@@ -246,7 +321,9 @@ def traffic(mesh, points: int) -> dict:
         with Allocated() as allocated:
             optimize(path, Wide(), batches(), **how)
     finally:
-        alike.Ranks = ranks
+        alike.Ranks, Step.__init__ = ranks, step_init
+    own = {t.data_ptr(): t.nbytes for b in held[-1] for t in (b.weight, b.velocity, b.master)}
     (before, early), (after, late) = seen[2], seen[10]
     sent = {kind: (after[kind] - before.get(kind, 0)) / 8 for kind in after}
-    return dict(sent=sent, seen=(late - early) / 8, shapes=allocated.shapes)
+    seen_by_system = (late - early) / 8
+    return dict(sent=sent, seen=seen_by_system, shapes=allocated.shapes, held=sum(own.values()))

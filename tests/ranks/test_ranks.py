@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import tasks
 import torch
-from cases import CASES, STEPS, run
+from cases import CASES, STEPS, Net, linear, run
 from spawned import SECONDS, Raised, results
 
-from fastgeo import Forward
+from fastgeo import Descent, Forward
 from fastgeo.ranks.blocks import END, POINT, Blocks
+from fastgeo.step.memory import point_bytes
+from fastgeo.step.step import Step
 
 EQUAL = {  # which of the cases are done on which mesh
     (2, 1): ["coarse to fine", "bezier"],
@@ -40,7 +43,11 @@ def of_two(folder):
         "one loader ends": ((2, 1), tasks.one_loader_ends, ()),
         "settings differ": ((2, 1), tasks.settings_differ, ()),
         "folder is a file": ((2, 1), tasks.folder_is_a_file, (folder / "file",)),
+        "state": ((2, 1), tasks.disk_is_full, (folder, "state")),
+        "log": ((2, 1), tasks.disk_is_full, (folder, "log")),
+        "folders differ": ((2, 1), tasks.folders_differ, (folder,)),
         "coupled": ((1, 2), tasks.coupled, ()),
+        "phases": ((2, 1), tasks.phases, ()),
         "traffic (1, 2)": ((1, 2), tasks.traffic, (7,)),
         "chain": ((2, 1), tasks.with_states, (folder / "chain", STATES, 11)),
     }
@@ -51,6 +58,7 @@ def of_three(folder):
         "network fails at once": ((3, 1), tasks.network_fails, (Forward(engine="stacked"), 1)),
         "network fails late": ((3, 1), tasks.network_fails, (Forward(engine="loop", chunk=1), 2)),
         "callback": ((3, 1), tasks.callback_raises, ()),
+        "evaluated": ((3, 1), tasks.evaluated, ()),
         "sections": ((3, 1), tasks.sections, ()),
         "chain": ((3, 1), tasks.with_states, (folder / "chain", STATES, None)),
         "grid": ((3, 1), tasks.with_states, (folder / "grid", STATES, None)),
@@ -62,6 +70,7 @@ def of_three(folder):
 
 def of_four(folder):
     return {
+        "evaluated": ((2, 2), tasks.evaluated, ()),
         "again": ((2, 2), tasks.optimized, ("chunks of two",)),
         "traffic (4, 1)": ((4, 1), tasks.traffic, (23,)),
         "traffic (2, 2)": ((2, 2), tasks.traffic, (7,)),
@@ -184,6 +193,18 @@ def test_every_rank_is_given_its_section(found, one_process):
     assert [len(section) - 2 for _, section in middle] == [1] * 4 + [3] * 3 + [3]
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_ranks_evaluate_a_path_together(found, ranks):
+    def numbers(value):
+        nested = value.values() if isinstance(value, dict) else value
+        return [n for one in nested for n in (numbers(one) if hasattr(one, "__len__") else [one])]
+
+    expected = numbers(tasks.evaluated(None))
+    assert len(expected) == 2 * (6 + 6 + 4) + 5
+    for result, _ in found[ranks, "evaluated"]:
+        assert numbers(result) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
 # --- States ---------------------------------------------------------------------------------------
 
 
@@ -268,6 +289,22 @@ def test_where_rank_0_cannot_write_all_say_so(found):
         assert raised.kind == "OSError" and raised.text.startswith("cannot write ")
 
 
+@pytest.mark.parametrize("what, file", [("state", "optimize-00000000[1-9]"), ("log", "log")])
+def test_a_full_disk_of_rank_0_ends_all_and_leaves_the_states_before(found, what, file):
+    for rank, (raised, seconds) in enumerate(found[2, what]):
+        assert raised.kind == ("OtherRank" if rank and what == "log" else "OSError")
+        assert re.search(rf"cannot write .*{file}: No space left on device$", raised.text)
+        assert seconds < SOON
+    left = [entry.name for entry in (found["folder"] / what).iterdir()]
+    assert left and all(re.fullmatch(r"optimize-\d{9}", name) for name in left)
+
+
+def test_a_folder_that_one_rank_does_not_see_is_said_on_all(found):
+    for raised, seconds in found[2, "folders differ"]:
+        assert raised.kind == "OSError" and "which rank 0 has made: all need one" in raised.text
+        assert seconds < SOON
+
+
 # --- What is sent and held ------------------------------------------------------------------------
 
 
@@ -294,16 +331,38 @@ def test_bytes_a_step_are_those_of_the_formulas(found, shape, points):
         assert traffic["sent"]["agreement"] < 2000
         kinds = {kind for kind, count in traffic["sent"].items() if count}
         assert kinds <= {*expected, "agreement"}
+        point = point_bytes(P, momentum=True, ranks=data)
+        sizes = [tensor for what, tensor in point.items() if what != "gradient"]
+        assert traffic["held"] == blocks.of[rank // data].size * sum(sizes)
         # The system's own count: with headers, and gloo reduces whole gradients, not a ring's share
         # of them; but there is no gather that is not told of.
         least = sum(expected.values())
         assert least <= traffic["seen"] < 1.1 * (least + expected["gradients"]) + 15_000
 
 
+def test_communication_is_a_phase_of_a_step(found):
+    first, late = (one for one, _ in found[2, "phases"])
+    for rank, one in enumerate((first, late)):
+        assert sum(one.phases.values()) == pytest.approx(one.ms)
+        assert one.communication[rank] == pytest.approx(one.phases["communication"] / one.ms)
+        assert all(0 < one.phases[name] for name in ("forward", "backward", "update"))
+    assert late.phases["data"] > 50 and first.phases["communication"] > 40  # ms, waiting for it
+    assert "Ranks send and wait for others in " in str(first)
+
+
 def test_no_rank_makes_room_for_all_points(found):
     for traffic, _ in found[4, "traffic (4, 1)"]:
         rows = {shape[0] for shape in traffic["shapes"] if shape[1:].numel() > 23}
         assert rows and not rows & {21, 22, 23}
+
+
+def test_steps_keep_nothing_of_the_path_that_they_are_given():
+    path = linear(5)
+    given = [weakref.ref(path.interior[name]) for name in ("first.weight", "twice.weight")]
+    step = Step(path, Net().double(), Descent())
+    del path
+    assert [one() for one in given] == [None, None]
+    assert len(step.copied_path()) == 5
 
 
 def test_without_a_mesh_nothing_of_ranks_is_imported():
