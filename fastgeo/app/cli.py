@@ -72,6 +72,28 @@ class Command:
         """The folder of a run whose settings are the defaults."""
         return None
 
+    @property
+    def along(self) -> int | None:
+        """How many processes of torchrun are along the path, if that is said."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnRanks(Command):
+    """A command that takes steps on a path, and may do so on several processes.
+
+    Attributes:
+        ranks_path: of the processes that torchrun started, how many hold parts of the path; the
+            others share the batch. As many as it has points for by default
+    """
+
+    ranks_path: int | None = None
+
+    @property
+    def along(self) -> int | None:
+        within(1, ranks_path=self.ranks_path or 1)
+        return self.ranks_path
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage(Command):
@@ -102,7 +124,9 @@ class _Stage(Command):
     def __call__(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on and --overwrite begins anew; give one of them")
-        with self.opened() as run:
+        from fastgeo.app.company import noted
+
+        with self.opened() as run, noted(run):
             run.pace, run.quiet, run.drawing = self.pace, self.quiet, self.drawing
             _say_if_busy()
             print(self.do(run))
@@ -139,7 +163,7 @@ class _New(_Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCommand(_New):
+class RunCommand(_OnRanks, _New):
     """Train two networks, match them, find the geodesic or a curve between them, and report.
 
     Attributes:
@@ -225,7 +249,7 @@ class MatchCommand(_Existing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizeCommand(_Existing):
+class OptimizeCommand(_OnRanks, _Existing):
     """Optimise the path from a to the matched b; needs `fastgeo match`.
 
     Attributes:
@@ -339,8 +363,9 @@ class CompareCommand(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileCommand(Command):
+class ProfileCommand(_OnRanks):
     """Time an optimisation step against the loops people write instead; needs no run folder.
+    On several processes, say where the time of their common step goes.
 
     Attributes:
         preset: whose settings are the defaults: digits, text, paper-small, cifar10 or paper
@@ -361,13 +386,14 @@ class ProfileCommand(Command):
     def __call__(self) -> None:
         from fastgeo.app.stages import profile
 
-        profile(
-            self.config,
-            repeats=self.repeats,
-            compiled=self.compiled,
-            trace=self.trace,
-            rows_file=self.json,
-        )
+        with _said_once():
+            profile(
+                self.config,
+                repeats=self.repeats,
+                compiled=self.compiled,
+                trace=self.trace,
+                rows_file=self.json,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,14 +425,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         _progress_by_lines(),
     ):
         _wait_without_spinning()
-        command = _command(list(sys.argv[1:] if argv is None else argv))
+        with _said_once():
+            command = _command(list(sys.argv[1:] if argv is None else argv))
         from fastgeo_kernels import keep_pages
 
         keep_pages()
         if _launched():
             from fastgeo.app.company import together
 
-            together(command, getattr(command, "folder", None))
+            together(command, along=command.along, alike=isinstance(command, ProfileCommand))
+        elif command.along is not None:
+            raise ValueError("--ranks-path is for several processes, which torchrun starts")
         else:
             command()
 
@@ -414,6 +443,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _launched() -> bool:
     """Whether torchrun started this process beside others."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _follows() -> bool:
+    """Whether another of those is the first."""
+    return _launched() and os.environ["RANK"] != "0"
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """What all processes of torchrun would say is said by the first alone."""
+    with contextlib.ExitStack() as stack:
+        if _follows():
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+            stack.enter_context(_errors_as_sentences())
+        yield
 
 
 @contextlib.contextmanager
@@ -430,9 +476,10 @@ def _errors_as_sentences() -> Iterator[None]:
             "OutOfMemoryError": "out of memory; lower batch-size, eval-batch-size or points",
             "OtherRank": str(error),
         }
-        if type(error).__name__ not in sentence:
+        names = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in sentence]
+        if not names:
             raise
-        _complain(f"fastgeo: {sentence[type(error).__name__]}", error)
+        _complain(f"fastgeo: {sentence[names[0]]}", error)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt as error:
         _complain(f"\nfastgeo: {error if str(error) else 'interrupted'}", error)
@@ -502,8 +549,9 @@ def _command(argv: list[str]) -> Command:
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     command = _parsed(argv, preset, method, PRESETS[preset])
-    # A preset that is named says what the settings are to be, also with --resume.
-    if command.there is not None and first.preset is None:
+    # A preset that is named says what the settings are to be, also with --resume. What follows is
+    # told the folder by the first process, which says so if it is not seen.
+    if command.there is not None and first.preset is None and not _follows():
         from fastgeo.app.folder import Run
 
         command = _parsed(argv, preset, method, Run.open(command.there).config)

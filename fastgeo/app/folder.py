@@ -14,6 +14,7 @@ report.json             the evaluation of the three paths
 report.md, path_loss.png, path_length.png      (and the figures as .pdf or .svg, by --format)
 plane.json, plane.png   the plane around the path, if it is asked for
 checkpoint/             where a stage that is not finished goes on from
+stopped.json            how a command on several processes ended
 training.csv, metrics.csv, tensorboard/     if they are asked for by --log
 """
 

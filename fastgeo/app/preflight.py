@@ -1,9 +1,11 @@
 """What is looked at before a run begins or goes on: settings that cannot work are refused early."""
 
+import os
 from dataclasses import replace
 
 import torch
 
+from fastgeo.app.company import shape_of
 from fastgeo.app.given import Given
 from fastgeo.data.inputs import arguments, on_device
 from fastgeo.data.loaders import LoaderData
@@ -89,10 +91,11 @@ def _memory(given: Given) -> None:
     params = {name: tensor[None] for name, tensor in given.module.state_dict().items()}
     own = isinstance(given.dataset, LoaderData)
     points, batch_size = c.path.points, c.path.batch_size
-    at_once = c.descent.nodes or points - 2
+    along, over = shape_of(c)
+    rows, at_once = -(-batch_size // over), -(-(c.descent.nodes or points - 2) // along)
     steps = {
         "training": ("training", c.training.train_batch_size, c.ends.count, False, True),
-        "optimisation": (path_work(c.descent.momentum), batch_size, at_once, True, True),
+        "optimisation": (path_work(c.descent.momentum), rows, at_once, True, True),
         "evaluation": ("evaluation", c.evaluation.eval_batch_size, points, False, False),
     }
     if c.ends.files:
@@ -110,10 +113,13 @@ def _memory(given: Given) -> None:
         finds = how.engine == "auto" and not (c.path.cuda_graph and what == "optimisation")
         chunk = 1 if how.chunk is None and finds else how.chunk  # auto finds one
         peak = need.peak(networks, chunk, streamed=streamed)
-        if peak > free:
-            fits = need.fitting(networks, free, streamed=streamed)
+        left = free
+        if along * over > 1 and streamed and given.device.type == "cpu":
+            left //= int(os.environ["LOCAL_WORLD_SIZE"])  # which do so at once
+        if peak > left:
+            fits = need.fitting(networks, left, streamed=streamed)
             advice = "smaller batches" if fits is None else f"--chunk {fits}"
             raise ValueError(
-                f"a step of the {what} would take about {size_of(peak)}, and {size_of(free)} "
+                f"a step of the {what} would take about {size_of(peak)}, and {size_of(left)} "
                 f"are free on {given.device}; give {advice}"
             )

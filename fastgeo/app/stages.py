@@ -14,7 +14,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fastgeo.app import plot, preflight, report
-from fastgeo.app.company import mesh_of
+from fastgeo.app.company import mesh_of, mesh_of_all
 from fastgeo.app.config import Config
 from fastgeo.app.folder import PLANE, READS, STAGES, WEIGHTS, Run
 from fastgeo.app.given import Given, State
@@ -28,6 +28,8 @@ from fastgeo.plane import Plane, plane
 from fastgeo.profiling.breakdown import breakdown
 from fastgeo.profiling.compare import chosen_forward, compare
 from fastgeo.profiling.measure import headline, machine, table
+from fastgeo.ranks.axis import OtherRank
+from fastgeo.ranks.mesh import Ranks
 from fastgeo.recalibrate import recalibrate
 from fastgeo.step.engines import checked_once
 from fastgeo.store import checkpoint
@@ -112,7 +114,7 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
     c, given = run.config, run.given
     with _stage(run, "optimize") as found:
         forward, on_choice = run.forward("optimize")
-        line, mesh = first_path(run), mesh_of(run)
+        line, mesh = first_path(run), mesh_of(run, "optimize")
         with _steps(run, "optimize", "metrics", found) as (checkpoints, log):
             path = optimized(
                 *(run, line, forward, checkpoints),
@@ -172,36 +174,16 @@ def optimized(
 
 def evaluate_paths(run: Run) -> None:
     """Evaluate the line, the matched line and the optimised path, and write report.json."""
-    c, given = run.config, run.given
+    given = run.given
     with _stage(run, "evaluate") as found:
         started = time.perf_counter()
-        a, b = run.ends
-        paths = {
-            "linear": _line(c, a, b),
-            "matched": _line(c, a, run.matched),
-            c.method: Path.load(run.file("path.safetensors"), given.device),
-        }
-        in_order, size = given.dataset.in_order, c.evaluation.eval_batch_size
-        splits = {split: in_order(split, size) for split in ("train", "test")}
-        if given.dataset.augmented:
-            splits["augmented_train"] = in_order("train", size, augment_seed=c.path.path_seed)
         checkpoints = run.checkpoints("evaluate")
         saved = checkpoints.load("evaluate")
         results = {} if saved is None else saved.values["results"]
         found["seconds"] = checkpoints.seconds_before
-        for name, path in paths.items():
-            if name in results:
-                continue
-            forward, on_choice = run.forward("evaluate")
-            results[name] = evaluate(
-                path,
-                given.module,
-                splits,
-                forward=forward,
-                on_choice=on_choice,
-                progress=not run.quiet,
-                description=f"evaluate {name}",
-            ).to_json()
+        mesh = mesh_of(run, "evaluate")
+        for name, result in evaluations(run, mesh, len(results)):
+            results[name] = result
             state = checkpoint.State(len(results), {}, {"results": results})
             checkpoints.reached(state, save=True)
         seconds = found["seconds"] + time.perf_counter() - started
@@ -209,6 +191,37 @@ def evaluate_paths(run: Run) -> None:
         files = {name: run.recorded(name) or "" for name in WEIGHTS}
         content = report.build(given, stages, run.engines, files, results)
         write_json(run.file("report.json"), content)
+
+
+def evaluations(run: Run, mesh: DeviceMesh | None, known: int) -> Iterator[tuple[str, dict]]:
+    """Names of the paths of a run and what is found of them, but for those that are known; on a
+    mesh in all of its processes, where the first knows them."""
+    c, given = run.config, run.given
+    ranks = None if mesh is None else Ranks(mesh)
+    known = known if ranks is None else ranks.agreement.objects(known)[0]
+    a, b = run.ends
+    paths = {
+        "linear": _line(c, a, b),
+        "matched": _line(c, a, run.matched),
+        c.method: Path.load(run.file("path.safetensors"), given.device),
+    }
+    in_order, size = given.dataset.in_order, c.evaluation.eval_batch_size
+    splits = {split: in_order(split, size) for split in ("train", "test")}
+    if given.dataset.augmented:
+        splits["augmented_train"] = in_order("train", size, augment_seed=c.path.path_seed)
+    for name, path in list(paths.items())[known:]:
+        forward, on_choice = run.forward("evaluate")
+        found = evaluate(
+            path,
+            given.module,
+            splits,
+            forward=forward,
+            on_choice=on_choice if ranks is None or ranks.first else None,
+            progress=not run.quiet,
+            description=f"evaluate {name}",
+            mesh=mesh,
+        )
+        yield name, found.to_json()
 
 
 def plot_report(run: Run) -> None:
@@ -271,6 +284,20 @@ DO: dict[str, Callable[[Run], None]] = {
 }
 
 
+def _help_to_optimize(run: Run, mesh: DeviceMesh) -> None:
+    with run.checkpoints("optimize", "metrics.jsonl") as checkpoints:
+        optimized(run, first_path(run), run.forward("optimize")[0], checkpoints, mesh=mesh)
+
+
+def _help_to_evaluate(run: Run, mesh: DeviceMesh) -> None:
+    for _ in evaluations(run, mesh, 0):
+        pass
+
+
+HELP = {"optimize": _help_to_optimize, "evaluate": _help_to_evaluate}
+"""what other processes do for the first one's in a stage"""
+
+
 def run_all(run: Run) -> str:
     """All stages in order, but for those that are finished; returns the summary table."""
     with checked_once():
@@ -312,17 +339,26 @@ def profile(
         )
     preflight.check(given)
     print(headline(machine()), flush=True)
-    a, b = given.weights() or [given.new_module().to(given.device).state_dict() for _ in range(2)]
+    with seeded(c.path.path_seed, given.device):  # alike in all processes
+        new = (given.new_module().to(given.device).state_dict() for _ in range(2))
+        a, b = given.weights() or new
     path, module = _line(c, a, b), given.module
     order = torch.Generator().manual_seed(c.path.path_seed)
     batches = given.dataset.shuffled(c.path.batch_size, order)
     inputs, _ = next(batches)
+    setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {given.batch_size}"
+    how: dict[str, Any] = dict(trace=trace)
+    how["descent"] = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
+    if (mesh := mesh_of_all(given)) is not None:
+        if rows_file is not None:
+            raise ValueError("--json takes the table of one process; leave it out under torchrun")
+        print(f"\n{setting}\n", flush=True)
+        print(breakdown(module, path, batches, forward=c.forward, mesh=mesh, **how))
+        return
     forward = chosen_forward(module, path, inputs, c.forward)
     rows = compare(module, path, inputs, repeats=repeats, compiled=compiled, forward=forward)
-    setting = f"{c.ends.model}, {c.data.data}, N = {c.path.points}, B = {given.batch_size}"
     print(f"\n{setting}\n\n{table(rows)}\n\n{LEGEND}\n", flush=True)
-    descent = replace(c.descent, lr_schedule="constant", coarse_to_fine=False)
-    print(breakdown(module, path, batches, descent=descent, forward=forward, trace=trace))
+    print(breakdown(module, path, batches, forward=forward, **how))
     if rows_file is not None:
         rows = [{"setting": setting, **row} for row in rows]
         write_json(rows_file, {"environment": machine(), "rows": rows})
@@ -340,7 +376,7 @@ def _stage(run: Run, name: str) -> Iterator[dict[str, Any]]:
         run.verify(READS[name])
         with seeded(run.config.path.path_seed, run.given.device):
             yield found
-    except (Stopped, KeyboardInterrupt, OSError) as error:
+    except (Stopped, KeyboardInterrupt, OSError, OtherRank) as error:
         error.add_note(f"go on with: {run.go_on}")
         raise
     except Exception as error:

@@ -94,7 +94,8 @@ class Checkpoints:
     """States of one loop in a folder, saved now and then, and before it stops.
 
     As a context, SIGINT and SIGTERM let the loop finish its step and save its state, which raises
-    `Stopped`; a second one stops it at once. Any other error leaves the last good state there.
+    `Stopped`; a second one stops it at once, but for processes of torchrun, which passes on what
+    they may have had already. Any other error leaves the last good state there.
 
     Args:
         folder: made when it is first needed.
@@ -132,6 +133,7 @@ class Checkpoints:
         self._now: State | None = None
         self._before: State | None = None
         self._asked: Stopped | None = None
+        self._signal = 0  # by which
         self._handlers: dict[int, Any] = {}
 
     def load(self, stage: str) -> State | None:
@@ -231,13 +233,19 @@ class Checkpoints:
             self._handlers.clear()
             if self.log is not None:
                 self.log.close()
+        if error is None and self._asked is not None:  # after the last step
+            signal.raise_signal(self._signal)
 
     def _ask(self, number: int, frame: Any) -> None:
         why, code = SIGNALS[number]
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if self._asked is not None and launched:
+            return
         if self._asked is not None:
             raise Stopped(f"{why} at once", code)
-        self._asked = Stopped(why, code)
-        tqdm.write(f"{why}: finishing the step; interrupt again to stop at once", file=sys.stderr)
+        self._asked, self._signal = Stopped(why, code), number
+        again = "" if launched else "; interrupt again to stop at once"
+        tqdm.write(f"{why}: finishing the step{again}", file=sys.stderr)
 
     def _saved_folders(self) -> list[FilePath]:
         """The newest first."""
