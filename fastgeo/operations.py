@@ -1,8 +1,10 @@
-"""The operations that networks are made of: the stacked form and the axis rule of each.
+"""The operations that networks are made of: the stacked form and the axis rules of each.
 
 A row names functions of torch's, wherever they are found (`torch.NAME`, `F.NAME`, the tensor
 method, `torch.ops.aten.NAME`, ...), and says how N networks compute them in one call
-(`fastgeo.stacking.forms`) and what they do to the axes of their inputs (`fastgeo.symmetry.rules`).
+(`fastgeo.stacking.forms`) and what they do to the axes of their inputs, where those are permuted
+(`fastgeo.symmetry.rules`) and where linear maps act on them (`fastgeo.symmetry.linear`; True: as
+where they are permuted; without it, permutations are all that may act on what they meet).
 Whether they draw random numbers or are elementwise is what torch's tags say, unless a row says so.
 A function in no row runs stacked by torch's batching rule, or if it is written in Python as it is,
 for the functions that it calls; its axes are those of the operations that it is made of. A name
@@ -22,6 +24,7 @@ from torch import Tensor
 from fastgeo.forward.standin import TABLE, tagged
 from fastgeo.stacking.forms import arithmetic, layers, recurrent
 from fastgeo.stacking.stacked import batched
+from fastgeo.symmetry import linear as maps
 from fastgeo.symmetry import rules
 
 HOLDERS: tuple[Any, ...] = (torch, F, Tensor, torch._C._nn, torch._C._VariableFunctions)
@@ -36,6 +39,7 @@ def row(
     rule: Callable | None = None,
     *,
     form_of: Callable | None = None,
+    linear: Callable | bool | None = None,
     **flags: bool,
 ) -> None:
     """Rows of the table; form_of: takes the function itself first."""
@@ -50,15 +54,19 @@ def row(
             if isinstance(function, property | types.GetSetDescriptorType):
                 function = function.__get__
             own = form if form_of is None else partial(form_of, function)
-            TABLE[function] = tagged(name)._replace(form=own, rule=rule, **flags)
+            ways: dict[str, Any] = dict(form=own, rule=rule, linear=linear, **flags)
+            TABLE[function] = tagged(name)._replace(**ways)
 
 
-row("add", form_of=arithmetic.add)
+row("add", form_of=arithmetic.add, linear=maps.sums)
+row("sub subtract", elementwise=True, linear=maps.sums)
+row("mul multiply", elementwise=True, linear=maps.product)
+row("div divide", elementwise=True, linear=maps.quotient)
+row("neg", elementwise=True, linear=maps.alike)
+row("pow", elementwise=True, linear=maps.squares)
 row("relu", form_of=arithmetic.relu)
-row(
-    "float half bfloat16 double int long bool detach multiply divide subtract hardswish",
-    elementwise=True,
-)
+row("float half bfloat16 double int long bool hardswish", elementwise=True)
+row("detach", elementwise=True, linear=maps.alike)
 row("equal", elementwise=False)
 row("max min", rule=rules.extreme, elementwise=False)
 row("to type_as cpu cuda type", form_of=arithmetic.to)
@@ -73,15 +81,17 @@ row("contiguous", arithmetic.contiguous)
 row("new_zeros new_ones new_full new_empty", form_of=arithmetic.alike, rule=rules.alike)
 row("empty_like full_like ones_like zeros_like", form_of=arithmetic.alike, rule=rules.alike)
 row("new_tensor", form_of=arithmetic.alike)
-row("_to_copy clone alias copy fill zero lift_fresh", rule=rules.elementwise)
+row("_to_copy clone alias", rule=rules.elementwise, linear=maps.alike)
+row("copy fill zero lift_fresh", rule=rules.elementwise)
 row("dropout", arithmetic.dropout)
 row("masked_fill", form_of=arithmetic.masked_fill)
 row("count_nonzero", arithmetic.count_nonzero)
 
-row("matmul bmm mm mv dot", arithmetic.matmul, rules.matmul)
-row("addmm", arithmetic.addmm)
+row("matmul bmm mm mv dot", arithmetic.matmul, rules.matmul, linear=maps.matmul)
+row("addmm", arithmetic.addmm, linear=maps.addmm)
 row("argmax argmin", form_of=arithmetic.place, rule=rules.place)
-row("sum mean any all prod amax amin", rule=rules.reduction)
+row("sum mean", rule=rules.reduction, linear=maps.reduction)
+row("any all prod amax amin", rule=rules.reduction)
 row("var std var_mean std_mean", rule=rules.variance)
 row("cumsum cumprod logcumsumexp cummax cummin flip", rule=rules.in_order)
 row("sort argsort", rule=rules.stable_sort)
@@ -91,19 +101,20 @@ row(
     "view reshape flatten ravel unflatten view_as reshape_as",
     form_of=arithmetic.regrouped,
     rule=rules.regrouped,
+    linear=True,
 )
-row("_unsafe_view _reshape_alias squeeze unsqueeze", rule=rules.regrouped)
-row("permute", form_of=arithmetic.permute, rule=rules.permute)
+row("_unsafe_view _reshape_alias squeeze unsqueeze", rule=rules.regrouped, linear=True)
+row("permute", form_of=arithmetic.permute, rule=rules.permute, linear=True)
 row("as_strided", rule=rules.restrided)
-row("transpose swapaxes swapdims", arithmetic.transpose, rules.transpose)
-row("expand", rule=rules.expand)
+row("transpose swapaxes swapdims", arithmetic.transpose, rules.transpose, linear=True)
+row("expand", rule=rules.expand, linear=maps.expand)
 row("repeat", rule=rules.repeat)
-row("cat concat concatenate", arithmetic.cat, rules.cat)
-row("stack", rule=rules.stack)
-row("split split_with_sizes unsafe_split unsafe_split_with_sizes", rule=rules.in_parts)
-row("unbind", rule=rules.unbind)
-row("select", rule=rules.select)
-row("slice", rule=rules.sliced)
+row("cat concat concatenate", arithmetic.cat, rules.cat, linear=True)
+row("stack", rule=rules.stack, linear=True)
+row("split split_with_sizes unsafe_split unsafe_split_with_sizes", rule=rules.in_parts, linear=True)
+row("unbind", rule=rules.unbind, linear=True)
+row("select", rule=rules.select, linear=True)
+row("slice", rule=rules.sliced, linear=True)
 row("view_as_real", rule=rules.finer)
 row("view_as_complex", rule=rules.as_complex)
 row("index _unsafe_index", rule=rules.index)
@@ -114,15 +125,16 @@ row("__getitem__", arithmetic.get_item)
 
 row("linear", layers.linear)
 row("bilinear", layers.bilinear)
-row("embedding", layers.embedding, rules.embedding)
+row("embedding", layers.embedding, rules.embedding, linear=True)
 row("_weight_norm", layers.weight_norm)
 row("layer_norm", layers.layer_norm)
+row("native_layer_norm", linear=maps.layer_norm)
 row("rms_norm", layers.rms_norm)
 row("group_norm", layers.group_norm)
 row("batch_norm instance_norm", form_of=layers.channel_norm)
 row("pad", layers.pad)
 row("constant_pad_nd", rule=rules.pad)
-row("convolution", rule=rules.conv)
+row("convolution", rule=rules.conv, linear=maps.convolution)
 row("mkldnn_rnn_layer", rule=rules.recurrent_layer)
 row("native_group_norm", rule=rules.group_norm)
 row("native_batch_norm _native_batch_norm_legit_no_training", rule=rules.batch_norm)

@@ -97,12 +97,15 @@ class Operation(NamedTuple):
     Attributes:
         form: takes N and what the function takes, with `Stacked` values; None if there is none.
         rule: takes the output and what the function takes, with axes; None if there is none.
+        linear: the same where linear maps act on axes, True if its rule holds for them; None where
+            no more than permutations may act on what it meets.
         random: whether every network has random numbers of its own, whatever it is given.
         elementwise: whether it treats every number alike.
     """
 
     form: Callable | None = None
     rule: Callable | None = None
+    linear: Callable | bool | None = None
     random: bool = False
     elementwise: bool = False
 

@@ -7,6 +7,11 @@ best permutations within them, then the best permutation of heads given what eac
 Where a parameter has a family on two of its axes the inner product is quadratic: the same step is
 taken from where it stands, and kept if it gains.
 
+Channels that may be mixed (`PermutationSpec.mixed`) have orthogonal matrices in the place of
+permutations: the best one is that of the orthogonal Procrustes problem, and a pair of heads is
+worth the sum of singular values (P. H. Schönemann, "A generalized solution of the orthogonal
+Procrustes problem", Psychometrika, 1966).
+
 No weight is copied: b is permuted a block at a time where that is asked for, and what pairs of
 positions are worth is kept until a permutation moves that it depends on.
 """
@@ -20,9 +25,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fastgeo.symmetry.spec import Block, Permutations, PermutationSpec
+from fastgeo.symmetry.spec import Block, Permutations, PermutationSpec, nearest_orthogonal
 
 PART = 2**21  # numbers of a and of b that are float64 at a time
+PROCRUSTES = 40  # FLOP of an orthogonal Procrustes problem of n positions, over n^3
 ASSIGNMENT = 4  # FLOP of a product take as long as the assignment of n positions, over n^3
 ROUNDING = 1e-12  # of the largest gain of a pair of positions: less is no improvement
 Pair = tuple[Block, Tensor, Tensor]  # a block, and that part of a and of b
@@ -77,7 +83,7 @@ class Assignment:
         """Blocks and axes whose gains are kept, those first that take the most products for their
         size, in as much memory as b has."""
         rows = {
-            (i, axis): self.permutations[name].numel()
+            (i, axis): math.prod(self._shape(name))
             for own in self._leaves.values()
             for i, axis, name in own
         }
@@ -119,8 +125,10 @@ class Assignment:
 
     def positions(self, name: str, permutations: Permutations) -> Tensor:
         """The old position at each new one of a permutation, both counted through what it is
-        within: [sizes of that x size]."""
-        shape = self.permutations[name].shape
+        within: [sizes of that x size]; of a permutation of what is mixed only the latter."""
+        shape = self._shape(name)
+        if name in self.spec.mixed:
+            permutations = {n: p for n, p in permutations.items() if n != name}
         nested = tuple(tuple(range(i)) for i in range(len(shape)))
         axes = (*self.spec.channels[name].within, name)
         block = Block(name, 0, tuple(shape), (), axes, nested)
@@ -220,20 +228,26 @@ class Assignment:
         places = (*block.within[axis], axis)
         gain = _products(self.a[i], self.part(i, permutations), places, dtype)
         self.work += 2.0 * len(gain) * self.a[i].numel() * dtype.itemsize / 8
+        if name in self.spec.mixed:  # by what was there before the matrices
+            matrices = permutations[name].to(gain)
+            gain = gain.view(len(gain), *matrices.shape[:-2], 1, matrices.shape[-1]) @ matrices
+            gain = gain.view(len(gain), -1)
         old = self.positions(name, permutations).to(gain.device)
         return torch.empty_like(gain).index_copy_(1, old, gain)
 
     def shaped(self, name: str, matrix: Tensor) -> Tensor:
         """[new, old] as [sizes of what it is within, size] of the new position, and of the old."""
-        return matrix.view(*self.permutations[name].shape * 2)
+        return matrix.view(*self._shape(name) * 2)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The sizes of what a permutation is within, and its own."""
+        shape = tuple(self.permutations[name].shape)
+        return shape[:-1] if name in self.spec.mixed else shape
 
     def solve(self, root: str, gains: Mapping[str, np.ndarray]) -> tuple[Permutations, float]:
         """The best permutations of a family for such gains, and by how much they are better than
         those that are."""
-        found = {
-            name: torch.empty(self.permutations[name].shape, dtype=torch.int64)
-            for name in self._members[root]
-        }
+        found = {name: torch.empty_like(self.permutations[name]) for name in self._members[root]}
         worth, best = self._solve(root, gains, (), ())
         _write(best, found, ())
         return found, worth - self._now(root, gains, (), ())
@@ -243,6 +257,10 @@ class Assignment:
         all those within it: (name, assignment, for each position the same of what is within)."""
         size, inner = self.spec.channels[name].size, self._children(name)
         gain = gains[name][(*new, slice(None), *old)] if name in gains else np.zeros((size, size))
+        if name in self.spec.mixed:
+            self.work += PROCRUSTES * size**3
+            matrix = nearest_orthogonal(torch.from_numpy(gain), self.spec.mixed[name].keeps_mean)
+            return (matrix.numpy() * gain).sum(), (name, matrix.numpy(), [])
         below = {}
         if inner:
             gain = gain.copy()
@@ -259,6 +277,9 @@ class Assignment:
         """What it is worth to leave everything where it is."""
         index, inner = self.permutations[name][new].numpy(), self._children(name)
         worth = 0.0
+        if name in self.spec.mixed:
+            gain = gains[name][(*new, slice(None), *old)] if name in gains else 0.0
+            return (gain * self.permutations[name][new].numpy()).sum()
         if name in gains:
             worth = gains[name][(*new, slice(None), *old)][np.arange(len(index)), index].sum()
         for child in inner:

@@ -1,10 +1,13 @@
-"""Matching: permute the channels of one network towards another.
+"""Matching: permute, or mix, the channels of one network towards another.
 
 By weights, coordinate descent on the inner product of the parameters of a and of the permuted b
 (Ainsworth et al., "Git Re-Basin", 2022), biases, norm weights and all other parameters included:
 with every other family of permutations held fixed, the best one is found by linear assignment
 (`fastgeo.matching.assignment`). No step lowers the objective. By activations, the assignment that
 correlates the features on a batch the most (`fastgeo.matching.activations`).
+
+With all symmetries (`fastgeo.symmetry.mixing`) both networks are brought to the same form first
+(`fastgeo.matching.folding`), then permuted, and from there on rotations take part in the descent.
 """
 
 import copy
@@ -13,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,15 +31,18 @@ from fastgeo.data.inputs import Inputs, arguments, tensors_by_name, tensors_with
 from fastgeo.forward.modes import looked_at
 from fastgeo.matching.activations import correlations
 from fastgeo.matching.assignment import Assignment, inner
+from fastgeo.matching.folding import folded
 from fastgeo.matching.relaxation import Relaxation
 from fastgeo.path import StateDict, check_same_form, check_tied, size_of, state_of, uncompiled
 from fastgeo.step.agreement import refuse_random
 from fastgeo.symmetry.derive import Symmetries, example
+from fastgeo.symmetry.mixing import with_mixing
 from fastgeo.symmetry.spec import Permutations, PermutationSpec
 
 SAME_FUNCTION = 1e-10  # relative change of outputs by a permutation, in float64
 ROUNDINGS = 10  # times as much as rounding all parameters does may a permutation change
 METHODS = ("weights", "activations")
+SYMMETRIES = ("permutation", "all")
 RELAXED_STEPS = 100  # at most; it nearly always stops long before
 DELAY = 1  # seconds, before which there is no progress bar
 LEAST_WORK = 5e10  # FLOP, about a second: so much work a start may do, if the first did less
@@ -48,7 +54,10 @@ class Matching:
 
     Attributes:
         state_dict: b with its channels permuted; it computes what b computes.
-        permutations: name -> int64 [..., size], new position -> old position (`PermutationSpec`).
+        a: what it is to be joined with: the state of a, with all symmetries in the form that
+            `state_dict` has, too, which computes what a computes.
+        permutations: name -> int64 [..., size], new position -> old position (`PermutationSpec`),
+            or, of channels that are mixed, orthogonal matrices [..., size, size].
         spec: the symmetries of the network; `print(spec)` says what is permuted, what stays and
             why.
         objective_before, objective_after: inner product of the parameters of a and b, and of a and
@@ -63,6 +72,7 @@ class Matching:
     """
 
     state_dict: dict[str, Tensor]
+    a: StateDict
     permutations: Permutations
     spec: PermutationSpec
     objective_before: float
@@ -98,6 +108,7 @@ def match(
     example_input: Inputs | None = None,
     *,
     module: nn.Module | None = None,
+    symmetries: str = "permutation",
     method: str = "weights",
     restarts: int = 3,
     max_sweeps: int = 30,
@@ -114,6 +125,11 @@ def match(
         example_input: a batch, as in `permutation_spec`. On it b and the permuted b are compared,
             and features correlated: the more and the more real the inputs, the better.
         module: the network of both, needed if both are given as state dicts.
+        symmetries: "permutation", or "all": rotations of a transformer's residual stream, too,
+            and invertible maps within its heads. They need both networks in the same form, the
+            weights of norms folded into what reads them, and queries with keys and values with
+            outputs balanced: a path goes from `Matching.a`, not from a. `print(matching.spec)` says
+            which channels take which maps, and why others only take permutations.
         method: "weights", or "activations": the features' correlations alone.
         restarts: starts of the coordinate descent, the best of which is kept. The first is the
             usual one, from b as it is; the second assigns every permutation once, from the fixed
@@ -132,8 +148,8 @@ def match(
     Raises:
         TypeError: an argument that is neither a module nor a state dict, or is TorchScript.
         ValueError: ends that do not fit each other or the module, an input that the module cannot
-            be evaluated on, none where one is needed, or a permuted b that does not compute what b
-            does.
+            be evaluated on, none where one is needed, activations with all symmetries, or a
+            permuted b that does not compute what b does.
 
     Example:
         >>> matching = match(a, b, images)
@@ -147,12 +163,20 @@ def match(
     for name, number in (("sweeps", max_sweeps), ("restarts", restarts)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if symmetries not in SYMMETRIES:
+        raise ValueError(f"symmetries must be one of {', '.join(SYMMETRIES)}, got {symmetries!r}")
+    if symmetries == "all" and method != "weights":
+        raise ValueError("all symmetries are matched by weights only")
     module, (first, second) = same_network([a, b], module)
     inputs = example(module, example_input)
-    symmetries = Symmetries(module, inputs)
+    found_symmetries = Symmetries(module, inputs)
     refuse_random(module, {}, inputs)
-    warn_of_nothing(symmetries.spec)
-    objective = Objective(symmetries.spec, first, second)
+    warn_of_nothing(found_symmetries.spec)
+    spec, ends = found_symmetries.spec, (first, second)
+    if symmetries == "all":
+        spec = with_mixing(found_symmetries, equal_in(first) & equal_in(second))
+        ends = folded(spec, first), folded(spec, second)
+    objective = Objective(replace(spec, mixed={}), *ends)
     starts: list[tuple[str, ...]] = [("activations",)]
     if method == "weights":
         starts = STARTS[:restarts] + [("random",)] * (restarts - len(STARTS))
@@ -163,7 +187,7 @@ def match(
             assignment = objective.assignment(max(found[0].work, LEAST_WORK) if found else math.inf)
             for way in ways:
                 number = seed + len(found)
-                start_from(way, assignment, symmetries, first, second, inputs, number)
+                start_from(way, assignment, found_symmetries, *ends, inputs, number)
             sweeps = 0
             if method == "weights":
                 if not found:
@@ -172,23 +196,57 @@ def match(
             found.append(_Climb.of(assignment, objective, sweeps))
             del assignment  # and what it keeps
             bar.total = bar.n * len(starts) // len(found)  # if the others take as long
+        if spec.mixed:
+            permuted_best = max(found, key=lambda one: one.objective)
+            found += rotated(Objective(spec, *ends), permuted_best, max_sweeps, seed, bar)
     best = max(found, key=lambda one: one.objective)
-    matched = symmetries.spec.permute(second, best.permutations)
+    matched = spec.permute(ends[1], spec.as_matrices(best.permutations))
+    changes = [check_same_function(module, second, matched, inputs)]
+    joined_a: StateDict = first
+    if symmetries == "all":
+        changes.append(check_same_function(module, first, ends[0], inputs))
+        joined_a, matched = (
+            {name: t.to(own[name].dtype) for name, t in state.items()}
+            for own, state in ((first, ends[0]), (second, matched))
+        )
     return Matching(
         state_dict=matched,
+        a=joined_a,
         permutations=best.permutations,
-        spec=symmetries.spec,
+        spec=spec,
         objective_before=objective({}),
         objective_after=best.objective,
         objectives=[one.objective for one in found],
         sweeps=best.sweeps,
-        relative_change=check_same_function(module, second, matched, inputs),
+        relative_change=max(changes),
         seconds=time.perf_counter() - started,
         left_out=[
             f"{what} of start {i}" for i, one in enumerate(found, 1) for what in one.left_out
         ],
         _b=b if isinstance(b, nn.Module) else None,
     )
+
+
+def rotated(
+    objective: "Objective", best: "_Climb", max_sweeps: int, seed: int, bar: tqdm
+) -> list["_Climb"]:
+    """Two more starts, of descents in which rotations take part: from the best permutations, and
+    from the fixed axes inwards."""
+    found: list[_Climb] = []
+    for start in (best, None):
+        assignment = objective.assignment()
+        if start is None:
+            assignment.assign_inwards()
+        else:
+            assignment.move(objective.spec.as_matrices(start.permutations))
+        sweeps = descend(assignment, max_sweeps, seed + len(found), bar)
+        found.append(_Climb.of(assignment, objective, sweeps))
+    return found
+
+
+def equal_in(state: StateDict) -> set[str]:
+    """The names of parameters whose numbers are all equal."""
+    return {name for name, t in state.items() if t.numel() and bool((t == t.flatten()[0]).all())}
 
 
 def permuted(spec: PermutationSpec) -> str:

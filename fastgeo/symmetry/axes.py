@@ -9,6 +9,11 @@ matter for what is allowed, and a structure that two axes do not share leaves th
 The parts of a product are nested: the permutation of a part may differ between the positions of the
 parts before it, as the channels of every head or group have a permutation of their own. In a tensor
 that lacks those parts it may not (`restrict`).
+
+More than permutations may act on a free axis where only linear operations meet it: then `dual` is
+what the axis is contracted with, on which the inverse transpose of a map acts. An axis that is its
+own dual takes orthogonal maps alone, and `permute_only` says that one takes no more than
+permutations.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +32,10 @@ class Axis:
         why: the reason why it is fixed, None if it is not.
         scopes: sets of axes; the permutation may depend on positions on those in all of them.
         at: position on a fixed axis -> this axis as it is there, where it was looked at by itself.
+        only: the reason why it takes permutations and no other linear maps, None if it does.
+        keeps_mean: whether such a map must leave equal numbers on all positions as they are.
+        squares: whether it holds the squares of what an axis holds, which only their sum is for.
+        partner: its dual, if that was asked for.
     """
 
     def __init__(self, size: int, why: str | None = None, scopes: Iterable[frozenset] = ()):
@@ -35,6 +44,9 @@ class Axis:
         self.parts: list[Axis] = []
         self.at: dict[tuple[Axis, int], Axis] = {}
         self.same: Axis | None = None
+        self.only: str | None = None
+        self.keeps_mean = self.squares = False
+        self.partner: Axis | None = None
 
     def find(self) -> "Axis":
         """The one that stands for all that are permuted alike."""
@@ -110,6 +122,26 @@ def fix(axis: Axis, why: str) -> None:
             atom.why = why
 
 
+def permute_only(axis: Axis, why: str) -> None:
+    """No linear maps but permutations act on its positions."""
+    for atom in axis.atoms():
+        if atom.only is None:
+            atom.only = why
+
+
+def dual(axis: Axis) -> Axis:
+    """What an axis is contracted with: the inverse transpose of its map acts on it."""
+    axis = axis.find()
+    if axis.kind is not None:
+        return composed(axis.kind, [dual(part) for part in axis.parts])
+    if axis.partner is None:
+        axis.partner = axis if axis.why is not None or axis.at else Axis(axis.size)
+        axis.partner.partner = axis
+        for own in (axis, *axis.at.values()) if axis.at else ():  # whose duals would differ
+            permute_only(own, "it is looked at in parts")
+    return axis.partner.find()
+
+
 def restrict(atom: Axis, to: Iterable[Axis]) -> None:
     """Its permutation may depend on positions on these axes at most."""
     atom.find().scopes.append(frozenset(to))
@@ -123,7 +155,14 @@ def _refine(axis: Axis, kind: str, sizes: Sequence[int]) -> list[Axis]:
         if kind == PRODUCT and parts:
             scopes = [scope | frozenset(parts) for scope in scopes or [frozenset()]]
         parts.append(Axis(size, axis.why, scopes))
+        parts[-1].only = "it is taken apart" if axis.keeps_mean or axis.squares else axis.only
     axis.kind, axis.parts = kind, parts
+    if axis.partner is not None:
+        partner, axis.partner = axis.partner.find(), None
+        partner.partner = None
+        others = parts if partner is axis else _refine(partner, kind, sizes)
+        for part, other in zip(parts, others, strict=True):
+            part.partner, other.partner = other, part
     return parts
 
 
@@ -220,7 +259,15 @@ def unify(x: Axis, y: Axis, why: str) -> None:
     if x.kind is None and y.kind is None:
         x.why = x.why if x.why is not None else y.why
         x.scopes += y.scopes
+        x.only = x.only if x.only is not None else y.only
+        x.keeps_mean = x.keeps_mean or y.keeps_mean
+        if x.squares or y.squares:
+            x.only = "its squares are not only summed"
         y.same = x
+        if x.partner is None:
+            x.partner = y.partner
+        elif y.partner is not None:
+            unify(x.partner, y.partner, why)
         for key, axis in y.at.items():
             unify(x.at.setdefault(key, axis), axis, why)
         return
@@ -277,6 +324,10 @@ def at(axis: Axis, selected: Axis, position: int) -> Axis:
         if other.find() is selected and place == position:
             return own
     axis.at[selected, position] = own = Axis(axis.size, axis.why)
+    own.only = axis.only
+    if axis.partner is not None:  # of which the same would have to be kept
+        permute_only(axis, "it is looked at in parts")
+        own.only = axis.only
     for scope in axis.scopes:
         whole = (wide for wide in scope if not wide.has_sum())
         atoms = {atom for wide in whole for atom in wide.atoms()} - {selected}

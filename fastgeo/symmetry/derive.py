@@ -6,6 +6,7 @@ of the operations that torch's functions are made of says which of them are perm
 are not (`fastgeo.operations`). What is left free in the end may be permuted.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fastgeo.data.inputs import Inputs, arguments, each_tensor, is_inputs, tensors_within
 from fastgeo.forward.modes import batch_norms, looked_at
-from fastgeo.forward.standin import Call, Pass, layers_around, mapped, operation_of
+from fastgeo.forward.standin import Call, Operation, Pass, layers_around, mapped, operation_of
 from fastgeo.path import uncompiled
 from fastgeo.symmetry import rules
 from fastgeo.symmetry.axes import Axis, fix, fixed
@@ -93,12 +94,13 @@ class Symmetries:
     """A module with the axes of all values that it computes.
 
     Attributes:
+        module, inputs: what was called.
         spec: its permutations.
         values: place of each call in a pass -> the axes of what it gave, if that is a tensor.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs):
-        self.module = module
+        self.module, self.inputs = module, inputs
         self.values: Mapping[tuple[int, ...], tuple[Axis, ...]] = {}
         state: Mapping[str, Sequence[Axis]]
         args, kwargs = arguments(module, inputs)
@@ -113,7 +115,7 @@ class Symmetries:
                 ) from error
             if next(tensors_within(out), None) is None:
                 raise ValueError(f"{type(module).__name__} returns no tensor")
-            run = _AxesPass(module)
+            run = AxesPass(module)
             try:
                 state, self.values = run.settled(args, kwargs)
             except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
@@ -189,7 +191,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
         yield name, buffer, "buffer"
 
 
-class _AxesPass(Pass):
+class AxesPass(Pass):
     """One pass on `Value`s."""
 
     stand_in = Value
@@ -230,9 +232,17 @@ class _AxesPass(Pass):
         for value in self.state.values():
             if value.axes and value.axes[0] not in self.used:
                 _fix_all([value], "the network does not use it")
+        self.conclude()
         axes = {name: value.axes for name, value in self.state.items()}
         settle([*self.all, *axes.values()])
         return axes, self.values
+
+    def conclude(self) -> None:
+        """What is to be said of axes once everything has met them."""
+
+    def constant(self, tensor: Tensor) -> Value:
+        """What depends on no input and no parameter."""
+        return _constant(tensor)
 
     def answer(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> Any:
         place, self.met = tuple(self.place), []
@@ -262,7 +272,7 @@ class _AxesPass(Pass):
         if operation._schema.is_mutable:
             return self._operate_in_place(operation, args, kwargs)
         known = operation_of(packet)
-        rule = known.rule or (rules.elementwise if known.elementwise else None)
+        rule = self.rule_of(known)
         if rule is None and not known.random:
             made_of = decomposition_table.get(operation, operation.decompose)
             if (out := made_of(*args, **kwargs)) is not NotImplemented:
@@ -276,6 +286,9 @@ class _AxesPass(Pass):
         if out is not None and any(value.asked for value in values_in((args, kwargs))):
             raise NoRule("it depends on the numbers that it is given")
         return out
+
+    def rule_of(self, known: Operation) -> Callable | None:
+        return known.rule or (rules.elementwise if known.elementwise else None)
 
     def _operate_in_place(self, operation: OpOverload, args: tuple, kwargs: dict) -> Any:
         """As out of place, whose axes are those of what is changed."""
@@ -304,7 +317,7 @@ class _AxesPass(Pass):
         return function(*_plain(args), **_plain(kwargs))
 
     def storage_of(self, tensor: Tensor) -> Value:
-        return _constant(tensor)
+        return self.constant(tensor)
 
     def part_of(self, storage: Value, tensor: Tensor) -> Tensor:
         if storage.tensor is not tensor:
@@ -314,7 +327,7 @@ class _AxesPass(Pass):
     def _with_axes(self, rule: Callable, out: Any, args: tuple, kwargs: dict) -> Any:
         """What an operation gave of values, with its axes by a rule."""
         args, kwargs = pytree.tree_map_only(
-            Tensor, lambda t: t if isinstance(t, Value) else _constant(t), (args, kwargs)
+            Tensor, lambda t: t if isinstance(t, Value) else self.constant(t), (args, kwargs)
         )
         given = values_in((args, kwargs))
         if rule is rules.alike:  # of its first argument only the shape
@@ -342,14 +355,15 @@ class _AxesPass(Pass):
         """Name the layer and operation in the reasons that have come up in it."""
         where = None
         for axis in {axis for value in values for axis in value.axes}:
-            for atom in axis.atoms():
-                if atom.why is None or atom.why in self.placed:
+            for atom, reason in itertools.product(axis.atoms(), ("why", "only")):
+                why = getattr(atom, reason)
+                if why is None or why in self.placed:
                     continue
                 if where is None:
                     layer = self.layers.get(next(layers_around(), None), "")
                     where = f"{call.name} in {layer}" if layer else call.name
-                atom.why = f"{where}: {atom.why}"
-                self.placed.add(atom.why)
+                setattr(atom, reason, f"{where}: {why}")
+                self.placed.add(f"{where}: {why}")
 
 
 def _copied(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
