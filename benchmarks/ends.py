@@ -49,7 +49,7 @@ class Ends:
             given, own = run.given, preset.changed(data=run.config.data.data)
             if run.config != own or options.data is not None:
                 raise ValueError(f"{options.run} is not a run of preset {options.preset} as it is")
-            (self.a, _), self.b = run.ends, run.matched
+            self.a, self.b = run.matched
         self.config = c = given.config.changed(steps=options.steps or preset.path.steps)
         self.setting = f"{c.ends.model}, width {c.ends.width:g}, {c.path.steps} steps"
         self.dataset, self.module = given.dataset, given.new_module().to(given.device)

@@ -133,16 +133,25 @@ class Matching:
             activations through mixtures of permutations, then random ones
         match_sweeps: from each start, go over all permutations at most so many times (paper)
         match_seed: seed of the order of the permutations in a sweep (paper: 0) and of random starts
+        symmetries: permutation: of channels (paper); all: rotations of a transformer's residual
+            stream and invertible maps within its heads, too, for which both ends are brought to one
+            form first
     """
 
     match_method: Literal["weights", "activations"] = "weights"
     match_restarts: int = 3
     match_sweeps: int = 30
     match_seed: int = 0
+    symmetries: Literal["permutation", "all"] = "permutation"
 
     def __post_init__(self) -> None:
         within(1, match_restarts=self.match_restarts, match_sweeps=self.match_sweeps)
         within(*SEEDS, match_seed=self.match_seed)
+        if self.symmetries == "all" and self.match_method != "weights":
+            raise ValueError(
+                "--symmetries all and --match-method activations exclude each other; leave one of "
+                "them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ ends.safetensors        a/NAME and b/NAME (and c/NAME, ... of further networks)
 training.jsonl          a line a training step
 permutation.safetensors    permutation/NAME, which bring b to a
 matched.safetensors     the permuted b, a plain state dict
+folded.safetensors      a in the form of that, if they are matched by all symmetries
 matching.md             what was matched, how well, and which axes stay and why
 path.safetensors        the optimised path
 metrics.jsonl           a line an optimisation step
@@ -48,7 +49,10 @@ FIGURES = ("path_loss", "path_length")
 PLANE = ("plane.json", *(f"plane.{form}" for form in get_args(Format)))
 WRITES = {
     "train": ("ends.safetensors", "training.jsonl", "training.csv"),
-    "match": ("permutation.safetensors", "matched.safetensors", "matching.md"),
+    "match": (
+        *("permutation.safetensors", "matched.safetensors", "folded.safetensors"),
+        "matching.md",
+    ),
     # The plane is made of the path later on, by a command of its own, and goes when the path goes.
     "optimize": ("path.safetensors", "metrics.jsonl", "metrics.csv", *PLANE),
     "evaluate": ("report.json",),
@@ -400,9 +404,14 @@ class Run:
         return groups["a"], groups["b"]
 
     @property
-    def matched(self) -> State:
-        """The state of b with its channels permuted towards a."""
-        return self.given.state(self.file("matched.safetensors"))
+    def matched(self) -> tuple[State, State]:
+        """The states that a path joins: a, and b with its channels permuted towards a; of all
+        symmetries a in the form that this has."""
+        b = self.given.state(self.file("matched.safetensors"))
+        if self.config.matching.symmetries == "permutation":
+            return self.ends[0], b
+        self.verify(["folded.safetensors"])
+        return self.given.state(self.file("folded.safetensors")), b
 
 
 def _is_kept(file: FilePath) -> bool:

@@ -205,12 +205,24 @@ def matching(found: Mapping, spec: PermutationSpec, config: Config) -> str:
     parts = [
         "# Matching of b to a",
         f"The two networks are {_networks(config.settings)}. The channels of b were permuted to "
-        f"resemble a's, by their {config.matching.match_method}.",
+        f"resemble a's, by their {config.matching.match_method}." + _rotated(spec),
         _matching(found),
         "## Permutations",
         f"```\n{spec}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rotated(spec: PermutationSpec) -> str:
+    """What was done besides."""
+    if not spec.mixed:
+        return ""
+    return (
+        " Orthogonal maps were among the permutations, and both networks were brought to one form "
+        f"first: {counted(len(spec.folds), 'weight')} of norms folded into what reads them, and "
+        "queries with keys and values with outputs balanced. The path joins folded.safetensors, "
+        "which computes what a does, and matched.safetensors."
+    )
 
 
 def network(config: Mapping) -> str:

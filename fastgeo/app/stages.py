@@ -83,6 +83,7 @@ def match_ends(run: Run) -> None:
         matching = match(
             *(*run.ends, inputs),
             module=run.given.module,
+            symmetries=c.symmetries,
             method=c.match_method,
             restarts=c.match_restarts,
             max_sweeps=c.match_sweeps,
@@ -99,8 +100,12 @@ def match_ends(run: Run) -> None:
         )
         permutations = {"permutation": matching.permutations}
         write_tensors(run.file("permutation.safetensors"), "permutation", permutations)
-        state = {name: t.cpu().clone().contiguous() for name, t in matching.state_dict.items()}
-        write_bytes(run.file("matched.safetensors"), safetensors.torch.save(state))
+        states = {"matched.safetensors": matching.state_dict}
+        if c.symmetries == "all":
+            states["folded.safetensors"] = dict(matching.a)
+        for file, state in states.items():
+            state = {name: t.cpu().clone().contiguous() for name, t in state.items()}
+            write_bytes(run.file(file), safetensors.torch.save(state))
         text = report.matching(found, matching.spec, run.config)
         write_bytes(run.file("matching.md"), text.encode())
 
@@ -135,8 +140,7 @@ def optimize_path(run: Run, on_step: OnStep | None = None) -> None:
 
 def first_path(run: Run) -> Path:
     """The line from a to the matched b, as the curve that is to bend."""
-    a, _ = run.ends
-    return _first(run.config, a, run.matched)
+    return _first(run.config, *run.matched)
 
 
 def optimized(
@@ -199,10 +203,9 @@ def evaluations(run: Run, mesh: DeviceMesh | None, known: int) -> Iterator[tuple
     c, given = run.config, run.given
     ranks = None if mesh is None else Ranks(mesh)
     known = known if ranks is None else ranks.agreement.objects(known)[0]
-    a, b = run.ends
     paths = {
-        "linear": _line(c, a, b),
-        "matched": _line(c, a, run.matched),
+        "linear": _line(c, *run.ends),
+        "matched": _line(c, *run.matched),
         c.method: Path.load(run.file("path.safetensors"), given.device),
     }
     in_order, size = given.dataset.in_order, c.evaluation.eval_batch_size
