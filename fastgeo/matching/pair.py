@@ -66,7 +66,8 @@ class Matching:
         sweeps: passes over all permutations of the restart that was kept, the last of which
             improved nothing (or the limit); 0 for activations.
         relative_change: largest difference of the outputs of b and of the permuted b on the example
-            input, over the largest output, with parameters in float64.
+            input, over the largest output, with parameters in float64: rotated ones are rounded to
+            the types that the states have after that.
         seconds: wall time.
         left_out: what was not done, since no start may do more work than the first one.
     """
@@ -137,6 +138,8 @@ def match(
             mixtures of permutations (`fastgeo.matching.relaxation`); further ones are random. Each
             may do as much work as the first, so that three take at most about three times as long
             as one; work is counted in FLOP, and the result does not depend on the machine's speed.
+            With all symmetries two more descents follow, in which rotations take part: from the
+            best permutations, and from the fixed axes inwards.
         max_sweeps: limit on the sweeps over all permutations in each; one that improves nothing is
             the last.
         seed: of the order of the permutations within each sweep, and of random starts.
@@ -197,10 +200,11 @@ def match(
             del assignment  # and what it keeps
             bar.total = bar.n * len(starts) // len(found)  # if the others take as long
         if spec.mixed:
-            permuted_best = max(found, key=lambda one: one.objective)
-            found += rotated(Objective(spec, *ends), permuted_best, max_sweeps, seed, bar)
+            start = max(found, key=lambda one: one.objective)
+            found += rotated(Objective(spec, *ends), start, max_sweeps, seed, bar)
     best = max(found, key=lambda one: one.objective)
-    matched = spec.permute(ends[1], spec.as_matrices(best.permutations))
+    permutations = spec.as_matrices(best.permutations)
+    matched = spec.permute(ends[1], permutations)
     changes = [check_same_function(module, second, matched, inputs)]
     joined_a: StateDict = first
     if symmetries == "all":
@@ -212,7 +216,7 @@ def match(
     return Matching(
         state_dict=matched,
         a=joined_a,
-        permutations=best.permutations,
+        permutations=permutations,
         spec=spec,
         objective_before=objective({}),
         objective_after=best.objective,
@@ -230,15 +234,15 @@ def match(
 def rotated(
     objective: "Objective", best: "_Climb", max_sweeps: int, seed: int, bar: tqdm
 ) -> list["_Climb"]:
-    """Two more starts, of descents in which rotations take part: from the best permutations, and
-    from the fixed axes inwards."""
+    """Descents in which rotations take part: from the best permutations, and from the fixed axes
+    inwards."""
     found: list[_Climb] = []
-    for start in (best, None):
+    for inwards in (False, True):
         assignment = objective.assignment()
-        if start is None:
+        if inwards:
             assignment.assign_inwards()
         else:
-            assignment.move(objective.spec.as_matrices(start.permutations))
+            assignment.move(objective.spec.as_matrices(best.permutations))
         sweeps = descend(assignment, max_sweeps, seed + len(found), bar)
         found.append(_Climb.of(assignment, objective, sweeps))
     return found
@@ -252,7 +256,9 @@ def equal_in(state: StateDict) -> set[str]:
 def permuted(spec: PermutationSpec) -> str:
     """How much of a network is permuted, in words."""
     sizes = [own.size for own in spec.channels.values()]
-    return f"{len(sizes)} permutations" + (f" of {min(sizes)} to {max(sizes)}" if sizes else "")
+    mixed = f", {len(spec.mixed)} of them orthogonal maps" if spec.mixed else ""
+    span = f" of {min(sizes)} to {max(sizes)}" if sizes else ""
+    return f"{len(sizes)} permutations{span}{mixed}"
 
 
 def warn_of_nothing(spec: PermutationSpec) -> None:

@@ -41,8 +41,9 @@ def with_mixing(symmetries: Symmetries, equal: Collection[str]) -> PermutationSp
     with looked_at(symmetries.module):
         try:
             state, _ = run.settled(args, kwargs)
-        except Exception:  # noqa: BLE001 - whatever the user's forward raises: permutations then
-            return spec
+        except Exception as error:  # noqa: BLE001 - whatever the user's forward raises
+            why = f"the network cannot be followed: {error}"
+            return replace(spec, permuted_only=dict.fromkeys(spec.channels, why))
     terms = {
         (name, term.offset, tuple(atom.size for atom in term.atoms), term.strides): term.atoms
         for name, axes in state.items()
