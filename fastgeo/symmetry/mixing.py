@@ -61,25 +61,26 @@ def with_mixing(symmetries: Symmetries, equal: Collection[str]) -> PermutationSp
         if whys[name] is None:
             whys |= dict.fromkeys(own.within, "others depend on its positions")
     kinds = {name: _representative(met[name]) for name, why in whys.items() if why is None}
-    unmoved = {name for name in run.weights if set(spec.axes[name][0]) <= kinds.keys()}
+    behind = {name: set(spec.axes[name][0]) for name in run.weights}
+    unmoved = {name for name, own in behind.items() if own and own <= kinds.keys()}
     blocks = tuple(block for block in spec.blocks if block.tensor not in unmoved)
     mixed = {}
     for name, atom in kinds.items():
         sides = None
-        if dual(atom) is not atom:
+        if dual(atom) is not atom and all(block.axes.count(name) < 2 for block in blocks):
             sides = {
                 i: terms[block[:4]][block.axes.index(name)].find() is atom
                 for i, block in enumerate(blocks)
                 if name in block.axes
             }
         mixed[name] = Mixing(atom.keeps_mean, sides)
-    read = {name for weight in run.weights for name in spec.axes[weight][0]}
+    lost = {name: whys[name] for own in behind.values() for name in own - kinds.keys()}
     return replace(
         spec,
         blocks=blocks,
         mixed=mixed,
         folds=tuple(fold for fold in run.folds if fold.weight in unmoved),
-        permuted_only={name: why for name in read if (why := whys[name]) is not None},
+        permuted_only={name: why for name, why in lost.items() if why is not None},
     )
 
 
