@@ -77,7 +77,7 @@ def llama(dataset: Any) -> nn.Module:
 TEXT = PRESETS["text"].changed(match_restarts=3)
 IMAGES = PRESETS["digits"].changed(
     **dict(optimizer="adamw", train_lr=2e-3, weight_decay=0.05, epochs=40, train_batch_size=64),
-    **dict(points=9, steps=400, batch_size=64, lr=1.0, match_restarts=3, eval_batch_size=64),
+    **dict(points=9, steps=400, batch_size=64, lr=0.1, match_restarts=3, eval_batch_size=64),
 )
 
 

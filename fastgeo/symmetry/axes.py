@@ -135,10 +135,8 @@ def dual(axis: Axis) -> Axis:
     if axis.kind is not None:
         return composed(axis.kind, [dual(part) for part in axis.parts])
     if axis.partner is None:
-        axis.partner = axis if axis.why is not None or axis.at else Axis(axis.size)
+        axis.partner = axis if axis.why is not None else Axis(axis.size)
         axis.partner.partner = axis
-        for own in (axis, *axis.at.values()) if axis.at else ():  # whose duals would differ
-            permute_only(own, "it is looked at in parts")
     return axis.partner.find()
 
 
@@ -324,10 +322,6 @@ def at(axis: Axis, selected: Axis, position: int) -> Axis:
         if other.find() is selected and place == position:
             return own
     axis.at[selected, position] = own = Axis(axis.size, axis.why)
-    own.only = axis.only
-    if axis.partner is not None:  # of which the same would have to be kept
-        permute_only(axis, "it is looked at in parts")
-        own.only = axis.only
     for scope in axis.scopes:
         whole = (wide for wide in scope if not wide.has_sum())
         atoms = {atom for wide in whole for atom in wide.atoms()} - {selected}

@@ -14,7 +14,7 @@ Transformers" (arXiv:2506.22712), match networks by such maps and by those withi
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastgeo.symmetry import rules
 from fastgeo.symmetry.axes import Axis, dual, permute_only, unify
@@ -34,8 +34,7 @@ def permuting(rule: Callable) -> Callable:
         if rule is not rules.alike:
             only([axis for value in values_in((args, kwargs)) for axis in value.axes])
         axes = rule(out, *args, **kwargs)
-        for own in [axes] if isinstance(out, Tensor) else axes:
-            only(own)
+        only(pytree.tree_leaves(axes))
         return axes
 
     return permuted
@@ -120,7 +119,8 @@ def matmul(run: "LinearPass", out, x, y):
 
 def addmm(run: "LinearPass", out, bias, x, y, *, beta=1, alpha=1):
     product, *further = matmul(run, out, x, y)
-    run.has_bias(y, bias)
+    if alpha == beta == 1:
+        run.has_bias(y, bias)
     only(axis for axis in product[:1])  # to each of which the same is added
     return [joined(out, [product, bias]), *further]
 

@@ -54,6 +54,11 @@ def _settle_selected(axis: Axis) -> bool:
             if axis.why is not None and not own.is_fixed():
                 fix(own, axis.why)
                 changed = True
+            if axis.partner is not None and axis.only is None:
+                axis.only = "it is contracted as a whole, and looked at in parts"
+            if axis.only is not None and own.only is None:
+                own.only = axis.only
+                changed = True
             outer = [at(p, selected, position) for p in axis.depends_on()]
             changed |= _restrict_all(own, [atom for p in outer for atom in p.atoms()])
             continue

@@ -117,6 +117,24 @@ def test_where_no_rotation_commutes_there_is_none(read):
         assert "permutations only" in str(spec)
 
 
+class Pair(nn.Module):
+    """Two factors of a product, which meet in a nonlinearity of a stack of them, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(3, 6)
+        self.left, self.right = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x, y = self.first(x), self.second(x)
+        return self.left(x) + self.right(y) + torch.stack([x, y]).tanh().sum((0, -1))[:, None]
+
+
+def test_what_is_stacked_takes_the_maps_that_the_stack_does():
+    spec = mixing(Pair(), torch.randn(4, 3))
+    assert len(spec.channels) == 2 and not spec.mixed
+
+
 def test_a_norm_of_equal_weights_needs_no_folding():
     """So a tied head does not stand in the way."""
     module = Stream(READS["twice"], tied=True).double()
