@@ -1,1 +1,1 @@
-"""Networks permuted towards each other."""
+"""Networks permuted, or rotated, towards each other."""

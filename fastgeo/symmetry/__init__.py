@@ -1,1 +1,1 @@
-"""Which permutations of its channels leave the function of a network as it is."""
+"""Which permutations, and other linear maps, of its channels leave the function of a network."""
