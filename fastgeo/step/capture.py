@@ -1,7 +1,8 @@
 """Work on a stream of batches that a GPU replays from a CUDA graph, without the host in between."""
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -53,6 +54,22 @@ def check_capturable(network: StackedModule) -> None:
         raise NotCaptured(f"{name} reads numbers back from the device, {line}")
 
 
+@contextlib.contextmanager
+def plans_measured() -> Iterator[None]:
+    """In which cuDNN times its ways to convolve tensors of a form that it has not seen, and keeps
+    the fastest for later, unless results are to repeat: it may choose differently in another run.
+
+    Around all that runs before a capture, in which nothing can be timed and all forms are known.
+    """
+    cudnn = torch.backends.cudnn
+    before, repeatable = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or not (cudnn.deterministic or repeatable)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def paced(most: int, each: float) -> int:
     """How many steps of so many seconds to take before the host looks at them: a few seconds'."""
     return min(most, max(1, int(SECONDS / max(each, 1e-6))))
@@ -97,10 +114,11 @@ class Replay(Generic[T]):
     def warm_up(self) -> None:
         """Runs that leave everything as it was."""
         kept = [tensor.clone() for tensor in self._changed]
-        for _ in range(WARM_UP):
-            self._work(self._batch())
-            for tensor, before in zip(self._changed, kept, strict=True):
-                tensor.copy_(before)
+        with plans_measured():
+            for _ in range(WARM_UP):
+                self._work(self._batch())
+                for tensor, before in zip(self._changed, kept, strict=True):
+                    tensor.copy_(before)
 
     def _capture(self) -> None:
         stream = torch.cuda.Stream()

@@ -20,6 +20,7 @@ from fastgeo.step.capture import (
     captured_forward,
     captures,
     check_capturable,
+    plans_measured,
 )
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
@@ -325,7 +326,8 @@ class _Captured:
             batch = self.steps.batch(*drawn, look=False)
             if self.replay is None:
                 try:
-                    self._begin(batch)
+                    with plans_measured():
+                        self._begin(batch)
                 except NotCaptured:
                     self.steps.order.put_back(drawn)
                     raise
