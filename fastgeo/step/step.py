@@ -19,6 +19,8 @@ from fastgeo.step.phases import phase
 if TYPE_CHECKING:  # what one process needs not
     from fastgeo.ranks.share import Share
 
+ALIGNED = 16  # numbers: how far apart parameters begin on a GPU, which then loads several at a time
+
 
 class Batch(NamedTuple):
     """What a step is taken on.
@@ -45,20 +47,24 @@ class _Block:
         weight: what networks are evaluated with.
         master: what is updated; the weights themselves, or some columns of them [M, S].
         velocity: of the master.
+        copy: the weights in bf16, for layers that read them so.
+        ends: [2, P], as the weights, if their distances are asked for.
     """
 
     names: list[str]
     weight: Tensor
     master: Tensor
     velocity: Tensor | None
-    copy: Tensor | None = None  # the weights in bf16, for layers that read them so
+    copy: Tensor | None = None
+    ends: Tensor | None = None
 
 
 class Step:
     """The control points of a path, in memory that every step changes in place.
 
-    On a GPU all parameters of a dtype lie side by side, so that the update is one kernel; on a CPU
-    each lies by itself, as convolutions want it.
+    On a GPU all parameters of a dtype lie side by side, so that the update is one kernel, each of
+    them filled up with zeros to a multiple of `ALIGNED` columns; on a CPU each lies by itself, as
+    convolutions want it. What several processes share lies side by side without any filling.
 
     Args:
         path: where to start; not changed.
@@ -88,6 +94,7 @@ class Step:
         self.descent, self.channels_last, self._share = descent, channels_last, share
         self.trained = trained_names(module)
         self._shapes = {name: path.interior[name].shape for name in self.trained.values()}
+        self._aligned = ALIGNED if _on_gpu(path) and share is None else 1
         self._blocks = []
         for names in self._side_by_side(path):
             weight = self._rows([path.interior[name] for name in names]).clone()
@@ -99,6 +106,7 @@ class Step:
         self._origin = path
         self._half: set[str] = set()
         self._grid: Grid | None = None
+        self._constant: Tensor | float = 0.0
         self.path = self._origin = self._path_of(self._views())  # and the one given can go
         self.evaluated = self.path
 
@@ -114,6 +122,19 @@ class Step:
                 halves |= self._split(block, block.copy)
         own = self._views() | {n: t for n, t in halves.items() if n in names}
         self.evaluated = self._path_of(own)
+
+    def measure(self) -> bool:
+        """From now on an update says how long the path was; no: it cannot, since its networks are
+        not the control points, or parameters are tied, which count under every name."""
+        path = self.path
+        if not path.free or len(self._shapes) < len(self.trained):
+            return False
+        for block in self._blocks:
+            pairs = [torch.stack([path.start[name], path.end[name]]) for name in block.names]
+            block.ends = self._rows(pairs)
+        others = {name: t for name, t in path.interior.items() if name not in self.trained}
+        self._constant = path.with_interior(others).euclidean().square() if others else 0.0
+        return True
 
     def place(self, grid: Grid | None) -> None:
         """From now on the networks are those of the curve on this grid; None: control points."""
@@ -148,9 +169,14 @@ class Step:
         own = self.evaluated.interior
         return {name: torch.zeros_like(own[name]) for name in self._shapes}
 
-    def update(self, gradient: Mapping[str, Tensor], rate: float | Tensor) -> None:
-        """Move the control points along a gradient to the networks, first name -> [T, ...]."""
+    def update(self, gradient: Mapping[str, Tensor], rate: float | Tensor) -> Tensor | None:
+        """Move the control points along a gradient to the networks, first name -> [T, ...].
+
+        Returns:
+            What `Path.euclidean` gave before, if that is measured.
+        """
         how, share = self.descent, self._share
+        squares = self._constant
         with phase("update"):
             for block in self._blocks:
                 rows = self._back(self._rows([gradient[name] for name in block.names]))
@@ -159,7 +185,7 @@ class Step:
                     mean = how.objective != "jsd"
                     rows = share.direction(rows, precondition=precondition, mean=mean)
                 if block.master.numel():
-                    path_update(
+                    apart = path_update(
                         block.master,
                         rows,
                         rate,
@@ -168,9 +194,12 @@ class Step:
                         nesterov=how.momentum > 0,
                         velocity=block.velocity,
                         copy=block.copy,
+                        ends=block.ends,
                     )
+                    squares = squares if apart is None else squares + apart
                 if share is not None and block.master is not block.weight:
                     block.weight.copy_(share.whole_rows(block.master, block.weight.shape[1]))
+        return squares.sqrt() if isinstance(squares, Tensor) else None
 
     def velocity(self) -> dict[str, Tensor]:
         """A copy of the momentum's, first name -> [M, ...]; empty without momentum."""
@@ -224,7 +253,7 @@ class Step:
         return self._share.columns(rows).clone()
 
     def _side_by_side(self, path: Path) -> list[list[str]]:
-        if path.device.type == "cpu" and self._share is None:
+        if not _on_gpu(path) and self._share is None:
             return [[name] for name in self._shapes]
         dtypes: dict[torch.dtype, list[str]] = {}
         for name in self._shapes:
@@ -238,9 +267,10 @@ class Step:
 
     def _split(self, block: _Block, flat: Tensor) -> dict[str, Tensor]:
         sizes = [self._shapes[name][1:].numel() for name in block.names]
+        widths = [size + self._filling(size) for size in sizes]
         views = {}
-        for name, part in zip(block.names, flat.split(sizes, 1), strict=True):
-            shape = self._shapes[name]
+        for name, size, whole in zip(block.names, sizes, flat.split(widths, 1), strict=True):
+            shape, part = self._shapes[name], whole[:, :size]
             if self._innermost(shape):
                 points, out, channels, *kernel = shape
                 views[name] = part.view(points, out, *kernel, channels).movedim(-1, 2)
@@ -250,16 +280,25 @@ class Step:
 
     def _rows(self, tensors: list[Tensor]) -> Tensor:
         """[M, P] of tensors [M, ...], as they lie in a block."""
-        rows = [
-            (t.movedim(2, -1) if self._innermost(t.shape) else t).reshape(
-                len(t), t.shape[1:].numel()
-            )
-            for t in tensors
-        ]
+        rows = []
+        for tensor in tensors:
+            own = tensor.movedim(2, -1) if self._innermost(tensor.shape) else tensor
+            size = tensor.shape[1:].numel()
+            rows.append(own.reshape(len(own), size))
+            if filling := self._filling(size):
+                rows.append(own.new_zeros(len(own), filling))
         return (torch.cat(rows, 1) if len(rows) > 1 else rows[0]).contiguous()
+
+    def _filling(self, size: int) -> int:
+        """How many zeros lie behind so many numbers of a parameter."""
+        return -size % self._aligned
 
     def _innermost(self, shape: torch.Size) -> bool:
         return self.channels_last and len(shape) == 5
+
+
+def _on_gpu(path: Path) -> bool:
+    return path.device.type != "cpu"
 
 
 def trained_names(module: nn.Module) -> dict[str, str]:

@@ -64,7 +64,8 @@ class Steps:
         order: the batches.
         capture: whether steps are captured; None for where nothing forbids it, on a GPU.
         most: networks between the ends in a step of the finest path to come.
-        measured: whether the path's length Σ‖Δθ‖ is, which takes a pass over all weights.
+        measured: whether the path's length Σ‖Δθ‖ is. One by one, and where `Step.measure` says no,
+            that takes a pass over all weights; captured, the update has them at hand.
         on_choice: as of `fastgeo.optimize`.
 
     Attributes:
@@ -309,7 +310,8 @@ class _Captured:
         self._rates = torch.zeros(AT_ONCE, dtype=precise, device=path.device)
         self._turn = torch.zeros(1, dtype=torch.long, device=path.device)
         self._energies = self._rates.new_zeros(AT_ONCE, steps.nodes.terms)
-        self._lengths = torch.zeros_like(self._rates) if steps.measured else None
+        self._lengths = torch.zeros_like(self._rates)
+        self._passes_over = steps.measured and not self.step.measure()
         self._ends: dict[str, Tensor] = {}
         self._grid: Grid | None = None
         self.replay: Replay[None] | None = None
@@ -340,7 +342,7 @@ class _Captured:
         if not taken:
             return None
         energies = self._energies[:taken].cpu()  # here the host waits
-        lengths = None if self._lengths is None else self._lengths[:taken].cpu()
+        lengths = self._lengths[:taken].cpu() if self.steps.measured else None
         counts = torch.stack([grid.counts for grid in grids[:taken]]).cpu() if grids else None
         bad = (~energies.isfinite()).any(1).nonzero()
         if not len(bad):
@@ -376,15 +378,16 @@ class _Captured:
         """One step, operation by operation; nothing waits for the device."""
         engine = self._engine()
         self.step.place(self._grid)
-        if self._lengths is not None:
-            length = self.step.path.euclidean().sum()[None]
-            self._lengths.index_copy_(0, self._turn, length.to(self._lengths))
+        edges = self.step.path.euclidean() if self._passes_over else None
         if batch.labels is not None:
             energies, gradient = self.step.loss_gradient(engine, batch, check=False)
         else:
             with torch.no_grad():
                 ends = logits_of(engine.network(self._ends, batch.inputs))
             energies, gradient = self.step.gradient(engine, batch, ends)
-        self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
+        before = self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
+        edges = edges if before is None else before
+        if edges is not None:
+            self._lengths.index_copy_(0, self._turn, edges.sum()[None].to(self._lengths))
         self._energies.index_copy_(0, self._turn, energies[None].to(self._energies))
         self._turn += 1

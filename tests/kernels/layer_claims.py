@@ -167,26 +167,36 @@ def check_update(
     copy=None,
     device="cpu",
 ):
-    """Two steps, within rounding of the largest weight, step or velocity."""
+    """Two steps, within rounding of the largest weight, step or velocity, and what lies between
+    the points before each."""
     weight = random(points, size, seed=1, device=device)
+    ends = random(2, size, seed=4, device=device)
+    ends[:, 0] = weight[:, 0] = torch.inf  # as in a mask, where nothing moves
     velocity = torch.zeros_like(weight) if momentum else None
     rounded = None if copy is None else torch.full_like(weight, torch.nan, dtype=copy)
     rate = torch.tensor(0.3, device=device)
     expected, expected_velocity = weight.clone(), velocity
     for seed in (2, 3):
         grad = random(points, size, seed=seed, device=device, dtype=dtype)
+        grad[:, 0] = 0
+        between = torch.cat([ends[:1], weight, ends[1:]])[:, 1:].double().diff(dim=0)
         expected, expected_velocity = update_by_definition(
             expected, grad, 0.3, precondition, momentum, nesterov, expected_velocity
         )
-        path_update(
+        squares = path_update(
             *(weight, grad, rate),
             precondition=precondition,
             momentum=momentum,
             nesterov=nesterov,
             velocity=velocity,
             copy=rounded,
+            ends=ends,
             impl=impl,
         )
+        assert_close(squares, between.square().sum(1), 1e-6, "squares")
+    assert (weight[:, 0] == torch.inf).all()
+    weight, expected = weight[:, 1:], expected[:, 1:]
+    rounded = None if copy is None else rounded[:, 1:]
     assert_close(weight, expected, 1e-6, "weight")
     if momentum:
         assert_close(velocity, expected_velocity, 1e-6, "velocity")

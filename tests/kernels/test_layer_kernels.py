@@ -149,6 +149,9 @@ def test_path_update_names_what_does_not_fit():
         path_update(weight, weight, 0.1, nesterov=True)
     with pytest.raises(ValueError, match="momentum 0.0 needs no velocity"):
         path_update(weight, weight, 0.1, velocity=weight)
+    for ends in (weight, weight[:2].double(), torch.zeros(4, 2).T):
+        with pytest.raises(ValueError, match=r"ends must be \[2, 4\] and contiguous, float32 as"):
+            path_update(weight, weight, 0.1, ends=ends)
     with pytest.raises(ValueError, match=r"weight must be \[M, P\] and contiguous, got \[3\]"):
         path_update(weight[:, 0], weight, 0.1)
 

@@ -21,8 +21,8 @@ def read_every_two(monkeypatch):
     monkeypatch.setattr("fastgeo.step.steps.AT_ONCE", 2)
 
 
-def captured(path, module, batches, descent=plain(), forward=Forward()) -> Steps:  # noqa: B008
-    how = dict(capture=True, device=path.device, most=len(path) - 2, on_choice=None)
+def captured(path, module, batches, descent=plain(), forward=Forward(), **how) -> Steps:  # noqa: B008
+    how |= dict(capture=True, device=path.device, most=len(path) - 2, on_choice=None)
     steps = Steps(module.eval(), Passes(batches, repeat=True), descent, forward, **how)
     steps.begin(path, {})
     return steps

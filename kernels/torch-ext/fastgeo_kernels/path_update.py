@@ -11,7 +11,8 @@ beyond it: no matrix, and O(M) operations a column. The second sum is what is le
 all rows; its rounding errors are added up beside it, so that little can be left of much. A program
 takes some columns, reads the gradient once for the sum over all rows and again, from the cache, for
 the running ones, and rewrites the weights. All parameters lie side by side in one [M, P] tensor, so
-that a step is one launch.
+that a step is one launch; it loads and stores several columns at a time where 16 divides P. With
+the weights at hand it also says how far neighbours on the path are apart.
 """
 
 from __future__ import annotations
@@ -36,11 +37,20 @@ def _add(total, lost, term):
 
 
 @jit
+def _square_between(a, b):
+    """Of two rows; entries that are alike, be they infinite, are not apart."""
+    away = tl.where(a == b, 0.0, b - a)
+    return tl.sum(away * away, 0)
+
+
+@jit
 def path_update_kernel(
-    grad_ptr,  # [M, P], as all others but the rate
+    grad_ptr,  # [M, P], as weight, velocity and copy
     weight_ptr,
     velocity_ptr,
     copy_ptr,
+    ends_ptr,  # [2, P]
+    squares_ptr,  # [programs, M + 1]
     rate_ptr,  # []
     P,
     M: tl.constexpr,
@@ -49,6 +59,7 @@ def path_update_kernel(
     PRECONDITION: tl.constexpr,
     VELOCITY: tl.constexpr,
     COPY: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """BLOCK columns of every point."""
@@ -61,13 +72,19 @@ def path_update_kernel(
     row = tl.cast(P, tl.int64) * 0
     if PRECONDITION:
         for i in range(M):
-            grad = tl.load(grad_ptr + row + col, mask=mask, other=0.0).to(tl.float32)
+            at = row + col
+            grad = tl.load(grad_ptr + at, mask=mask, other=0.0, eviction_policy="evict_last")
+            grad = grad.to(tl.float32)
             beyond, lost = _add(beyond, lost, grad * (M - i))
             row += P
         row -= row
+    if APART:
+        squares_ptr += tl.program_id(0).to(tl.int64) * (M + 1)
+        previous = tl.load(ends_ptr + col, mask=mask, other=0.0)
     for i in range(M):
         at = row + col
-        step = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        step = tl.load(grad_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        step = step.to(tl.float32)
         if PRECONDITION:
             before += step * (i + 1)
             beyond, lost = _add(beyond, lost, step * (i - M))
@@ -76,15 +93,28 @@ def path_update_kernel(
             velocity = step + MOMENTUM * tl.load(velocity_ptr + at, mask=mask, other=0.0)
             tl.store(velocity_ptr + at, velocity, mask=mask)
             step = step + MOMENTUM * velocity if NESTEROV else velocity
-        weight = tl.load(weight_ptr + at, mask=mask, other=0.0) - rate * step
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0)
+        if APART:
+            tl.store(squares_ptr + i, _square_between(previous, weight))
+            previous = weight
+        weight -= rate * step
         tl.store(weight_ptr + at, weight, mask=mask)
         if COPY:
             tl.store(copy_ptr + at, weight.to(copy_ptr.dtype.element_ty), mask=mask)
         row += P
+    if APART:
+        end = tl.load(ends_ptr + P + col, mask=mask, other=0.0)
+        tl.store(squares_ptr + M, _square_between(previous, end))
 
 
 def constants(
-    points: int, precondition: bool, momentum: float, nesterov: bool, velocity: bool, copy: bool
+    points: int,
+    precondition: bool,
+    momentum: float,
+    nesterov: bool,
+    velocity: bool,
+    copy: bool,
+    apart: bool = False,
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch."""
     return dict(
@@ -94,6 +124,7 @@ def constants(
         PRECONDITION=precondition,
         VELOCITY=velocity,
         COPY=copy,
+        APART=apart,
         BLOCK=BLOCK,
     )
 
@@ -109,12 +140,14 @@ def path_update(
     nesterov: bool = False,
     velocity: Optional[Tensor] = None,
     copy: Optional[Tensor] = None,
+    ends: Optional[Tensor] = None,
     impl: str = "auto",
-) -> None:
+) -> Optional[Tensor]:
     """Takes an SGD step along the gradient, or along its product with the inverse path Laplacian.
 
     Equivalent to::
 
+        squares = torch.cat([ends[:1], weight, ends[1:]]).diff(dim=0).square().sum(1)
         step = inverse_path_laplacian(M) @ grad if precondition else grad
         if momentum:
             velocity.mul_(momentum).add_(step)
@@ -132,11 +165,17 @@ def path_update(
         nesterov: of the momentum, as of `torch.optim.SGD`.
         velocity: [M, P] as weight, the state of the momentum, zeros at first; changed.
         copy: [M, P] in another dtype, receives the new weights.
+        ends: [2, P] as weight, the two points that the path runs between.
         impl: "triton" (fp32 weights; on a CPU under TRITON_INTERPRET=1), "torch", or "auto".
 
+    Returns:
+        With ends, the squared distances of the M + 2 points from each other before the step,
+        [M + 1], in fp32 or weight's precision; without, None.
+
     Raises:
-        ValueError: tensors of another shape or layout than weight, a velocity without momentum or
-            the other way round, nesterov without momentum, an unknown impl.
+        ValueError: tensors of another shape or layout than weight, ends of another dtype, a
+            velocity without momentum or the other way round, nesterov without momentum, an unknown
+            impl.
         RuntimeError: impl="triton" where it cannot run; the message says what is missing.
 
     Example:
@@ -153,29 +192,50 @@ def path_update(
                 f"{name} must be {list(weight.shape)} and contiguous, as weight, got "
                 f"{_described(tensor)}"
             )
+    if ends is not None and (
+        (ends.shape, ends.dtype) != ((2, weight.shape[1]), weight.dtype) or not ends.is_contiguous()
+    ):
+        raise ValueError(
+            f"ends must be [2, {weight.shape[1]}] and contiguous, {str(weight.dtype)[6:]} as "
+            f"weight, got {_described(ends)}, {str(ends.dtype)[6:]}"
+        )
     if (momentum != 0) != (velocity is not None):
         raise ValueError(f"momentum {momentum} needs {'a' if momentum else 'no'} velocity")
     if nesterov and not momentum:
         raise ValueError("nesterov needs a momentum")
     if not use_triton("path_update", impl, weight, dtypes=(torch.float32,)):
-        return _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy)
+        squares = None if ends is None else _squares(weight, ends)
+        _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy)
+        return squares
     points, size = weight.shape
+    programs = -(-size // BLOCK)
     if isinstance(lr, Tensor):
         rate = lr.to(weight.device, torch.float32)
     else:  # filled there: a copy would wait for the host
         rate = torch.full((), lr, dtype=torch.float32, device=weight.device)
-    given = (velocity is not None, copy is not None)
+    given = (velocity is not None, copy is not None, ends is not None)
+    squares = None if ends is None else weight.new_empty(programs, points + 1)
     with on_device_of(weight):
-        path_update_kernel[(-(-size // BLOCK),)](
+        path_update_kernel[(programs,)](
             grad,
             weight,
             weight if velocity is None else velocity,
             weight if copy is None else copy,
+            weight if ends is None else ends,
+            weight if squares is None else squares,
             rate,
             size,
             **constants(points, precondition, momentum, nesterov, *given),
             **OPTIONS,
         )
+    return None if squares is None else squares.sum(0)
+
+
+def _squares(weight: Tensor, ends: Tensor) -> Tensor:
+    """[M + 1], between neighbours; entries that are alike, be they infinite, are not apart."""
+    points = torch.cat([ends[:1], weight, ends[1:]])
+    away = points.diff(dim=0).masked_fill_(points[1:] == points[:-1], 0)
+    return away.to(torch.promote_types(away.dtype, torch.float32)).square().sum(1)
 
 
 def _plain(weight, grad, lr, precondition, momentum, nesterov, velocity, copy) -> None:
