@@ -94,6 +94,8 @@ def batched(function: Callable, n: int, *args: Any, **kwargs: Any) -> Any:
     Raises:
         NoForm: torch has no rule for it, or none for what depends on values.
     """
+    for value in (*args, *kwargs.values()):
+        mapped(_computed, value)
     try:
         with _Batching(n) as vmap:
             own = [arg if type(arg) in PLAIN else vmap.own(arg) for arg in args]
@@ -106,6 +108,11 @@ def batched(function: Callable, n: int, *args: Any, **kwargs: Any) -> Any:
         if "vmap" in str(error):
             raise NoForm(first_line(error)) from error
         raise
+
+
+def _computed(value: Tensor) -> Tensor:
+    """Its tensor, if it waits: inside of a level of vmap the kernel would not run."""
+    return value.tensor if type(value) is Stacked else value
 
 
 def by_vmap(function: Callable, args: tuple, n: int) -> Any:
