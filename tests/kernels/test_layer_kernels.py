@@ -177,6 +177,27 @@ def test_a_convolution_a_network_writes_into_one_tensor(padding):
         assert tensor.movedim(2, -1).is_contiguous()
 
 
+def test_networks_that_lie_apart_are_not_copied(monkeypatch):
+    """As weights do, which are columns of rows with all parameters; and what is computed of shared
+    images on a GPU lies as what follows reads it, unless a measured way wants something else."""
+    rows = claims.random(3, 200)
+    weight = rows[:, 5:185].view(3, 5, 3, 3, 4).movedim(-1, 2)
+    assert conv._each(weight) is weight
+    x = claims.random(3, 2, 4, 6, 6)
+    got, expected = (conv_by(DENSE, x, w, 1, 1) for w in (weight, weight.clone()))
+    assert torch.equal(got, expected)
+
+    def lies_around():
+        with FakeTensorMode():
+            x = torch.empty((2, 3, 8, 8), device="cuda")
+            y = stacked_conv(x, torch.empty((5, 6, 3, 3, 3), device="cuda"))
+        return y.movedim(2, -1).is_contiguous()
+
+    assert lies_around()
+    monkeypatch.setitem(TABLE, next(iter(TABLE)), Ways("grouped", "dense", "dense"))
+    assert not lies_around()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_has_second_derivatives(stride):
     x, weight = claims.random(2, 2, 3, 5, 5), claims.random(2, 2, 3, 3, 3)

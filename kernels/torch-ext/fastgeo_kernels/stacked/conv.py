@@ -37,8 +37,9 @@ def _unflat(x: Tensor, points: int) -> Tensor:
 
 
 def _each(x: Tensor) -> Tensor:
-    """[N, B, C, H, W] with every network's images in channels-last."""
-    return x.movedim(2, -1).contiguous().movedim(-1, 2)
+    """[N, B, C, H, W] with every network's images in channels-last, wherever the networks lie."""
+    around = x.movedim(2, -1)
+    return x if around[0].is_contiguous() else around.contiguous().movedim(-1, 2)
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -269,7 +270,8 @@ def stacked_conv(
         unfit = "" if square else "it takes square kernels, one stride and padding, no dilation"
         ways = OWN if use_triton("stacked_conv", impl, x, unfit) else None
     if ways is None or square is None:
-        return plain.conv(x, weight, bias, stride, padding, dilation, groups)
+        y = plain.conv(x, weight, bias, stride, padding, dilation, groups)
+        return _each(y) if _has_networks_apart(x, y) else y
     y = conv_by(ways, x, weight, *square)
     return y if bias is None else y + bias[:, None, :, None, None]
 
@@ -289,6 +291,13 @@ def _measured(x: Tensor, weight: Tensor, square: Optional[Tuple[int, int]]) -> O
     large = x.numel() // channels * max(channels, out) > plain.MOST_ELEMENTS
     fit = not ("triton" in ways and triton is None) and not ("grouped" in ways and large)
     return ways if fit else DENSE
+
+
+def _has_networks_apart(x: Tensor, y: Tensor) -> bool:
+    """Whether to copy what was computed of shared images to where convolutions of a network each
+    read it, once for all that follows: a norm's result and gradients lie as its input does."""
+    around = not any("grouped" in ways for ways in TABLE.values())
+    return x.is_cuda and x.stride(0) == 0 and y.ndim == 5 and around
 
 
 def _square(weight: Tensor, stride, padding, dilation, groups: int) -> Optional[Tuple[int, int]]:
