@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastgeo_kernels import stacked_channel_norm, stacked_group_norm, stacked_layer_norm
+from fastgeo_kernels import stacked_layer_norm
+from fastgeo_kernels.stacked.norm import channel_norm_twice, group_norm_twice
 from torch import Tensor
 
 from fastgeo.stacking.stacked import Stacked
@@ -39,25 +40,27 @@ class Waiting(NamedTuple):
     relu: bool = False
     alone: Stacked | None = None
 
-    def value(self) -> Tensor:
-        """[N, B, ...]."""
+    def value(self) -> tuple[Tensor, Tensor]:
+        """[N, B, ...], and the same for a sum, as `Stacked.added`."""
         if torch.is_grad_enabled() == self.grad and not torch.is_inference_mode_enabled():
             return self._value()
         with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
             return self._value()
 
-    def _value(self) -> Tensor:
-        residual = None if self.residual is None else self.residual.tensor
+    def _value(self) -> tuple[Tensor, Tensor]:
+        residual = None if self.residual is None else self.residual.added
         if self.alone is not None and self.alone.waiting is None:
             y = self.alone.tensor
             y = y if residual is None else y + residual
-            return F.relu(y) if self.relu else y
+            y = F.relu(y) if self.relu else y
+            return y, y
         given = (self.weight, self.bias, self.eps)
         if self.norm == "layer":
-            return stacked_layer_norm(self.x, self.x.shape[-1:], *given)
+            y = stacked_layer_norm(self.x, self.x.shape[-1:], *given)
+            return y, y
         if self.norm == "group":
-            return stacked_group_norm(self.x, 1, *given, residual=residual, relu=self.relu)
-        return stacked_channel_norm(self.x, *given, residual=residual, relu=self.relu)
+            return group_norm_twice(self.x, 1, *given, residual=residual, relu=self.relu)
+        return channel_norm_twice(self.x, *given, residual=residual, relu=self.relu)
 
 
 def waiting(norm: str, input: Any, weight: Any, bias: Any, eps: float) -> Stacked | None:

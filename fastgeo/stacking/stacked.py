@@ -33,6 +33,7 @@ class Stacked(StandIn):
     of: frozenset[str] | None = None
     at: int | None = None
     _tensor: Any
+    _again: Tensor | None = None
 
     @staticmethod
     def __new__(cls, tensor: Tensor) -> "Stacked":
@@ -50,12 +51,19 @@ class Stacked(StandIn):
     @property
     def tensor(self) -> Tensor:
         if self.waiting is not None:
-            self._tensor, self.waiting = self.waiting.value(), None
+            (self._tensor, self._again), self.waiting = self.waiting.value(), None
         return self._tensor
 
     @tensor.setter
     def tensor(self, tensor: Tensor) -> None:
-        self._tensor, self.waiting = tensor, None
+        self._tensor, self._again, self.waiting = tensor, None, None
+
+    @property
+    def added(self) -> Tensor:
+        """The tensor, to be added to something: where it came from, this use's gradient is added to
+        that of the others without a pass of its own, if nothing has changed it since."""
+        tensor, again = self.tensor, self._again
+        return tensor if again is None or again.grad_fn is not tensor.grad_fn else again
 
     @classmethod
     def later(cls, waiting: Any) -> "Stacked":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fastgeo_kernels import path_update, stacked_channel_norm, stacked_group_norm
 from fastgeo_kernels.stacked.conv import conv_by
+from fastgeo_kernels.stacked.norm import channel_norm_twice, group_norm_twice
 
 EPS = 1e-5
 BEHIND = [(False, False), (False, True), (True, False), (True, True)]  # residual, relu
@@ -62,6 +63,13 @@ def norm(kind, x, weight, bias, residual, relu, impl):
     return stacked_channel_norm(x, weight, bias, EPS, **options)
 
 
+def norm_twice(kind, x, weight, bias, residual, relu):
+    options = dict(residual=residual, relu=relu, impl="triton")
+    if kind == "group":
+        return group_norm_twice(x, 1, weight, bias, EPS, **options)
+    return channel_norm_twice(x, weight, bias, EPS, **options)
+
+
 def check_norm(
     kind,
     shape,
@@ -106,6 +114,35 @@ def check_norm(
     again = result(leaves, lambda x, w, b, r: norm(kind, x, w, b, r, relu, "triton"))
     for name, one, two in zip(names, got, again, strict=False):
         assert torch.equal(one, two), f"{name} differs between two calls"
+
+
+def check_norm_of_two_uses(kind, residual, relu, *, dtype=torch.float32, lay_out=channels_last):
+    """The gradient of a sum of two uses is that of one use with both gradients added."""
+    leaves = [
+        lay_out(random(2, 1, 6, 3, 3, seed=1, dtype=dtype)),
+        *(random(2, 6, seed=seed, shift=1.0, dtype=dtype) for seed in (2, 3)),
+        *([networks_around(random(2, 1, 6, 3, 3, seed=4, dtype=dtype))] if residual else []),
+    ]
+    upstream = [lay_out(random(2, 1, 6, 3, 3, seed=seed, dtype=dtype)) for seed in (5, 6)]
+
+    def run(function, *how):
+        own = [leaf.detach().requires_grad_() for leaf in leaves]
+        return function(kind, *own[:3], own[3] if residual else None, relu, *how), own
+
+    once, own = run(norm, "triton")
+    both = (upstream[0].double() + upstream[1].double()).to(dtype)
+    expected = torch.autograd.grad(once, own, both)
+    (one, two), own = run(norm_twice)
+    assert one.data_ptr() == two.data_ptr() and torch.equal(one, two) and torch.equal(one, once)
+    got = torch.autograd.grad([one, two], own, upstream, retain_graph=True)
+    tolerance = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, tolerance, f"{kind} {residual} {relu}")
+    for use, dy in zip((one, two), upstream, strict=True):
+        got = torch.autograd.grad(use, own, dy, retain_graph=True)
+        alone, own_again = run(norm, "triton")
+        expected = torch.autograd.grad(alone, own_again, dy)
+        assert all(map(torch.equal, got, expected))
 
 
 def check_variance_is_no_difference_of_squares(kind, device="cpu"):

@@ -5,8 +5,11 @@ import layer_claims as claims
 import pytest
 import torch
 from fastgeo_kernels import launching, stacked_conv
-from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm
+from fastgeo_kernels.stacked import channel_norm, conv_kernels, group_norm, norm
 from fastgeo_kernels.stacked.conv import OWN
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgeo import models, stack
 
 assert launching.INTERPRETED, "set TRITON_INTERPRET=1"
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -56,6 +59,56 @@ def test_programs_beyond_the_last_block_change_nothing(kind, monkeypatch):
 def test_norm_in_half_precision(kind):
     """The interpreter truncates where a GPU rounds, so that two units are allowed."""
     claims.check_norm(kind, (2, 2, 6, 3, 3), True, True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_gradients_of_two_uses_are_added_in_the_kernel(kind, behind):
+    claims.check_norm_of_two_uses(kind, *behind)
+
+
+@pytest.mark.parametrize("behind", claims.BEHIND, ids=str)
+def test_gradients_of_two_uses_of_a_group_in_tiles(tiles, behind):
+    how = dict(dtype=torch.bfloat16, lay_out=claims.networks_around)
+    claims.check_norm_of_two_uses("group", *behind, **how)
+
+
+class Sums(TorchDispatchMode):
+    """How many sums of two large tensors there were."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.count += out.numel() >= 2 * 16 * 2 * 2
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resnet_leaves_sums_of_gradients_to_its_norms(kind, monkeypatch):
+    """All but those of two convolutions, where the number of channels changes; and what follows a
+    norm is stacked, though inside of a level of vmap no kernel would run."""
+    module = models.resnet(20, 0.25, in_channels=1, norm=kind)
+    networks = [models.resnet(20, 0.25, in_channels=1, norm=kind) for _ in range(2)]
+    params, _ = torch.func.stack_module_state(networks)
+    x = claims.random(1, 1, 8, 8)
+
+    def gradients():
+        leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
+        network = stack(module)
+        y = network(leaves, x)
+        assert not network.not_stacked()
+        with Sums() as sums:
+            found = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+        return found, sums.count
+
+    expected, usual = gradients()
+    monkeypatch.setattr(norm, "use_triton", lambda *args: True)
+    got, left = gradients()
+    assert (left, usual) == (2, 9)
+    for one, other in zip(got, expected, strict=True):
+        claims.assert_close(one, other, 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

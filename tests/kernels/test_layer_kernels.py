@@ -93,9 +93,9 @@ def test_norms_launch_no_more_than_a_gpu_takes(batch, channels, size, monkeypatc
         for direction in ("forward", "backward"):
             monkeypatch.setattr(module, f"{kernels}_{direction}_kernel", launches)
     _, mean, rstd = group_norm.group_forward(x, None, ones, ones, 1e-5, True)
-    group_norm.group_backward(x, None, x, ones, ones, mean, rstd, True)
+    group_norm.group_backward(x, None, x, None, ones, ones, mean, rstd, True)
     channel_norm.channel_forward(x, None, ones, ones, 1e-5, True)
-    channel_norm.channel_backward(x, None, x, ones, ones, 1e-5, True)
+    channel_norm.channel_backward(x, None, x, None, ones, ones, 1e-5, True)
     assert len(launches.grids) == 4 and launches.grids[0][0] == 2
     for grid, blocks in zip(launches.grids, (batch, batch, 0, 0), strict=True):
         assert all(n <= 65_535 for n in grid[1:]) and math.prod(grid[1:]) >= blocks

@@ -17,7 +17,7 @@ def kernels(monkeypatch):
     seen = []
 
     def recorded(name):
-        run = getattr(fusion, f"stacked_{name}_norm")
+        run = getattr(fusion, f"{name}_norm_twice")
 
         def kernel(*args, residual=None, relu=False):
             seen.append((name, residual is not None, relu))
@@ -26,7 +26,7 @@ def kernels(monkeypatch):
         return kernel
 
     for name in ("group", "channel"):
-        monkeypatch.setattr(fusion, f"stacked_{name}_norm", recorded(name))
+        monkeypatch.setattr(fusion, f"{name}_norm_twice", recorded(name))
     run = fusion.stacked_layer_norm
     layer = lambda *args: seen.append(("layer", False, False)) or run(*args)  # noqa: E731
     monkeypatch.setattr(fusion, "stacked_layer_norm", layer)

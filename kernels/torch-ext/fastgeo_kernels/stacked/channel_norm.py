@@ -67,6 +67,7 @@ def channel_backward_kernel(
     x_ptr,  # [R, N, C], as y, dy, dx and dresidual
     y_ptr,
     dy_ptr,
+    other_ptr,  # as dy, of another use of y; None if there is none
     weight_ptr,  # [N, C], as bias
     bias_ptr,
     dx_ptr,
@@ -99,7 +100,7 @@ def channel_backward_kernel(
         here = (start * pixels + point * points) * C
         mask = (row < R - start)[:, None] & (col < C)[None, :]
         z, rstd = _rows(x_ptr + here, at, mask, C, EPS)
-        g = passed(dy_ptr + here, y_ptr + here, z, weight, bias, at, mask, RESIDUAL, RELU, "")
+        g = passed(dy_ptr, other_ptr, y_ptr, here, z, weight, bias, at, mask, RESIDUAL, RELU, "")
         if RESIDUAL and RELU:
             tl.store(dresidual_ptr + here + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dweights += g * z
@@ -144,6 +145,7 @@ def channel_backward(
     x: Tensor,
     y: Optional[Tensor],
     dy: Tensor,
+    other: Optional[Tensor],
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -160,7 +162,7 @@ def channel_backward(
     dparams = x.new_empty((programs, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
         channel_backward_kernel[(points, programs)](
-            *(x, x if y is None else y, dy, weight, bias, dx, dresidual, dparams),
+            *(x, x if y is None else y, dy, other, weight, bias, dx, dresidual, dparams),
             *(points, rows, *units(x)[::2], each),
             **channel_constants(channels, tile, y is not None, relu, eps),
             num_warps=tile.warps,

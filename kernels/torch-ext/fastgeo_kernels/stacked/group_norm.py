@@ -15,8 +15,10 @@ A group that fits into the registers of a program is read once and written once.
 read twice, the second time backwards, from what was read last, and from the L2 cache, which is told
 to keep what the first pass reads and to give up what the second one has read: a program has 128 KB
 to 384 KB in flight (64 channels of 32x32 pixels in bf16, forward or backward). What the backward
-pass needs is x, mean, rstd and, where a residual was added, y for its sign. Parameter gradients are
-summed by program, then over programs in a fixed order: results repeat bit for bit.
+pass needs is x, mean, rstd and, where a residual was added, y for its sign; the gradient that ReLU
+let through, which is the residual's, is then read again in place of dy and y. Where y had two uses,
+their gradients are summed here. Parameter gradients are summed by program, then over programs in a
+fixed order: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ def finish(
 @jit
 def passed(
     dy_ptr,
+    other_ptr,
     y_ptr,
+    start,
     z,
     weight,
     bias,
@@ -86,10 +90,12 @@ def passed(
     CACHE: tl.constexpr,
 ):
     """The gradient that ReLU lets through; without a residual its input is computed again."""
-    g = load(dy_ptr, at, mask, CACHE)
+    g = load(dy_ptr + start, at, mask, CACHE)
+    if other_ptr is not None:
+        g += load(other_ptr + start, at, mask, CACHE)
     if RELU:
         if RESIDUAL:
-            y = load(y_ptr, at, mask, CACHE)
+            y = load(y_ptr + start, at, mask, CACHE)
         else:
             y = z * weight + bias
         g = tl.where(y <= 0.0, 0.0, g)
@@ -181,6 +187,7 @@ def group_backward_kernel(
     x_ptr,  # [B, S, N, C], as y, dy, dx and dresidual
     y_ptr,
     dy_ptr,
+    other_ptr,  # as dy, of another use of y; None if there is none
     weight_ptr,  # [N, C], as bias
     bias_ptr,
     mean_ptr,  # [B, N], as rstd
@@ -205,8 +212,6 @@ def group_backward_kernel(
     point, image = tl.program_id(0).to(tl.int64), tl.minimum(block_of_program(), B - 1)
     start = (image * batch + point * points) * C
     x_ptr += start
-    y_ptr += start
-    dy_ptr += start
     dx_ptr += start
     dresidual_ptr += start
     pixel, col = tl.arange(0, PIXELS), tl.arange(0, CHANNELS)
@@ -221,7 +226,8 @@ def group_backward_kernel(
     if WHOLE:
         mask = (pixel < S)[:, None] & col_ok
         z = (load(x_ptr, at, mask, "") - mean) * rstd
-        g = passed(dy_ptr, y_ptr, z, weight[None, :], bias, at, mask, RESIDUAL, RELU, "")
+        w = weight[None, :]
+        g = passed(dy_ptr, other_ptr, y_ptr, start, z, w, bias, at, mask, RESIDUAL, RELU, "")
         if RESIDUAL and RELU:
             tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dweight, dbias = tl.sum(g * z, 0), tl.sum(g, 0)
@@ -236,9 +242,13 @@ def group_backward_kernel(
             here = at + tl.cast(first, tl.int64) * pixels * C
             z = (load(x_ptr, here, mask, "evict_last") - mean) * rstd
             w = weight[None, :]
-            g = passed(dy_ptr, y_ptr, z, w, bias, here, mask, RESIDUAL, RELU, "evict_last")
+            given = dy_ptr, other_ptr, y_ptr, start, z, w, bias, here, mask
+            g = passed(*given, RESIDUAL, RELU, "evict_last")
+            if RESIDUAL and RELU:
+                tl.store(dresidual_ptr + here, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
             dweights += g * z
             dbiases += g
+        tl.debug_barrier()  # what one thread stored of the residual's gradient another may load
         dweight, dbias = tl.sum(dweights, 0), tl.sum(dbiases, 0)
         slope, shift = tl.sum(dweight * weight, 0) / (S * C), tl.sum(dbias * weight, 0) / (S * C)
         for back in range(0, S, PIXELS):
@@ -247,9 +257,11 @@ def group_backward_kernel(
             here = at + tl.cast(first, tl.int64) * pixels * C
             z = (load(x_ptr, here, mask, "evict_first") - mean) * rstd
             w = weight[None, :]
-            g = passed(dy_ptr, y_ptr, z, w, bias, here, mask, RESIDUAL, RELU, "evict_first")
             if RESIDUAL and RELU:
-                tl.store(dresidual_ptr + here, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
+                g = load(dresidual_ptr, here, mask, "evict_first")
+            else:
+                given = dy_ptr, other_ptr, y_ptr, start, z, w, bias, here, mask
+                g = passed(*given, RESIDUAL, RELU, "evict_first")
             dx = rstd * (g * weight[None, :] - shift - z * slope)
             tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dparams_ptr, dweight, mask=col < C)
@@ -303,6 +315,7 @@ def group_backward(
     x: Tensor,
     y: Optional[Tensor],
     dy: Tensor,
+    other: Optional[Tensor],
     weight: Tensor,
     bias: Tensor,
     mean: Tensor,
@@ -312,6 +325,7 @@ def group_backward(
     """dx and dresidual as x (the latter dy itself without a ReLU), dparams [2, N, C].
 
     Args:
+        other: the gradient of another use of y, which is added to dy.
         y: what the forward pass gave, where it added a residual and rectified; else None.
     """
     batch, pixels, points, channels = x.shape
@@ -321,7 +335,8 @@ def group_backward(
     dparams = x.new_empty((batch, 2, points, channels), dtype=torch.float32)
     with on_device_of(x):
         group_backward_kernel[grid(points, batch)](
-            *(x, x if y is None else y, dy, weight, bias, mean, rstd, dx, dresidual, dparams),
+            *(x, x if y is None else y, dy, other, weight, bias, mean, rstd),
+            *(dx, dresidual, dparams),
             *(batch, points, *units(x)),
             **group_constants(pixels, channels, tile, y is not None, relu),
             num_warps=tile.warps,

@@ -23,43 +23,63 @@ MOST_CHANNELS = 4096
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tensor:
+    def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tuple[Tensor, Tensor]:
         rows = _both(x, residual)
         y, mean, rstd = group_norm.group_forward(*rows, weight, bias, eps, relu)
         sign = y if relu and residual is not None else None
         ctx.save_for_backward(rows[0], sign, weight, bias, mean, rstd)
         ctx.shape, ctx.relu, ctx.residual = x.shape, relu, residual is not None
-        return _from_rows(y, x.shape)
+        return _twice(ctx, y, x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *upstream):
+        if all(dy is None for dy in upstream):
+            return (None,) * 6
         x, y, weight, bias, mean, rstd = ctx.saved_tensors
-        given = (x, y, _to_rows(dy, like=x), weight, bias, mean, rstd, ctx.relu)
+        given = (x, y, *_upstream(ctx, x, *upstream), weight, bias, mean, rstd, ctx.relu)
         return _gradients(ctx, weight, bias, *group_norm.group_backward(*given))
 
 
 class _ChannelNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tensor:
+    def forward(ctx, x, weight, bias, residual, eps: float, relu: bool) -> Tuple[Tensor, Tensor]:
         rows = _both(x, residual)
         y = channel_norm.channel_forward(*rows, weight, bias, eps, relu)
         sign = y if relu and residual is not None else None
         ctx.save_for_backward(rows[0], sign, weight, bias)
         ctx.shape, ctx.relu, ctx.residual, ctx.eps = x.shape, relu, residual is not None, eps
-        return _from_rows(y, x.shape)
+        return _twice(ctx, y, x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *upstream):
+        if all(dy is None for dy in upstream):
+            return (None,) * 6
         x, y, weight, bias = ctx.saved_tensors
-        given = (x, y, _to_rows(dy, like=x), weight, bias, ctx.eps, ctx.relu)
+        given = (x, y, *_upstream(ctx, x, *upstream), weight, bias, ctx.eps, ctx.relu)
         return _gradients(ctx, weight, bias, *channel_norm.channel_backward(*given))
 
 
 def _both(x: Tensor, residual: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
     rows = _to_rows(x)
     return rows, None if residual is None else _to_rows(residual, like=rows)
+
+
+def _twice(ctx, y: Tensor, shape: torch.Size) -> Tuple[Tensor, Tensor]:
+    """The result for two uses, in the same memory; their gradients come apart, or one is None."""
+    ctx.set_materialize_grads(False)
+    return _from_rows(y, shape), _from_rows(y, shape)
+
+
+def _upstream(
+    ctx, x: Tensor, first: Optional[Tensor], second: Optional[Tensor]
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """The gradient of a result, and that of its other use if the kernel is to add it."""
+    one, *others = (_to_rows(dy, like=x) for dy in (first, second) if dy is not None)
+    if others and ctx.residual and not ctx.relu:  # the residual's gradient is the sum itself
+        return one + others[0], None
+    return one, others[0] if others else None
 
 
 def _gradients(ctx, weight, bias, dx, dresidual, dparams) -> Tuple[Optional[Tensor], ...]:
@@ -121,11 +141,30 @@ def stacked_group_norm(
         >>> stacked_group_norm(x, 1, relu=True).shape
         torch.Size([3, 8, 16, 5, 5])
     """
+    behind = dict(residual=residual, relu=relu, impl=impl)
+    return group_norm_twice(x, num_groups, weight, bias, eps, **behind)[0]
+
+
+def group_norm_twice(
+    x: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    *,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
+    impl: str = "auto",
+) -> Tuple[Tensor, Tensor]:
+    """`stacked_group_norm` for two uses, such as a convolution and the sum behind it.
+
+    Their gradients are then added in the kernel, which autograd would do in a pass of its own.
+    """
     _check("stacked_group_norm", x, weight, bias, residual)
     unfit = _unfit(x, residual) or ("" if num_groups == 1 else f"it has {num_groups} groups, not 1")
     if not use_triton("stacked_group_norm", impl, x, unfit):
-        given = (x, num_groups, weight, bias, eps, residual, relu)
-        return plain.group_norm(*given)
+        y = plain.group_norm(x, num_groups, weight, bias, eps, residual, relu)
+        return y, y
     return _GroupNorm.apply(x, *_affine(x, weight, bias), residual, float(eps), relu)
 
 
@@ -155,9 +194,25 @@ def stacked_channel_norm(
         >>> stacked_channel_norm(torch.randn(3, 8, 16, 5, 5)).mean(2).abs().max() < 1e-5
         tensor(True)
     """
+    behind = dict(residual=residual, relu=relu, impl=impl)
+    return channel_norm_twice(x, weight, bias, eps, **behind)[0]
+
+
+def channel_norm_twice(
+    x: Tensor,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+    *,
+    residual: Optional[Tensor] = None,
+    relu: bool = False,
+    impl: str = "auto",
+) -> Tuple[Tensor, Tensor]:
+    """`stacked_channel_norm` for two uses, as `group_norm_twice`."""
     _check("stacked_channel_norm", x, weight, bias, residual)
     if not use_triton("stacked_channel_norm", impl, x, _unfit(x, residual)):
-        return plain.channel_norm(x, weight, bias, eps, residual, relu)
+        y = plain.channel_norm(x, weight, bias, eps, residual, relu)
+        return y, y
     return _ChannelNorm.apply(x, *_affine(x, weight, bias), residual, float(eps), relu)
 
 
