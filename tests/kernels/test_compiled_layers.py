@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fastgeo_kernels.stacked import group_norm
 from triton import compile as compile_kernel
 from triton.compiler import ASTSource
 
-from benchmarks.resources import CHIPS, resources
+from benchmarks.resources import CHIPS, LAYERS, resources
 
 path_update = importlib.import_module("fastgeo_kernels.path_update")
 
@@ -49,3 +50,27 @@ def test_the_update_loads_several_columns_at_once(target):
         # numbers: the rate, and sums of squares in two places.
         assert sorted(accesses(aligned.asm["ptx"])) == [4] * 4 + [8] * 8
         assert sorted(accesses(odd.asm["ptx"])) == [2] * 2 + [4] * 19
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("channels, pixels", LAYERS)
+def test_the_norm_behind_a_sum_reads_the_gradient_that_relu_let_through_once_more(
+    target, channels, pixels
+):
+    """Where a group is in tiles: x and that one a second time, not dy, the other use's gradient and
+    y. Without another use there is one gradient less to read."""
+    tile = group_norm.group_tile(pixels, channels, True, 2)
+    constants = group_norm.group_constants(pixels, channels, tile, True, True)
+    kernel, found = group_norm.group_backward_kernel, []
+    pointers = {name: "bf16" for name in kernel.arg_names if name.endswith("_ptr")}
+    pointers |= {name: "fp32" for name in ("mean_ptr", "rstd_ptr", "dparams_ptr")}
+    for uses in ({"other_ptr": None}, {}):
+        binary = compiled(target, kernel, constants | uses, {"num_warps": tile.warps}, pointers)
+        used = resources(binary, CHIPS[target], tile.warps)
+        assert used["spilled"] == 0 and used["occupancy"] >= 0.25
+        found.append(accesses(binary.asm.get("ptx", "")).count(16))
+    each = tile.pixels * tile.channels * 2 // (16 * 32 * tile.warps)  # loads a thread of a tile
+    streams = 5 if tile.whole else 7  # x, dy, y; x and the residual's gradient; it, and dx
+    if target == "sm_90":
+        assert found[1] - found[0] == each
+        assert found[0] - streams * each in (0, 1)  # weights or their gradients, of some Tritons

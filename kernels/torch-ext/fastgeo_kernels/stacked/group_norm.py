@@ -235,6 +235,8 @@ def group_backward_kernel(
         dx = rstd * (g * weight[None, :] - shift - z * slope)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     else:
+        # Once the residual's gradient is stored, dy and y are not read again.
+        keep: tl.constexpr = "evict_first" if RESIDUAL and RELU else "evict_last"
         dweights = tl.zeros([PIXELS, CHANNELS], tl.float32)
         dbiases = tl.zeros([PIXELS, CHANNELS], tl.float32)
         for first in range(0, S, PIXELS):
@@ -243,7 +245,7 @@ def group_backward_kernel(
             z = (load(x_ptr, here, mask, "evict_last") - mean) * rstd
             w = weight[None, :]
             given = dy_ptr, other_ptr, y_ptr, start, z, w, bias, here, mask
-            g = passed(*given, RESIDUAL, RELU, "evict_last")
+            g = passed(*given, RESIDUAL, RELU, keep)
             if RESIDUAL and RELU:
                 tl.store(dresidual_ptr + here, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
             dweights += g * z
