@@ -141,8 +141,8 @@ def stacked_group_norm(
         >>> stacked_group_norm(x, 1, relu=True).shape
         torch.Size([3, 8, 16, 5, 5])
     """
-    behind = dict(residual=residual, relu=relu, impl=impl)
-    return group_norm_twice(x, num_groups, weight, bias, eps, **behind)[0]
+    given = (x, num_groups, weight, bias, eps)
+    return group_norm_twice(*given, residual=residual, relu=relu, impl=impl)[0]
 
 
 def group_norm_twice(
@@ -194,8 +194,8 @@ def stacked_channel_norm(
         >>> stacked_channel_norm(torch.randn(3, 8, 16, 5, 5)).mean(2).abs().max() < 1e-5
         tensor(True)
     """
-    behind = dict(residual=residual, relu=relu, impl=impl)
-    return channel_norm_twice(x, weight, bias, eps, **behind)[0]
+    given = (x, weight, bias, eps)
+    return channel_norm_twice(*given, residual=residual, relu=relu, impl=impl)[0]
 
 
 def channel_norm_twice(
