@@ -255,11 +255,11 @@ def conv_variants(chip: Chip) -> Iterator[Variant]:
         sides = (pixels, pixels), (pixels // stride,) * 2
         options = (size, stride, size // 2)
         if product == "weight":
-            blocks = conv_kernels.weight_blocks(out, channels, BYTES[dtype], precise)
+            blocks = conv_kernels.weight_blocks(out, size**2 * channels, BYTES[dtype], precise)
             constants = conv_kernels.constants(*sides, channels, out, *options)
         else:
             ends = (channels, out) if product == "forward" else (out, channels)
-            blocks = conv_kernels.conv_blocks(ends[1], ends[0], precise)
+            blocks = conv_kernels.conv_blocks(*ends[::-1], BYTES[dtype], precise)
             sides = sides if product == "forward" else sides[::-1]
             constants = conv_kernels.constants(*sides, *ends, *options)
             constants["MIRRORED"] = product == "input"

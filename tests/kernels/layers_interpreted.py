@@ -171,6 +171,7 @@ def test_conv_in_several_tiles_and_slices(monkeypatch):
     monkeypatch.setattr(conv_kernels, "weight_blocks", lambda *_: blocks)
     monkeypatch.setattr(conv_kernels, "PROGRAMS", 16)
     claims.check_conv(OWN, (1, 2, 18, 4, 4), 17, 1, 1)
+    claims.check_conv(OWN, (1, 1, 5, 3, 3), 17, 3, 1)
 
 
 def test_conv_in_half_precision():

@@ -7,10 +7,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastgeo_kernels.stacked import group_norm
+from fastgeo_kernels.stacked import conv_kernels, group_norm
 from triton import compile as compile_kernel
 from triton.compiler import ASTSource
 
+from benchmarks.instructions import instructions
 from benchmarks.resources import CHIPS, LAYERS, resources
 
 path_update = importlib.import_module("fastgeo_kernels.path_update")
@@ -74,3 +75,33 @@ def test_the_norm_behind_a_sum_reads_the_gradient_that_relu_let_through_once_mor
     if target == "sm_90":
         assert found[1] - found[0] == each
         assert found[0] - streams * each in (0, 1)  # weights or their gradients, of some Tritons
+
+
+def rounds(binary):
+    """Instructions and matrix products of every loop that has some."""
+    lines = instructions(binary.asm["cubin"])
+    for at, line in enumerate(lines):
+        jump = re.search(r"\bBRA (\d+)$", line)
+        if jump and int(jump[1]) < at:
+            body = lines[int(jump[1]) : at + 1]
+            products = sum("HGMMA" in one for one in body)
+            if products:
+                yield len(body), products
+
+
+@pytest.mark.parametrize("product, most", [("forward", 27), ("input", 30), ("weight", 54)])
+def test_a_convolution_is_one_loop_with_few_instructions_a_product(product, most):
+    """Of 64 by 64 by 16 numbers; nine loops, one a tap, took 33, 36 and 64."""
+    sides, constants = ((32, 32), (32, 32)), {"PRECISION": "tf32"}
+    if product == "weight":
+        kernel = conv_kernels.conv_weight_kernel
+        blocks = conv_kernels.weight_blocks(64, 9 * 64, 2, False)
+    else:
+        kernel = conv_kernels.conv_kernel
+        blocks = conv_kernels.conv_blocks(64, 64, 2, False)
+        constants["MIRRORED"] = product == "input"
+    constants |= conv_kernels.constants(*sides, 64, 64, 3, 1, 1) | conv_kernels.tile(blocks)
+    pointers = {name: "bf16" for name in ("x_ptr", "weight_ptr", "y_ptr", "dy_ptr")}
+    options = conv_kernels.options(blocks, nvidia=True)
+    ((body, products),) = rounds(compiled("sm_90", kernel, constants, options, pointers))
+    assert products == 8 and body / products <= most

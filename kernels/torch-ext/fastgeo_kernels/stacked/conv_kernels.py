@@ -1,16 +1,17 @@
 """Convolutions of N stacked networks as implicit matrix products, one network and tile a program.
 
 For every tap of the kernel a tile of pixels, shifted by the tap, times that tap's weights: nothing
-is unfolded in memory. The gradient of the input is the same sum with the taps mirrored and the
-weights transposed; that of the weights multiplies the transposed tile of output gradients with the
-shifted tile of inputs, for each tap, over slices of the batch which are added up in a fixed order.
+is unfolded in memory. Taps and channels are one loop, so that loads run ahead of products over all
+of it. The gradient of the input is the same sum with the taps mirrored and the weights transposed;
+that of the weights multiplies inputs, of which a tile holds the channels of several taps, with the
+output gradients, over slices of the batch which are added up in a fixed order.
 
 A value is [B, H, W, N, C] by its address (b batch + pixel pixels + n points) C + c, which covers
 (B, H, W, N, C) and (N, B, H, W, C) in memory and, with points = 0, an input that all networks
-share. Weights are (N, O, taps, C) in memory, channels-last. Taps are unrolled and programs have
-four warps: one loop over taps and channels has been miscompiled with eight (pytorch/pytorch#177823,
-triton-lang/triton#1254), and so have, on Blackwell, several products into one accumulator inside a
-loop (triton-lang/triton#10821), hence one product a loop here.
+share. Weights are (N, O, taps, C) in memory, channels-last. Programs have four warps: a loop over
+taps and channels has been miscompiled with eight (pytorch/pytorch#177823, triton-lang/triton#1254),
+and so have, on Blackwell, several products into one accumulator inside a loop
+(triton-lang/triton#10821), hence one product a loop here.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def conv_kernel(
     weight_ptr,  # [N, O, taps, C]; MIRRORED: [N, C, taps, O]
     y_ptr,  # the target: [B, OH, OW, N, O]
     rows,  # B * OH * OW
+    rounds,  # taps times pieces of INNER channels; not a constant, or few are unrolled and spill
     x_points,
     x_batch,
     x_pixels,
@@ -88,7 +90,10 @@ def conv_kernel(
     y_ptr += (first.to(tl.int64) * y_batch + point * y_points) * O
     weight_ptr += point * (O * SIZE * SIZE * C)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tap in tl.static_range(SIZE * SIZE):
+    pieces: tl.constexpr = (C + INNER - 1) // INNER
+    for i in range(rounds):
+        tap = i // pieces
+        channel = i % pieces * INNER + inner
         if MIRRORED:
             down = pixel // OW + PADDING - tap // SIZE
             across = pixel % OW + PADDING - tap % SIZE
@@ -96,28 +101,24 @@ def conv_kernel(
             down //= STRIDE
             across //= STRIDE
             inside &= (down < H) & (across < W)
+            weights = (channel[:, None] * (SIZE * SIZE) + tap) * O + column[None, :]
         else:
             down = pixel // OW * STRIDE - PADDING + tap // SIZE
             across = pixel % OW * STRIDE - PADDING + tap % SIZE
             inside = (down >= 0) & (down < H) & (across >= 0) & (across < W)
-        inside &= row < rows
+            weights = (column[None, :] * (SIZE * SIZE) + tap) * C + channel[:, None]
         at = (image * x_batch + (down * W + across) * x_pixels) * C
-        for k in range(0, C, INNER):
-            a = tl.load(
-                x_ptr + at[:, None] + (k + inner)[None, :],
-                mask=inside[:, None] & (k + inner < C)[None, :],
-                other=0.0,
-            )
-            if MIRRORED:
-                weights = ((k + inner)[:, None] * (SIZE * SIZE) + tap) * O + column[None, :]
-            else:
-                weights = (column[None, :] * (SIZE * SIZE) + tap) * C + (k + inner)[:, None]
-            b = tl.load(
-                weight_ptr + weights,
-                mask=(k + inner < C)[:, None] & (column < O)[None, :],
-                other=0.0,
-            )
-            total = _product(a, b, total, PRECISION)
+        a = tl.load(
+            x_ptr + at[:, None] + channel[None, :],
+            mask=(inside & (row < rows))[:, None] & (channel < C)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            weight_ptr + weights,
+            mask=(channel < C)[:, None] & (column < O)[None, :],
+            other=0.0,
+        )
+        total = _product(a, b, total, PRECISION)
     at = (image * y_batch + pixel * y_pixels) * O
     mask = (row < rows)[:, None] & (column < O)[None, :]
     tl.store(y_ptr + at[:, None] + column[None, :], total.to(y_ptr.dtype.element_ty), mask=mask)
@@ -150,39 +151,44 @@ def conv_weight_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """ROWS output by COLUMNS input channels of one network's tap, over a slice of the pixels."""
-    across_tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(0) // (SIZE * SIZE)
-    tap = tl.program_id(0) % (SIZE * SIZE)
-    out = (tile // across_tiles) * ROWS + tl.arange(0, ROWS)
-    column = (tile % across_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    """ROWS input channels of taps by COLUMNS output channels of a network, over a slice of pixels.
+
+    All taps' input channels lie in one row, so that a tile of dy serves several taps.
+    """
+    across_tiles: tl.constexpr = (O + COLUMNS - 1) // COLUMNS
+    row = (tl.program_id(0) // across_tiles) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     point, part = tl.program_id(1).to(tl.int64), tl.program_id(2)
     x_ptr += point * x_points * C
     dy_ptr += point * y_points * O
+    tap, channel = row // C, row % C
+    tap_down, tap_across = tap // SIZE, tap % SIZE
+    row_ok = row < SIZE * SIZE * C
+    behind = (tap_down * W + tap_across) * x_pixels * C + channel
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(tiles):
-        row = (part * tiles + i) * INNER + tl.arange(0, INNER)
-        image = (row // (OH * OW)).to(tl.int64)
-        pixel = row % (OH * OW)
-        down = pixel // OW * STRIDE - PADDING + tap // SIZE
-        across = pixel % OW * STRIDE - PADDING + tap % SIZE
-        inside = (row < rows) & (down >= 0) & (down < H) & (across >= 0) & (across < W)
+        place = (part * tiles + i) * INNER + tl.arange(0, INNER)
+        image = (place // (OH * OW)).to(tl.int64)
+        pixel = place % (OH * OW)
+        down = pixel // OW * STRIDE - PADDING
+        across = pixel % OW * STRIDE - PADDING
+        place_ok = place < rows
         at = (image * y_batch + pixel * y_pixels) * O
         dy = tl.load(
-            dy_ptr + at[:, None] + out[None, :],
-            mask=(row < rows)[:, None] & (out < O)[None, :],
+            dy_ptr + at[:, None] + column[None, :],
+            mask=place_ok[:, None] & (column < O)[None, :],
             other=0.0,
         )
         at = (image * x_batch + (down * W + across) * x_pixels) * C
-        x = tl.load(
-            x_ptr + at[:, None] + column[None, :],
-            mask=inside[:, None] & (column < C)[None, :],
-            other=0.0,
-        )
-        total = _product(tl.trans(dy), x, total, PRECISION)
+        down = down[:, None] + tap_down[None, :]
+        across = across[:, None] + tap_across[None, :]
+        inside = (down >= 0) & (down < H) & (across >= 0) & (across < W)
+        inside &= place_ok[:, None] & row_ok[None, :]
+        x = tl.load(x_ptr + at[:, None] + behind[None, :], mask=inside, other=0.0)
+        total = _product(tl.trans(x), dy, total, PRECISION)
     dweight_ptr += ((part * tl.num_programs(1) + point) * O * SIZE * SIZE) * C
-    at = (out[:, None] * (SIZE * SIZE) + tap) * C + column[None, :]
-    tl.store(dweight_ptr + at, total, mask=(out < O)[:, None] & (column < C)[None, :])
+    at = column[None, :] * (SIZE * SIZE * C) + row[:, None]
+    tl.store(dweight_ptr + at, total, mask=row_ok[:, None] & (column < O)[None, :])
 
 
 # --- Launchers: x [B, H, W, N, C], weight [N, O, KH, KW, C], dy [B, OH, OW, N, O] -----------------
@@ -203,17 +209,22 @@ def units(x: Tensor) -> Tuple[int, int, int]:
     )
 
 
-def conv_blocks(columns: int, inner: int, precise: bool) -> Blocks:
+def conv_blocks(columns: int, inner: int, bytes_each: int, precise: bool) -> Blocks:
     """Tiles that spill on no chip (`python -m benchmarks.resources`)."""
-    columns = min(32 if precise else 64, max(16, power_of_two(columns)))
-    most = 16 if precise else 32
-    return Blocks(64, columns, min(most, max(16, power_of_two(inner))), 2)
+    if precise:
+        return Blocks(64, _side(32, columns), _side(16, inner), 2)
+    return Blocks(128, _side(64, columns), _side(128 // bytes_each, inner), 3)
 
 
-def weight_blocks(out: int, columns: int, bytes_each: int, precise: bool) -> Blocks:
-    most = 32 if precise else 64
-    rows, columns = (min(most, max(16, power_of_two(n))) for n in (out, columns))
-    return Blocks(rows, columns, 16 if precise else 128 // bytes_each, 2)
+def weight_blocks(columns: int, rows: int, bytes_each: int, precise: bool) -> Blocks:
+    """The same, of so many output channels, and input channels of all taps."""
+    if precise:
+        return Blocks(_side(32, rows), _side(32, columns), 16, 2)
+    return Blocks(_side(128, rows), _side(64, columns), 128 // bytes_each, 3)
+
+
+def _side(most: int, needed: int) -> int:
+    return min(most, max(16, power_of_two(needed)))
 
 
 def conv(
@@ -223,8 +234,9 @@ def conv(
     batch, height, width, points, channels = x.shape
     out, size = y.shape[-1], weight.shape[2]
     precise = x.dtype == torch.float32 and not tf32
-    blocks = conv_blocks(out, channels, precise)
+    blocks = conv_blocks(out, channels, x.element_size(), precise)
     rows = batch * y.shape[1] * y.shape[2]
+    rounds = size * size * -(-channels // blocks.inner)
     grid = -(-rows // blocks.rows) * -(-out // blocks.columns), points
     images = 2 + blocks.rows // (y.shape[1] * y.shape[2])  # that a tile may reach into
     if max(_reach(tensor, images) for tensor in (x, y)) >= 2**31:
@@ -234,7 +246,7 @@ def conv(
         )
     with on_device_of(x):
         conv_kernel[grid](
-            *(x, weight, y, rows, *units(x), *units(y)),
+            *(x, weight, y, rows, rounds, *units(x), *units(y)),
             **constants((height, width), y.shape[1:3], channels, out, size, stride, padding),
             MIRRORED=mirrored,
             PRECISION="ieee" if precise else "tf32",
@@ -254,9 +266,10 @@ def conv_weight(x: Tensor, dy: Tensor, size: int, stride: int, padding: int, tf3
     batch, height, width, _, channels = x.shape
     out_height, out_width, points, out = dy.shape[1:]
     precise = x.dtype == torch.float32 and not tf32
-    blocks = weight_blocks(out, channels, x.element_size(), precise)
-    rows, taps = batch * out_height * out_width, size * size
-    tiles = -(-out // blocks.rows) * -(-channels // blocks.columns) * taps
+    inputs = size * size * channels
+    blocks = weight_blocks(out, inputs, x.element_size(), precise)
+    rows = batch * out_height * out_width
+    tiles = -(-inputs // blocks.rows) * -(-out // blocks.columns)
     steps = -(-rows // blocks.inner)
     each = -(-steps // max(1, min(steps, PROGRAMS // (tiles * points))))
     slices = -(-steps // each)
