@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastgeo import figures
 from fastgeo.data.inputs import Inputs, each_tensor, is_inputs, on_device, tensors_of
-from fastgeo.data.outputs import IGNORED, label_rows, logits_of, rows_that_count
+from fastgeo.data.outputs import IGNORED, label_rows, rows_that_count
 from fastgeo.forward.modes import evaluation_mode
 from fastgeo.forward.options import Forward
 from fastgeo.path import Path, check_buffers, check_path_of
@@ -197,11 +197,11 @@ def evaluate(
             inputs = on_device(inputs, path.device)
             with evaluation_mode(module):
                 choice.prepare(one, inputs, points=len(path))
-                outputs = choice.run(lambda engine: engine.forward(stacked, inputs))  # noqa: B023
-            logits = logits_of(outputs)
+                logits = choice.run(lambda engine: engine.logits(stacked, inputs))  # noqa: B023
             counted, labels = rows_that_count(inputs, None, forward.mask), labels.to(path.device)
-            rows = label_rows(f"split {name!r}", labels, outputs, counted)
-            totals.add(logits, rows, lengths=not lengths)
+            rows = label_rows(f"split {name!r}", labels, logits.like, counted)
+            for part in logits.slices():
+                totals.add(logits.of(part), rows[part], lengths=not lengths)
         if ranks is not None:
             totals.add_up(ranks)
         if totals.count == 0:

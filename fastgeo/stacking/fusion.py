@@ -40,6 +40,19 @@ class Waiting(NamedTuple):
     relu: bool = False
     alone: Stacked | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @property
+    def uses(self) -> tuple[Stacked | None, Stacked | None]:
+        """The `Stacked` values that it waits for."""
+        return self.alone, self.residual
+
     def value(self) -> tuple[Tensor, Tensor]:
         """[N, B, ...], and the same for a sum, as `Stacked.added`."""
         if torch.is_grad_enabled() == self.grad and not torch.is_inference_mode_enabled():
@@ -83,7 +96,7 @@ def joins(value: Any) -> bool:
     """Whether a sum or ReLU may join what is waiting."""
     own = value.waiting if isinstance(value, Stacked) else None
     return (
-        own is not None
+        isinstance(own, Waiting)
         and own.norm != "layer"
         and not own.relu
         and own.grad == torch.is_grad_enabled()
@@ -112,7 +125,7 @@ def with_relu(value: Any) -> Stacked | None:
 def with_permutation(value: Any, dims: tuple[int, ...]) -> Stacked | None:
     """A LayerNorm whose channels are put where they are in images, if it waits."""
     own = value.waiting if isinstance(value, Stacked) else None
-    if own is None or own.norm != "layer" or tuple(dims) != (0, 3, 1, 2):
+    if not isinstance(own, Waiting) or own.norm != "layer" or tuple(dims) != (0, 3, 1, 2):
         return None
     return Stacked.later(own._replace(norm="channel", x=own.x.permute(0, 1, 4, 2, 3)))
 

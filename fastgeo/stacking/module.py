@@ -28,6 +28,7 @@ from fastgeo.forward.standin import RUNNING, Unfollowed, Unsupported, eagerly, h
 from fastgeo.path import uncompiled
 from fastgeo.stacking.passes import Known, StackedPass, in_loops, to_loop
 from fastgeo.stacking.precision import Casts, check_precision, matmul_precision
+from fastgeo.stacking.products import Products, products_in, waiting_beyond, waits_in_loops
 from fastgeo.stacking.stacked import (
     ChangedInput,
     Stacked,
@@ -125,6 +126,15 @@ class StackedModule:
                 RUNNING[-1].refuse("its forward evaluates a stack of its own")
             return self._evaluate(params, state, args, kwargs, n)
 
+    def by_rows(
+        self, params: Parameters, x: Inputs, most: int | None, *, per_point: bool = False
+    ) -> Tensor | Products:
+        """As a call; but outputs of more than `most` numbers a network, which its last linear layer
+        gives, are products yet to be computed, of all networks or of each one. They are computed by
+        vmap, and where what follows that layer is not a function of every number by itself."""
+        with waiting_beyond(most):
+            return self(params, x, per_point=per_point)
+
     def _evaluate(
         self, params: Parameters, state: dict[str, Any], args: tuple, kwargs: dict, n: int
     ) -> Any:
@@ -133,7 +143,7 @@ class StackedModule:
         while True:
             try:
                 with undone_on_failure(self._updated(params)), matmul_precision(self.precision):
-                    outputs = without_n(self._run(engine, state, args, kwargs, n), n)
+                    outputs = self._of_all(self._run(engine, state, args, kwargs, n), n)
                 break
             except (torch.OutOfMemoryError, Unsupported):
                 raise
@@ -153,6 +163,10 @@ class StackedModule:
             name = type(self.module).__name__
             warnings.warn(f"{name} runs as {engine}: {reason}", stacklevel=2)
         return outputs
+
+    def _of_all(self, out: Any, n: int) -> Any:
+        """What all networks returned: [N, ...], or what is to wait."""
+        return products_in(out, self.precision) or without_n(out, n)
 
     def __repr__(self) -> str:
         layout = ", channels-last" if self.channels_last else ""
@@ -238,7 +252,8 @@ class StackedModule:
             elif engine == "vmap":
                 out = by_vmap(function, (state, args, kwargs), n)
             else:
-                out = by_loop(function, (state, args, kwargs), {}, n)
+                with waits_in_loops():
+                    out = by_loop(function, (state, args, kwargs), {}, n)
         self._copies = bool(self._copies)
         return out
 

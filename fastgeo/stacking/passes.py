@@ -240,8 +240,8 @@ class StackedPass(Pass):
             other = reference()
             if other is None or other.waiting is None:
                 continue
-            uses = (other.waiting.alone, other.waiting.residual)
-            if other is target or (joined is not None and not any(t is target for t in uses)):
+            uses = any(value is target for value in other.waiting.uses)
+            if other is target or (joined is not None and not uses):
                 left.append(reference)
             else:
                 other.tensor  # noqa: B018 - computes it

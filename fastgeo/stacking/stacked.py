@@ -33,7 +33,7 @@ class Stacked(StandIn):
     of: frozenset[str] | None = None
     at: int | None = None
     _tensor: Any
-    _again: Tensor | None = None
+    _again: Tensor | None = None  # the tensor for a sum
 
     @staticmethod
     def __new__(cls, tensor: Tensor) -> "Stacked":
@@ -67,10 +67,13 @@ class Stacked(StandIn):
 
     @classmethod
     def later(cls, waiting: Any) -> "Stacked":
-        """One whose tensor `waiting.value()` gives, in the shape of `waiting.x`."""
-        x = waiting.x
+        """One whose tensor, and what is `added`, `waiting.value()` gives."""
         one = Tensor._make_wrapper_subclass(
-            cls, x.shape[1:], dtype=x.dtype, device=x.device, requires_grad=waiting.needs
+            cls,
+            waiting.shape[1:],
+            dtype=waiting.dtype,
+            device=waiting.x.device,
+            requires_grad=waiting.needs,
         )
         one._tensor, one.waiting = None, waiting
         return one

@@ -9,18 +9,24 @@ from torch import Tensor, nn
 from fastgeo.data.inputs import Inputs, first_few, tensors_within
 from fastgeo.forward.modes import called_with, copied_state, looked_at
 from fastgeo.stacking.module import Parameters, StackedModule
+from fastgeo.stacking.products import Products, sources, waiting_beyond, waits_in_loops
+from fastgeo.step.logits import Evaluated
 
 FEW_INPUTS = 8  # on which engines are checked, and memory is estimated
 SAME = 1e-5  # of the largest number, what an order of sums may change
 
 
-def refuse_random(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs) -> None:
+def refuse_random(
+    module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs, most: int | None = None
+) -> None:
     """ValueError, naming the layer, if a network in evaluation mode gives now this and now that.
 
     Args:
         state: name -> tensor of one network.
+        most: as of `StackedModule.by_rows`; of what comes by rows, what it is made of is compared.
     """
-    first, second = (_outputs(module, state, inputs) for _ in range(2))
+    with waiting_beyond(most), waits_in_loops():
+        first, second = (_outputs(module, state, inputs) for _ in range(2))
     if _same(first, second):
         return
     calls = [_calls(module, state, inputs) for _ in range(2)]
@@ -41,7 +47,14 @@ def refuse_random(module: nn.Module, state: Mapping[str, Tensor], inputs: Inputs
 
 
 def refuse_probabilities(outputs: Any) -> None:
-    """ValueError if what should be logits [..., C] are the probabilities of C classes."""
+    """ValueError if what should be logits [..., C] are the probabilities of C classes.
+
+    Args:
+        outputs: as of `StackedModule.by_rows`.
+    """
+    if isinstance(outputs, Products):
+        logits = Evaluated(outputs)
+        outputs = logits.of(logits.spread())
     if isinstance(outputs, Tensor) and outputs.ndim and outputs.shape[-1] > 1:
         sums = outputs.double().sum(-1)
         if (outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
@@ -82,7 +95,7 @@ def _calls(
 
 
 def _copies(value: Any) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors_within(value)]
+    return [own.clone() for tensor in tensors_within(value) for own in sources(tensor)]
 
 
 def _same(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -114,19 +127,30 @@ def networks_like(params: Parameters, count: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def few_of(
-    loop: StackedModule, params: Parameters, inputs: Inputs, per_point: bool
+    loop: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    per_point: bool,
+    most: int | None = None,
 ) -> tuple[Inputs, float]:
     """A few inputs for one network, and how many times as many there are.
 
     All of them, if they do not give what they give among all: the first axis is no batch then, but
     the nodes of a graph, say.
+
+    Args:
+        most: as of `StackedModule.by_rows`.
     """
     few, scale = first_few(inputs, FEW_INPUTS, int(per_point))
     if scale == 1.0:
         return few, scale
-    whole = loop(params, inputs, per_point=per_point)
+    whole = loop.by_rows(params, inputs, most, per_point=per_point)
     try:
-        part = loop(params, few, per_point=per_point)
+        part = loop.by_rows(params, few, most, per_point=per_point)
+        if isinstance(whole, Products):
+            part = Evaluated(part)
+            rows = part.spread()
+            part, whole = part.of(rows), Evaluated(whole).of(rows)
         check_agreement((part, {}), (whole[:, : part.shape[1]], {}))
     except Exception:  # noqa: BLE001 - whatever the user's forward raises of a part
         return inputs, 1.0
@@ -138,10 +162,15 @@ def outputs_and_gradients(
     params: Parameters,
     inputs: Inputs,
     per_point: bool,
+    most: int | None = None,
     *,
     gradients: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs, and the gradients of one number made of them to all trained parameters."""
+    """Outputs, and the gradients of one number made of them to all trained parameters.
+
+    Args:
+        most: as of `StackedModule.by_rows`; where there are more, some rows [N, r, C] of them.
+    """
     trained = {name for name, p in network.module.named_parameters() if p.requires_grad}
     trained &= params.keys() if gradients else set()
     trained -= params.keys() if torch.is_inference_mode_enabled() else set()
@@ -150,14 +179,24 @@ def outputs_and_gradients(
         for name, tensor in params.items()
     }
     with torch.set_grad_enabled(bool(trained)):
-        outputs = network(leaves, inputs, per_point=per_point)
-        if not isinstance(outputs, Tensor) or not outputs.requires_grad or not trained:
-            return outputs, {}
-        upstream = torch.arange(outputs.numel(), device=outputs.device).cos()
-        to = {name: leaves[name] for name in sorted(trained)}
-        found = torch.autograd.grad(
-            outputs, list(to.values()), upstream.view(outputs.shape).to(outputs), allow_unused=True
-        )
+        outputs = network.by_rows(leaves, inputs, most, per_point=per_point)
+    if not isinstance(outputs, Tensor | Products):
+        return outputs, {}
+    large, rows = None, slice(None)
+    if isinstance(outputs, Products) or (most is not None and outputs[0].numel() > most):
+        large = Evaluated(outputs)
+        rows = large.spread()
+        outputs = large.of(rows)
+    if not trained or not (outputs if large is None else large).requires_grad:
+        return outputs, {}
+    upstream = torch.arange(outputs.numel(), device=outputs.device).cos()
+    upstream = upstream.view(outputs.shape).to(outputs)
+    to = {name: leaves[name] for name in sorted(trained)}
+    if large is None:
+        found = torch.autograd.grad(outputs, list(to.values()), upstream, allow_unused=True)
+    else:
+        large.add(rows, upstream)
+        found = large.gradients(list(to.values()), allow_unused=True)
     named = zip(to, found, strict=True)
     return outputs.detach(), {name: g.to_dense() for name, g in named if g is not None}
 

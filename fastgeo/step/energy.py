@@ -1,27 +1,29 @@
 """An objective of a path on one batch, and its gradient: chunk by chunk, nothing computed twice."""
 
+import functools
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from fastgeo_kernels import path_js_div_value_and_grad
+from fastgeo_kernels import path_js_div, path_js_div_value_and_grad
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastgeo.data.inputs import Inputs, tensors_of
-from fastgeo.data.outputs import IGNORED, check_rows, label_rows, logits_of
+from fastgeo.data.outputs import IGNORED, check_rows, label_rows
 from fastgeo.path import Path
 from fastgeo.stacking.module import part_of
 from fastgeo.step.engines import Engine
+from fastgeo.step.logits import Evaluated, Logits, most_of_each
 from fastgeo.step.phases import phase
 
 MOST_CACHED = 2**28  # bytes of logits and inputs that EndLogits keeps
 
 
 class Beside(Protocol):
-    """Logits of what is beside some points.
+    """Logits of what is beside some points, which wants theirs as well, all at once.
 
     Attributes:
         upwards: whether to go along the points from the left to the right.
@@ -40,21 +42,18 @@ class Beside(Protocol):
 
 
 class Ends:
-    """The two ends of a path, whose logits [2, R, C] are known."""
+    """The two ends of a path, whose logits are known."""
 
     upwards = True
 
-    def __init__(self, logits: Tensor):
+    def __init__(self, logits: Logits):
         self._logits = logits
 
-    def evaluated(self, part: slice, logits: Tensor) -> None:
-        pass
+    def left(self) -> Logits:
+        return self._logits.first()
 
-    def left(self) -> Tensor:
-        return self._logits[:1]
-
-    def right(self) -> Tensor:
-        return self._logits[1:]
+    def right(self) -> Logits:
+        return self._logits.last()
 
 
 def energy_and_gradient(
@@ -62,7 +61,7 @@ def energy_and_gradient(
     engine: Engine,
     inputs: Inputs,
     trained: dict[str, str],
-    beside: Tensor | Beside,
+    beside: Logits | Beside,
     counted: Tensor | None = None,
     counts: Tensor | None = None,
     scale: float = 1.0,
@@ -70,51 +69,52 @@ def energy_and_gradient(
     """Divergence of each edge on a batch, [E] nats, and their sum's gradient [N - 2, ...].
 
     The points are coupled through their logits only, so a chunk of them is done with as soon as the
-    first logits of the next one are known: at most two chunks' activations are alive.
+    first logits of the next one are known: at most two chunks' activations are alive. The logits of
+    a large vocabulary never are, all of a chunk at once: divergence and gradient go over its rows.
 
     Args:
-        beside: [2, R, C] logits of the two ends, R rows, or what gives them.
+        beside: logits of the two ends, or what gives those of what is beside the points.
         counted: [B, ...], which of the rows count; None for all.
         counts: [E], what each edge counts in the sum; 1 by default.
         scale: what the gradient is multiplied by.
     """
-    beside = Ends(beside) if isinstance(beside, Tensor) else beside
+    whole = not isinstance(beside, Logits)
+    beside = Ends(beside) if isinstance(beside, Logits) else beside
     chunks = engine.chunks(len(path) - 2)
     chunks = chunks if beside.upwards else chunks[::-1]
-    energies, whole = {}, _room(path, trained, chunks)
-    passed: Tensor | None = None  # logits of the point that the last chunk ended with
+    energies, room = {}, _room(path, trained, chunks)
+    passed: Logits | None = None  # of the point that the last chunk ended with
 
     def evaluate(part: slice) -> _Chunk:
-        chunk = _Chunk(path, engine, inputs, trained, part)
-        beside.evaluated(part, chunk.logits.detach())
+        most = None if whole else most_of_each(part.stop - part.start + 2)
+        chunk = _Chunk(path, engine, inputs, trained, part, most)
+        if not isinstance(beside, Ends):
+            beside.evaluated(part, chunk.logits.of())
         return chunk
 
     current = evaluate(chunks[0])
-    check_rows(counted, current.rows)
+    check_rows(counted, current.logits.shape[1:-1])
     weight = None if counted is None else counted.flatten().to(current.logits.device)
     for i, part in enumerate(chunks):
         following = evaluate(chunks[i + 1]) if i + 1 < len(chunks) else None
-        coming = None if following is None else following.logits.detach()
+        coming, own = None if following is None else following.logits, current.logits
         if beside.upwards:
-            left = beside.left() if passed is None else passed
-            right = beside.right() if coming is None else coming[:1]
+            left = _logits(beside.left()) if passed is None else passed
+            right = _logits(beside.right()) if coming is None else coming.first()
         else:
-            left = beside.left() if coming is None else coming[-1:]
-            right = beside.right() if passed is None else passed
-        known = torch.cat([left, current.logits.detach(), right])
+            left = _logits(beside.left()) if coming is None else coming.last()
+            right = _logits(beside.right()) if passed is None else passed
         edges = None if counts is None else counts[part.start : part.stop + 1]
-        with phase("divergence"):
-            divergences, gradient = path_js_div_value_and_grad(known, edges, sample_weight=weight)
-            gradient = gradient if scale == 1 else gradient.mul_(scale)
+        divergences = current.divergences(left, right, edges, weight, scale)
         last = part.stop == len(path) - 2
         energies[part.start] = divergences if last else divergences[:-1]
-        passed = known[-2:-1] if beside.upwards else known[1:2]
-        gradients = current.backward(gradient[1:-1])
-        for name, tensor in whole.items():
+        passed = own.last() if beside.upwards else own.first()
+        gradients = current.backward()
+        for name, tensor in room.items():
             tensor[part] = gradients[name]
         if following is not None:
             current = following
-    return torch.cat([energies[first] for first in sorted(energies)]), whole or gradients
+    return torch.cat([energies[first] for first in sorted(energies)]), room or gradients
 
 
 def losses_and_gradient(
@@ -135,30 +135,56 @@ def losses_and_gradient(
         counted: [B, ...], which of the rows count; None for all whose label is not -100.
         scale: what the gradient is multiplied by.
     """
-    chunks = engine.chunks(len(path) - 2)
-    losses, whole = [], _room(path, trained, chunks)
+    points = len(path) - 2
+    chunks = engine.chunks(points)
+    losses, room = [], _room(path, trained, chunks)
     for part in chunks:
-        chunk = _Chunk(path, engine, inputs, trained, part)
-        logits = chunk.logits.detach().requires_grad_()
-        with torch.enable_grad(), phase("divergence"):
-            found = cross_entropies(chunk.outputs, logits, labels, counted, check=check)
-            (gradient,) = torch.autograd.grad(scale * found.sum() / (len(path) - 2), logits)
-        losses.append(found.detach())
-        gradients = chunk.backward(gradient)
-        for name, tensor in whole.items():
+        chunk = _Chunk(path, engine, inputs, trained, part, most_of_each(part.stop - part.start))
+        targets = label_rows("batches", labels, chunk.logits.like, counted, check=check)
+        losses.append(chunk.losses(targets, scale, points))
+        gradients = chunk.backward()
+        for name, tensor in room.items():
             tensor[part] = gradients[name]
-    return torch.cat(losses), whole or gradients
+    return torch.cat(losses), room or gradients
 
 
-def cross_entropies(
-    outputs: Tensor, logits: Tensor, labels: Tensor, counted: Tensor | None, *, check: bool = True
-) -> Tensor:
-    """[K] nats, of outputs [K, B, ..., C], which are logits [K, R, C]; 0 where no row counts."""
-    rows = label_rows("batches", labels, outputs, counted, check=check)
+def divergences(logits: Logits, weight: Tensor | None) -> Tensor:
+    """[K - 1] nats between neighbours of K points.
+
+    Args:
+        weight: [R], which of the rows count; None for all.
+    """
+    slices = logits.slices()
+    parts = [path_js_div(logits.of(rows), **_in_mean(rows, slices, weight)) for rows in slices]
+    return functools.reduce(torch.add, parts)
+
+
+def cross_entropies(logits: Logits, labels: Tensor, counted: Tensor | None) -> Tensor:
+    """[K] nats of K points, of labels [B, ...]; 0 where no row counts."""
+    targets = label_rows("batches", labels, logits.like, counted)
+    parts = [_losses(logits.of(rows), targets, rows) for rows in logits.slices()]
+    return functools.reduce(torch.add, parts)
+
+
+def _losses(logits: Tensor, targets: Tensor, rows: slice) -> Tensor:
+    """[K], what the logits [K, r, C] of some rows are of the mean over targets [R]."""
     precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    every = rows.expand(len(logits), -1)
+    every = targets[rows].expand(len(logits), -1)
     each = F.cross_entropy(precise, every.flatten(), reduction="none", ignore_index=IGNORED)
-    return each.view_as(every).sum(1) / (rows != IGNORED).sum().clamp(min=1)
+    return each.view_as(every).sum(1) / (targets != IGNORED).sum().clamp(min=1)
+
+
+def _logits(beside: Logits | Tensor) -> Logits:
+    return Logits([beside]) if isinstance(beside, Tensor) else beside
+
+
+def _in_mean(rows: slice, slices: list[slice], weight: Tensor | None) -> dict[str, Any]:
+    """The options of the divergence by which values of slices add up to the mean over all rows."""
+    own = None if weight is None else weight[rows]
+    if len(slices) == 1:
+        return {"sample_weight": own}
+    count = slices[-1].stop if weight is None else weight.sum()
+    return {"sample_weight": own, "normalizer": count}
 
 
 def _room(path: Path, trained: dict[str, str], chunks: list[slice]) -> dict[str, Tensor]:
@@ -171,10 +197,20 @@ def _room(path: Path, trained: dict[str, str], chunks: list[slice]) -> dict[str,
 
 
 class _Chunk:
-    """Some interior points with their logits, and the way back."""
+    """Some interior points with their logits, and the way back.
+
+    Args:
+        most: as of `StackedModule.by_rows`; None for logits as they are.
+    """
 
     def __init__(
-        self, path: Path, engine: Engine, inputs: Inputs, trained: dict[str, str], part: slice
+        self,
+        path: Path,
+        engine: Engine,
+        inputs: Inputs,
+        trained: dict[str, str],
+        part: slice,
+        most: int | None,
     ):
         self.leaves = {
             name: path.interior[name][part].detach().requires_grad_()
@@ -183,20 +219,51 @@ class _Chunk:
         params = part_of(path.stacked_interior(), part)
         tied = {name: self.leaves[first] for name, first in trained.items()}
         with torch.enable_grad(), phase("forward"):
-            self.outputs = engine.network(params | tied, inputs)  # [K, B, ..., C]
-            self.logits = logits_of(self.outputs)  # [K, R, C]
-        self.rows = self.outputs.shape[1:-1]
+            outputs = engine.network.by_rows(params | tied, inputs, most)
+        self.logits = Evaluated(outputs)
 
-    def backward(self, gradient: Tensor) -> dict[str, Tensor]:
-        """The gradient of every trained parameter [K, ...], given that of the logits."""
+    def divergences(
+        self,
+        left: Logits,
+        right: Logits,
+        edges: Tensor | None,
+        weight: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """[K + 1] nats of the edges of these points, whose gradient `backward` is given."""
+        slices, own, values = self.logits.slices(beside=2), self.logits, []
+        for rows in slices:
+            with phase("divergence"):
+                known = torch.cat([left.of(rows), own.of(rows), right.of(rows)])
+                value, gradient = path_js_div_value_and_grad(
+                    known, edges, **_in_mean(rows, slices, weight)
+                )
+                values.append(value)
+                self._add(rows, gradient[1:-1] if scale == 1 else gradient[1:-1].mul_(scale))
+        return functools.reduce(torch.add, values)
+
+    def losses(self, targets: Tensor, scale: float, points: int) -> Tensor:
+        """[K] nats of targets [R], likewise; of so many points the mean is descended on."""
+        values = []
+        for rows in self.logits.slices():
+            logits = self.logits.of(rows).requires_grad_()
+            with torch.enable_grad(), phase("divergence"):
+                found = _losses(logits, targets, rows)
+                (gradient,) = torch.autograd.grad(scale * found.sum() / points, logits)
+            values.append(found.detach())
+            self._add(rows, gradient)
+        return functools.reduce(torch.add, values)
+
+    def backward(self) -> dict[str, Tensor]:
+        """The gradient of every trained parameter [K, ...]."""
         with phase("backward"):
-            gradients = torch.autograd.grad(
-                self.logits,
-                list(self.leaves.values()),
-                gradient.to(self.logits),
-                materialize_grads=True,
-            )
+            leaves = list(self.leaves.values())
+            gradients = self.logits.gradients(leaves, materialize_grads=True)
         return dict(zip(self.leaves, gradients, strict=True))
+
+    def _add(self, rows: slice, gradient: Tensor) -> None:
+        with phase("backward"):
+            self.logits.add(rows, gradient)
 
 
 class EndLogits:
@@ -220,8 +287,8 @@ class EndLogits:
         self.known = WeakIdKeyDictionary()  # first tensor of the inputs -> _Known
 
     @torch.no_grad()
-    def __call__(self, given: Inputs, inputs: Inputs, engine: Engine) -> Tensor:
-        """[2, R, C] on a batch, or of the one end.
+    def __call__(self, given: Inputs, inputs: Inputs, engine: Engine) -> Logits:
+        """On a batch, of both or of the one end.
 
         Args:
             given: the batch as it came, by which it is known when it comes again.
@@ -233,18 +300,22 @@ class EndLogits:
         if known is not None and known.same(given):
             return known.logits
         with phase("forward"):
-            logits = logits_of(engine.forward(self.params, inputs))
+            logits = engine.logits(self.params, inputs)
         if not any(tensor.is_inference() for tensor in tensors):  # those have no version
-            known = _Known(given, logits)
+            known = _Known(given, logits, self.params)
             if known.bytes + sum(other.bytes for other in self.known.values()) <= MOST_CACHED:
                 self.known[tensors[0]] = known
         return logits
 
 
 class _Known:
-    """Logits, and what tells that inputs are those that gave them."""
+    """Logits, and what tells that inputs are those that gave them.
 
-    def __init__(self, given: Inputs, logits: Tensor):
+    Args:
+        params: of which logits by rows are made as well.
+    """
+
+    def __init__(self, given: Inputs, logits: Logits, params: dict[str, Tensor]):
         self.logits, self.others, tensors = logits, self._others(given), tensors_of(given)
         self.tensors = [weakref.ref(tensor) for tensor in tensors]
         self.versions = [tensor._version for tensor in tensors]
@@ -252,7 +323,9 @@ class _Known:
         self.copies = [
             tensor.clone() if tensor.device.type == "cpu" else None for tensor in tensors
         ]
-        self.bytes = logits.nbytes + sum(c.nbytes for c in self.copies if c is not None)
+        held = {tensor.untyped_storage().data_ptr() for tensor in params.values()}
+        own = [t for t in logits.tensors if t.untyped_storage().data_ptr() not in held]
+        self.bytes = sum(tensor.nbytes for tensor in (*own, *self.copies) if tensor is not None)
 
     def same(self, given: Inputs) -> bool:
         if self._others(given) != self.others:

@@ -25,6 +25,7 @@ from fastgeo.forward.options import Forward, bytes_of, size_of, way
 from fastgeo.forward.standin import Unsupported
 from fastgeo.stacking.module import Parameters, StackedModule, channels_last_is_unsafe, part_of
 from fastgeo.stacking.precision import matmul_precision, multiplies_in_bf16
+from fastgeo.stacking.products import Product, Products
 from fastgeo.stacking.stacked import first_line
 from fastgeo.step.agreement import (
     check_agreement,
@@ -34,6 +35,7 @@ from fastgeo.step.agreement import (
     refuse_probabilities,
     refuse_random,
 )
+from fastgeo.step.logits import Logits, most_in, most_of_each
 from fastgeo.step.memory import activation_bytes, free_bytes, step_memory
 
 T = TypeVar("T")
@@ -75,6 +77,15 @@ class Engine:
         outputs = [self.network(part_of(params, part), inputs) for part in self.chunks(n)]
         one = len(outputs) == 1 or not isinstance(outputs[0], Tensor)
         return outputs[0] if one else torch.cat(outputs)
+
+    def logits(self, params: Parameters, inputs: Inputs) -> Logits:
+        """Those of N networks on inputs that all share, chunk by chunk."""
+        n = len(next(iter(params.values())))
+        found: list[Tensor | Product] = []
+        for part in self.chunks(n):
+            outputs = self.network.by_rows(part_of(params, part), inputs, most_of_each(n))
+            found += outputs if isinstance(outputs, Products) else [outputs]
+        return Logits(found)
 
 
 # Module -> what was checked of its engines -> for how many networks, and whether with gradients.
@@ -159,10 +170,13 @@ class EngineChoice:
         candidates = list(self._candidates(images, device, points))
         loop = self._network("loop", False, "fp32")
         with evaluation_mode(self.module):
-            few, scale = few_of(loop, params, inputs, per_point)
+            whole = most_in(self.work, points)
+            few, scale = few_of(loop, params, inputs, per_point, whole)
             if self._agrees is None:
-                self._look_at_one(loop, params, few, per_point)
-                self._agrees = self._checked(candidates, params, few, per_point, most or points)
+                large = most_in(self.work, points, scale)
+                self._look_at_one(loop, params, few, per_point, large)
+                size = most or points
+                self._agrees = self._checked(candidates, params, few, per_point, size, large)
         agreeing = [engine for engine in candidates if not self._agrees.get(engine.kind)]
         for engine in agreeing or candidates[-1:]:
             if self._budget is not None:
@@ -255,14 +269,19 @@ class EngineChoice:
         )
 
     def _look_at_one(
-        self, loop: StackedModule, params: Parameters, few: Inputs, per_point: bool
+        self,
+        loop: StackedModule,
+        params: Parameters,
+        few: Inputs,
+        per_point: bool,
+        large: int | None,
     ) -> None:
         """ValueError if what one network gives is random, or no logits but probabilities."""
         state = {name: tensor[0] for name, tensor in params.items()}
         own = each_tensor(lambda tensor: tensor[0], few) if per_point else few
-        refuse_random(self.module, state, own)
+        refuse_random(self.module, state, own, large)
         with torch.no_grad():
-            refuse_probabilities(loop(params, few, per_point=per_point))
+            refuse_probabilities(loop.by_rows(params, few, large, per_point=per_point))
 
     def _checked(
         self,
@@ -271,6 +290,7 @@ class EngineChoice:
         few: Inputs,
         per_point: bool,
         points: int,
+        large: int | None,
     ) -> dict[tuple, str]:
         """Of each kind of engine that is no loop, whether it computes what the module computes, and
         its gradients, for as many networks as it is to evaluate at once: "", or why it does not.
@@ -299,7 +319,7 @@ class EngineChoice:
             own = few
             if per_point:
                 own = each_tensor(lambda t: t.expand(size, *t.shape[1:]), few)  # noqa: B023
-            given = (networks_like(params, size), own, per_point)
+            given = (networks_like(params, size), own, per_point, large)
             try:
                 with matmul_precision("fp32"):
                     expected = outputs_and_gradients(loop, *given, gradients=gradients)
@@ -327,7 +347,8 @@ class EngineChoice:
     ) -> int | None:
         """How many networks' activations fit into half of the budget; None if all fit into it."""
         with evaluation_mode(self.module):
-            each = activation_bytes(network, params, inputs, per_point=per_point)
+            large = most_in(self.work, points)
+            each = activation_bytes(network, params, inputs, per_point=per_point, most=large)
         if points * each <= budget:
             return None
         if 2 * each > budget:

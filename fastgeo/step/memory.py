@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fastgeo.data.inputs import Inputs, tensors_of
 from fastgeo.stacking.module import Parameters, StackedModule
+from fastgeo.stacking.products import Products
+from fastgeo.step.logits import LARGE, most_in
 
 ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
 # Of all networks' weights, alive at once. On a path they are those of this step, the one before and
 # the next, the gradient and the preconditioned one; with momentum, three velocities as well.
 COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}
+ROWS = 4  # times `LARGE`: the logits of three slices of points, put together, and the gradient
 AT_START = 50 * 2**20  # bytes of libraries that the first step loads, beside any network
 
 
@@ -51,6 +54,7 @@ class StepMemory:
         room: share of them for each network in one pass, while the pass is done.
         at_once: whether the networks in one chunk are in one pass (not so in a loop).
         kept: whether activations are kept for a backward pass.
+        rows: bytes of logits, and of what is made of them, where these come by rows.
     """
 
     weights: int
@@ -58,6 +62,7 @@ class StepMemory:
     room: float
     at_once: bool
     kept: bool = True
+    rows: int = 0
 
     def peak(self, networks: int, chunk: int | None = None, *, streamed: bool = True) -> int:
         """Bytes of a step on so many networks.
@@ -69,7 +74,8 @@ class StepMemory:
         size = min(chunk or networks, networks)
         alive = min(networks, 2 * size if streamed else size) if self.kept else 0
         passing = size if self.at_once else 1
-        return int(AT_START + self.weights + self.activations * (alive + self.room * passing))
+        fixed = AT_START + self.weights + self.rows
+        return int(fixed + self.activations * (alive + self.room * passing))
 
     def fitting(self, networks: int, free: int, *, streamed: bool = True) -> int | None:
         """The largest chunk that takes no more than so many bytes; None if not even 1 does."""
@@ -80,7 +86,12 @@ class StepMemory:
 
 
 def activation_bytes(
-    network: StackedModule, params: Parameters, inputs: Inputs, *, per_point: bool = False
+    network: StackedModule,
+    params: Parameters,
+    inputs: Inputs,
+    *,
+    per_point: bool = False,
+    most: int | None = None,
 ) -> int:
     """Bytes that a forward pass keeps for its backward pass, beside its parameters and inputs.
 
@@ -88,7 +99,15 @@ def activation_bytes(
         network: what `stack` returned.
         params: name -> [N, ...].
         inputs: [B, ...], or [N, B, ...] if per_point.
+        most: as of `StackedModule.by_rows`; of outputs that are more none is kept.
     """
+    return _kept(network, params, inputs, per_point, most)[0]
+
+
+def _kept(
+    network: StackedModule, params: Parameters, inputs: Inputs, per_point: bool, most: int | None
+) -> tuple[int, bool]:
+    """As `activation_bytes`, and whether outputs come by rows."""
     own = dict(network.module.named_parameters(remove_duplicate=False))
     leaves = {
         name: tensor.detach().requires_grad_(name in own and tensor.is_floating_point())
@@ -105,10 +124,13 @@ def activation_bytes(
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(leaves, inputs, per_point=per_point)
+        outputs = network.by_rows(leaves, inputs, most, per_point=per_point)
         if isinstance(outputs, Tensor):
             keep(outputs)
-    return sum(kept.values())
+        elif isinstance(outputs, Products):
+            for tensor in (t for product in outputs for t in product.parts.values()):
+                keep(tensor)
+    return sum(kept.values()), isinstance(outputs, Products)
 
 
 def step_memory(
@@ -131,10 +153,17 @@ def step_memory(
         work: what the step is of, a key of `COPIES`.
         scale: how many times as many inputs a step has.
     """
-    kept = activation_bytes(network, params, inputs, per_point=per_point)
+    most = most_in(work, networks, scale)
+    kept, by_rows = _kept(network, params, inputs, per_point, most)
+    first = next(iter(params.values()))
     weights = networks * COPIES[work] * sum(tensor.nbytes for tensor in params.values())
-    room = ROOM[next(iter(params.values())).device.type]
-    return StepMemory(weights, int(kept * scale), room, at_once=network.engine != "loop")
+    return StepMemory(
+        weights,
+        int(kept * scale),
+        ROOM[first.device.type],
+        at_once=network.engine != "loop",
+        rows=ROWS * LARGE * first.itemsize if by_rows else 0,
+    )
 
 
 def free_bytes(device: torch.device) -> int | None:

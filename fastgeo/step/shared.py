@@ -6,18 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fastgeo_kernels import path_js_div
 from torch import Tensor
 
 from fastgeo.data.inputs import Inputs, each_tensor
-from fastgeo.data.outputs import IGNORED, logits_of
+from fastgeo.data.outputs import IGNORED
 from fastgeo.path import Path
 from fastgeo.ranks.boundary import Boundary
 from fastgeo.ranks.share import Share
 from fastgeo.ranks.states import Layout, Rectangle
 from fastgeo.step.agreement import check_agreement
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
-from fastgeo.step.energy import EndLogits, cross_entropies
+from fastgeo.step.energy import EndLogits, cross_entropies, divergences
 from fastgeo.step.engines import Engine
 from fastgeo.step.nodes import Grid
 from fastgeo.step.phases import phase
@@ -190,7 +189,7 @@ class Shared:
         ends: dict[int, Tensor] = {}
         if self._ends is not None:
             logits = self._ends(self._drawn[0], batch.inputs, engine)
-            ends = dict(zip(self.share.ends, logits.split(1), strict=True))
+            ends = dict(zip(self.share.ends, logits.of().split(1), strict=True))
         self._boundary = self.share.boundary(ends, ready)
         found = nothing
         if self.share.block.size:
@@ -242,11 +241,11 @@ class Shared:
     def _divergences_or_losses(self, batch: Batch) -> Tensor:
         """[K + 1] or [K + 2] nats of the section."""
         engine = self._engine(batch)
-        outputs = engine.forward(self.section.stacked(), batch.inputs)
+        logits = engine.logits(self.section.stacked(), batch.inputs)
         if batch.labels is not None:
-            return cross_entropies(outputs, logits_of(outputs), batch.labels, batch.counted)
-        weight = None if batch.counted is None else batch.counted.flatten().to(outputs.device)
-        return path_js_div(logits_of(outputs), sample_weight=weight)
+            return cross_entropies(logits, batch.labels, batch.counted)
+        weight = None if batch.counted is None else batch.counted.flatten().to(logits.device)
+        return divergences(logits, weight)
 
     # --- What is not finite -----------------------------------------------------------------------
 

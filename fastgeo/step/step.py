@@ -13,6 +13,7 @@ from fastgeo.path import Path
 from fastgeo.step.descent import Descent
 from fastgeo.step.energy import Beside, energy_and_gradient, losses_and_gradient
 from fastgeo.step.engines import Engine
+from fastgeo.step.logits import Logits
 from fastgeo.step.nodes import Grid
 from fastgeo.step.phases import phase
 
@@ -146,7 +147,7 @@ class Step:
         self.evaluated = Path(path.start, points | half, path.end, path.interpolated)
 
     def gradient(
-        self, engine: Engine, batch: Batch, beside: Tensor | Beside
+        self, engine: Engine, batch: Batch, beside: Logits | Beside
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As of `energy_and_gradient`."""
         given = self.evaluated, engine, batch.inputs, self.trained

@@ -6,11 +6,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from fastgeo_kernels import path_js_div
 from torch import Tensor, nn
 
 from fastgeo.data.inputs import Inputs, Passes, on_device
-from fastgeo.data.outputs import logits_of, rows_that_count
+from fastgeo.data.outputs import rows_that_count
 from fastgeo.forward.options import Forward
 from fastgeo.path import Path
 from fastgeo.step.capture import (
@@ -24,7 +23,7 @@ from fastgeo.step.capture import (
 )
 from fastgeo.step.descent import Descent
 from fastgeo.step.diagnose import all_finite, first_not_finite, where
-from fastgeo.step.energy import EndLogits, cross_entropies
+from fastgeo.step.energy import EndLogits, cross_entropies, divergences
 from fastgeo.step.engines import Engine, EngineChoice
 from fastgeo.step.memory import path_work
 from fastgeo.step.nodes import Grid, Nodes
@@ -208,11 +207,11 @@ class Steps:
         """[E] or [N] nats, of the points of the path as it is now on the last batch."""
         assert self._last is not None and self.choice.chosen is not None
         inputs, counted, labels, _ = self._last
-        outputs = self.choice.chosen.forward(self.step.path.stacked(), inputs)
+        logits = self.choice.chosen.logits(self.step.path.stacked(), inputs)
         if labels is not None:
-            return cross_entropies(outputs, logits_of(outputs), labels, counted)
+            return cross_entropies(logits, labels, counted)
         weight = None if counted is None else counted.flatten().to(self.step.path.device)
-        return path_js_div(logits_of(outputs), sample_weight=weight)
+        return divergences(logits, weight)
 
     def batch(self, given: Inputs, targets: Any, *, look: bool) -> Batch:
         """What was drawn, on the device; of targets, if no labels are needed, where they count."""
@@ -383,7 +382,7 @@ class _Captured:
             energies, gradient = self.step.loss_gradient(engine, batch, check=False)
         else:
             with torch.no_grad():
-                ends = logits_of(engine.network(self._ends, batch.inputs))
+                ends = Engine(engine.network).logits(self._ends, batch.inputs)
             energies, gradient = self.step.gradient(engine, batch, ends)
         before = self.step.update(gradient, self._rates.index_select(0, self._turn)[0])
         edges = edges if before is None else before

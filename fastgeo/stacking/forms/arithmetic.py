@@ -15,7 +15,7 @@ from fastgeo_kernels import stacked_linear
 from torch import Tensor
 
 from fastgeo.forward.standin import mapped
-from fastgeo.stacking import fusion
+from fastgeo.stacking import fusion, products
 from fastgeo.stacking.stacked import (
     NoForm,
     Stacked,
@@ -32,6 +32,8 @@ from fastgeo.stacking.stacked import (
 
 
 def elementwise(function: Callable, n: int, *args: Any, **kwargs: Any) -> Stacked:
+    if (out := products.with_function(function, args, kwargs)) is not None:
+        return out
     rank = max(map(rank_of, (*args, *kwargs.values())))
     own = (aligned(arg, rank) for arg in scalars_as(args, rank))
     if kwargs:
@@ -117,6 +119,9 @@ def matmul(n, input, other):
     if rank_of(input) == 1:
         return Stacked(matmul(n, Stacked(each(input, n)[:, None]), other).tensor.squeeze(-2))
     if rank_of(other) == 2:
+        if isinstance(other, Stacked):
+            if (out := products.waiting(input, Stacked(other.tensor.mT))) is not None:
+                return out
         return Stacked(stacked_linear(each(input, n), each(other, n).mT))
     rank = max(rank_of(input), rank_of(other))
     return Stacked(torch.matmul(aligned(input, rank), aligned(other, rank)))
@@ -193,11 +198,16 @@ def to(function: Callable, n: int, input: Any, *args: Any, **kwargs: Any) -> Any
         return function(input, *args, **kwargs)
     if kwargs.pop("memory_format", torch.preserve_format) is not torch.preserve_format:
         part(input)  # as in `contiguous`
+    if function is Tensor.to:
+        if (out := products.with_function(function, (input, *args), kwargs)) is not None:
+            return out
     made = function(input.tensor, *args, **kwargs)
     return input if made is input.tensor else mapped(Stacked, made)
 
 
 def contiguous(n, input, memory_format=torch.contiguous_format):
+    if isinstance(input.waiting, products.Product):  # whose value lies in its order
+        return input
     t = input.tensor
     if of_one(t).is_contiguous(memory_format=memory_format):
         return input

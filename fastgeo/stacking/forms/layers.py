@@ -13,11 +13,13 @@ from fastgeo_kernels import (
 from fastgeo_kernels.stacked.plain import lies_around
 from torch.utils import _pytree as pytree
 
-from fastgeo.stacking import fusion
+from fastgeo.stacking import fusion, products
 from fastgeo.stacking.stacked import Stacked, aligned, any_stacked, batched, each, rank_of
 
 
 def linear(n, input, weight, bias=None):
+    if (out := products.waiting(input, weight, bias)) is not None:
+        return out
     bias = None if bias is None else each(bias, n)
     if rank_of(input) == 1:
         return Stacked(stacked_linear(each(input, n)[:, None], each(weight, n), bias)[:, 0])
