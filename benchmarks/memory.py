@@ -1,4 +1,5 @@
-"""Peak memory of one optimisation step against N: `python -m benchmarks.memory`.
+"""Peak memory of one optimisation step against N, or against the tokens of a batch:
+`python -m benchmarks.memory`.
 
 Each measurement is a process of its own. What counts is memory beyond what the process held before
 its first step: activations, gradients, and whatever the allocator keeps.
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from statistics import median
 
@@ -18,6 +20,7 @@ import tyro
 from benchmarks.harness import device_slug, environment, write_result
 from fastgeo import Descent, Forward, Path, keep_pages, models, optimize, stack
 from fastgeo.profiling.measure import headline, table
+from fastgeo.step import logits
 from fastgeo.step.memory import step_memory
 
 POINTS = (5, 9, 17, 33)
@@ -43,6 +46,9 @@ class Options:
     estimate: bool = False
     """instead, the estimate that a run makes before it starts against the measured peak, over
     three networks and sizes"""
+    vocabulary: bool = False
+    """instead, a decoder of 16 channels with the vocabulary of GPT-2, N = 9, against the length T
+    of the one text in a batch"""
     save: bool = False
     """write benchmarks/results/memory-DEVICE.json"""
 
@@ -58,6 +64,22 @@ def peak_of_a_step(name: str, points: int, batch: int) -> float:
         module(x[:1])
     before = _peak()
     optimize(path, module, [x], steps=2, descent=PLAIN, forward=ENGINES[name], cuda_graph=False)
+    return (_peak() - before) / 2**20
+
+
+def peak_of_a_text(name: str, tokens: int) -> float:
+    """MiB, measured in this process."""
+    keep_pages()
+    torch.manual_seed(0)
+    make = partial(models.gpt, VOCABULARY, block_size=max(TOKENS), depth=1, width=0.125)
+    module, a, b = (make() for _ in range(3))
+    path, text = Path.linear(a, b, 9), torch.randint(VOCABULARY, (1, tokens))
+    forward, at_once = TEXTS[name]
+    logits.LARGE = at_once
+    with torch.no_grad():
+        module(text[:, :1])
+    before = _peak()
+    optimize(path, module, [text], steps=1, descent=PLAIN, forward=forward, cuda_graph=False)
     return (_peak() - before) / 2**20
 
 
@@ -78,6 +100,18 @@ def peak_and_estimate(setting: str) -> tuple[float, float]:
     optimize(path, module, [x], steps=3, descent=PLAIN, forward=forward, cuda_graph=False)
     peak = need.peak(points - 2, forward.chunk)
     return (_peak() - before) / 2**20, peak / 2**20
+
+
+VOCABULARY = 50_257
+TOKENS = (256, 512, 1024)
+TEXTS = {
+    "some rows at a time, stacked": (Forward(engine="stacked"), logits.LARGE),
+    "some rows at a time, stacked, chunk = 1": (
+        Forward(engine="stacked", chunk=1),
+        logits.LARGE,
+    ),
+    "all rows at once, stacked, chunk = 1": (Forward(engine="stacked", chunk=1), 2**62),
+}
 
 
 def resnet(depth: int, width: float, channels: int) -> Callable[[], torch.nn.Module]:
@@ -146,34 +180,45 @@ def _peak() -> int:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
 
 
+def measured(*what: object) -> float:
+    """MiB, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", *map(str, what)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
-    if len(sys.argv) == 5 and sys.argv[1] == "--one":
-        print(peak_of_a_step(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
-        return
-    if len(sys.argv) == 3 and sys.argv[1] == "--one":
-        print(*peak_and_estimate(sys.argv[2]))
+    if sys.argv[1:2] == ["--one"]:
+        _, _, name, *sizes = sys.argv
+        if name in TEXTS:
+            print(peak_of_a_text(name, *map(int, sizes)))
+        elif sizes:
+            print(peak_of_a_step(name, *map(int, sizes)))
+        else:
+            print(*peak_and_estimate(name))
         return
     options = tyro.cli(Options, prog="python -m benchmarks.memory")
     print(headline(environment()))
+    kind = "memory"
     if options.estimate:
+        kind = "memory-estimate"
         rows = [compare(setting) for setting in SETTINGS]
-        print(table(rows))
-        if options.save:
-            name = f"memory-estimate-{device_slug()}"
-            print(f"\nwrote {write_result(name, {'rows': rows})}")
-        return
-    rows = []
-    for name in ENGINES:
-        row = {"MiB beyond the start, ResNet8 width 1": f"{name}, B = {options.batch}"}
-        for points in POINTS:
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", name]
-            command += [str(points), str(options.batch)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            row[f"N = {points}"] = round(float(done.stdout))
-        rows.append(row)
+    elif options.vocabulary:
+        kind = "memory-vocabulary"
+        first = f"MiB beyond the start, logits of {VOCABULARY:,} classes"
+        rows = [
+            {first: name} | {f"T = {tokens:,}": round(measured(name, tokens)) for tokens in TOKENS}
+            for name in TEXTS
+        ]
+    else:
+        first = "MiB beyond the start, ResNet8 width 1"
+        rows = [
+            {first: f"{name}, B = {options.batch}"}
+            | {f"N = {points}": round(measured(name, points, options.batch)) for points in POINTS}
+            for name in ENGINES
+        ]
     print(table(rows))
     if options.save:
-        print(f"\nwrote {write_result(f'memory-{device_slug()}', {'rows': rows})}")
+        print(f"\nwrote {write_result(f'{kind}-{device_slug()}', {'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -231,6 +231,12 @@ def estimate() -> str:
     return f"{table(result['rows'])}\n\n{source(result)}"
 
 
+def vocabulary() -> str:
+    """Peak memory of a step against the tokens of a batch, of a large vocabulary."""
+    result = read("memory-vocabulary-cpu")
+    return f"{table(result['rows'])}\n\n{source(result)}"
+
+
 def soak() -> str:
     """Memory and open files along a long run, in a sentence."""
     result = read("soak")
@@ -301,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quick": quick,
     "memory": memory,
     "estimate": estimate,
+    "vocabulary": vocabulary,
     "soak": soak,
     "matching": matching,
     "matching-cifar10": matching_cifar,
