@@ -95,7 +95,8 @@ class Product(NamedTuple):
 
     def points(self, points: slice) -> "Product":
         """That of some of the networks, detached."""
-        return self._replace(**{name: t.detach()[points] for name, t in self.parts.items()})
+        own: dict[str, Any] = {name: t.detach()[points] for name, t in self.parts.items()}
+        return self._replace(**own)
 
     def pulled_back(self, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient to the linear layers of x [N, R, I], given that to what joined them."""
@@ -207,7 +208,7 @@ def waiting(input: Any, weight: Any, bias: Any = None) -> Stacked | None:
 
 def with_function(function: Callable, args: tuple, kwargs: dict) -> Stacked | None:
     """A function of every number of its first argument, if that waits and it joins it."""
-    value = args[0] if args else None
+    value: Any = args[0] if args else None
     own = value.waiting if isinstance(value, Stacked) else None
     if not isinstance(own, Product):
         return None
@@ -264,6 +265,7 @@ class Later(Tensor):
     products: tuple[Product, ...]
     value: Tensor | None
     version: int
+    _of_one: bool
 
     @staticmethod
     def __new__(cls, products: tuple[Product, ...], *, of_one: bool) -> "Later":

@@ -146,12 +146,12 @@ def few_of(
         return few, scale
     whole = loop.by_rows(params, inputs, most, per_point=per_point)
     try:
-        part = loop.by_rows(params, few, most, per_point=per_point)
+        part: Any = loop.by_rows(params, few, most, per_point=per_point)
         if isinstance(whole, Products):
-            part = Evaluated(part)
-            rows = part.spread()
-            part, whole = part.of(rows), Evaluated(whole).of(rows)
-        check_agreement((part, {}), (whole[:, : part.shape[1]], {}))
+            own = Evaluated(part)
+            check_agreement((own.of(own.spread()), {}), (Evaluated(whole).of(own.spread()), {}))
+        else:
+            check_agreement((part, {}), (whole[:, : part.shape[1]], {}))
     except Exception:  # noqa: BLE001 - whatever the user's forward raises of a part
         return inputs, 1.0
     return few, scale

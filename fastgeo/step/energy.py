@@ -2,7 +2,7 @@
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -78,18 +78,18 @@ def energy_and_gradient(
         counts: [E], what each edge counts in the sum; 1 by default.
         scale: what the gradient is multiplied by.
     """
-    whole = not isinstance(beside, Logits)
-    beside = Ends(beside) if isinstance(beside, Logits) else beside
+    sides = Ends(beside) if isinstance(beside, Logits) else beside
     chunks = engine.chunks(len(path) - 2)
-    chunks = chunks if beside.upwards else chunks[::-1]
+    chunks = chunks if sides.upwards else chunks[::-1]
     energies, room = {}, _room(path, trained, chunks)
     passed: Logits | None = None  # of the point that the last chunk ended with
 
     def evaluate(part: slice) -> _Chunk:
-        most = None if whole else most_of_each(part.stop - part.start + 2)
-        chunk = _Chunk(path, engine, inputs, trained, part, most)
-        if not isinstance(beside, Ends):
-            beside.evaluated(part, chunk.logits.of())
+        if isinstance(sides, Ends):
+            most = most_of_each(part.stop - part.start + 2)
+            return _Chunk(path, engine, inputs, trained, part, most)
+        chunk = _Chunk(path, engine, inputs, trained, part, None)
+        sides.evaluated(part, chunk.logits.of())
         return chunk
 
     current = evaluate(chunks[0])
@@ -98,17 +98,17 @@ def energy_and_gradient(
     for i, part in enumerate(chunks):
         following = evaluate(chunks[i + 1]) if i + 1 < len(chunks) else None
         coming, own = None if following is None else following.logits, current.logits
-        if beside.upwards:
-            left = _logits(beside.left()) if passed is None else passed
-            right = _logits(beside.right()) if coming is None else coming.first()
+        if sides.upwards:
+            left = _logits(sides.left()) if passed is None else passed
+            right = _logits(sides.right()) if coming is None else coming.first()
         else:
-            left = _logits(beside.left()) if coming is None else coming.last()
-            right = _logits(beside.right()) if passed is None else passed
+            left = _logits(sides.left()) if coming is None else coming.last()
+            right = _logits(sides.right()) if passed is None else passed
         edges = None if counts is None else counts[part.start : part.stop + 1]
         divergences = current.divergences(left, right, edges, weight, scale)
         last = part.stop == len(path) - 2
         energies[part.start] = divergences if last else divergences[:-1]
-        passed = own.last() if beside.upwards else own.first()
+        passed = own.last() if sides.upwards else own.first()
         gradients = current.backward()
         for name, tensor in room.items():
             tensor[part] = gradients[name]
@@ -155,15 +155,20 @@ def divergences(logits: Logits, weight: Tensor | None) -> Tensor:
         weight: [R], which of the rows count; None for all.
     """
     slices = logits.slices()
-    parts = [path_js_div(logits.of(rows), **_in_mean(rows, slices, weight)) for rows in slices]
-    return functools.reduce(torch.add, parts)
+    return _summed(
+        lambda rows: path_js_div(logits.of(rows), **_in_mean(rows, slices, weight)), slices
+    )
 
 
 def cross_entropies(logits: Logits, labels: Tensor, counted: Tensor | None) -> Tensor:
     """[K] nats of K points, of labels [B, ...]; 0 where no row counts."""
     targets = label_rows("batches", labels, logits.like, counted)
-    parts = [_losses(logits.of(rows), targets, rows) for rows in logits.slices()]
-    return functools.reduce(torch.add, parts)
+    return _summed(lambda rows: _losses(logits.of(rows), targets, rows), logits.slices())
+
+
+def _summed(function: Callable[[slice], Tensor], slices: list[slice]) -> Tensor:
+    """Over the slices of rows, of which a function leaves nothing behind but its value."""
+    return functools.reduce(torch.add, map(function, slices))
 
 
 def _losses(logits: Tensor, targets: Tensor, rows: slice) -> Tensor:
@@ -231,28 +236,31 @@ class _Chunk:
         scale: float,
     ) -> Tensor:
         """[K + 1] nats of the edges of these points, whose gradient `backward` is given."""
-        slices, own, values = self.logits.slices(beside=2), self.logits, []
-        for rows in slices:
+        slices = self.logits.slices(beside=2)
+
+        def of(rows: slice) -> Tensor:
+            own = _in_mean(rows, slices, weight)
             with phase("divergence"):
-                known = torch.cat([left.of(rows), own.of(rows), right.of(rows)])
-                value, gradient = path_js_div_value_and_grad(
-                    known, edges, **_in_mean(rows, slices, weight)
-                )
-                values.append(value)
-                self._add(rows, gradient[1:-1] if scale == 1 else gradient[1:-1].mul_(scale))
-        return functools.reduce(torch.add, values)
+                known = torch.cat([one.of(rows) for one in (left, self.logits, right)])
+                value, gradient = path_js_div_value_and_grad(known, edges, **own)
+                gradient = gradient if scale == 1 else gradient.mul_(scale)
+            self._add(rows, gradient[1:-1])
+            return value
+
+        return _summed(of, slices)
 
     def losses(self, targets: Tensor, scale: float, points: int) -> Tensor:
         """[K] nats of targets [R], likewise; of so many points the mean is descended on."""
-        values = []
-        for rows in self.logits.slices():
+
+        def of(rows: slice) -> Tensor:
             logits = self.logits.of(rows).requires_grad_()
             with torch.enable_grad(), phase("divergence"):
                 found = _losses(logits, targets, rows)
                 (gradient,) = torch.autograd.grad(scale * found.sum() / points, logits)
-            values.append(found.detach())
             self._add(rows, gradient)
-        return functools.reduce(torch.add, values)
+            return found.detach()
+
+        return _summed(of, self.logits.slices())
 
     def backward(self) -> dict[str, Tensor]:
         """The gradient of every trained parameter [K, ...]."""

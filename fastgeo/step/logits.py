@@ -132,7 +132,7 @@ class Evaluated(Logits):
         for back, own in zip(self._back, gradient.split(sizes), strict=True):
             back.add(rows, own)
 
-    def gradients(self, to: Sequence[Tensor], **options: bool) -> Sequence[Tensor]:
+    def gradients(self, to: Sequence[Tensor], **options: bool) -> tuple[Tensor, ...]:
         """The gradient to leaves of the pass; `options` are those of torch.autograd.grad."""
         pairs = [pair for back in self._back for pair in back.gathered()]
         tensors, upstream = [t for t, _ in pairs], [gradient for _, gradient in pairs]
