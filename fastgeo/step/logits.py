@@ -91,8 +91,8 @@ class Logits:
         return [slice(i, min(i + size, self.rows)) for i in range(0, self.rows, size)]
 
     def spread(self) -> slice:
-        """Rows from all over, no more than may be looked at together."""
-        count = max(1, most_of_each(len(self)) // self.shape[-1])
+        """Rows from all over, so few that several copies of them may be looked at together."""
+        count = max(1, most_of_each(4 * len(self)) // self.shape[-1])
         return slice(0, self.rows, -(-self.rows // count))
 
     def _one(self, at: int, point: slice) -> "Logits":
