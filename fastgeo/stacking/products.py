@@ -289,11 +289,11 @@ class Later(Tensor):
         if func is torch.stack and not kwargs and len(args) == 1 and all(map(_waits, args[0])):
             return cls(tuple(own.products[0] for own in args[0]), of_one=False)
         own = args[0] if args else None
-        if _waits(own) and own._of_one and not call.kind and operation_of(func).elementwise:
+        if _waits(own) and own._of_one and not call.kind and _by_number(func):
             joined = _followed(own.products[0], own._unchanged, func, args[1:], kwargs)
             if joined is not None:
                 return cls((joined,), of_one=True)
-        args, kwargs = mapped(lambda t: t.computed() if isinstance(t, Later) else t, (args, kwargs))
+        args, kwargs = mapped(_computed, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -313,6 +313,15 @@ class Later(Tensor):
         return value[None] if value._version == self.version else None
 
 
+def _computed(tensor: Tensor) -> Tensor:
+    return tensor.computed() if isinstance(tensor, Later) else tensor
+
+
+def _by_number(function: Callable) -> bool:
+    """Whether what a function gives of some rows is that of all, or only lies elsewhere."""
+    return operation_of(function).elementwise or function in (Tensor.to, Tensor.contiguous)
+
+
 def _waits(value: Any) -> TypeGuard[Later]:
     return isinstance(value, Later) and value.value is None
 
@@ -325,9 +334,9 @@ def waits_in_loops() -> contextlib.AbstractContextManager:
 class _OfOne(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and not any(isinstance(t, Later) for t in args):
-            made = _of_one(*args, **kwargs)
-            if made is not None:
+        if func is F.linear:
+            args, kwargs = mapped(_computed, (args, kwargs))
+            if (made := _of_one(*args, **kwargs)) is not None:
                 return Later((made,), of_one=True)
         return func(*args, **kwargs)
 
