@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,29 @@ except ImportError:
 # Set by TRITON_INTERPRET=1 before triton is imported: kernels run in Python, on CPU tensors.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+_graph = threading.local()
+
+
+def compiling() -> bool:
+    """Whether values cannot be looked at, since torch.compile only records what is done."""
+    return torch.compiler.is_compiling() or getattr(_graph, "recorded", False)
+
+
+def recorded_whole(function: Callable) -> Callable:
+    """A function that torch.compile records without following its Python: every name that it would
+    follow is one more thing to look at before each call, which small tensors notice. A number that
+    changes from call to call is recorded anew."""
+
+    @functools.wraps(function)
+    def recorded(*args):
+        before = getattr(_graph, "recorded", False)
+        _graph.recorded = True
+        try:
+            return function(*(float(x) if isinstance(x, torch.SymFloat) else x for x in args))
+        finally:
+            _graph.recorded = before
+
+    return torch.compiler.allow_in_graph(recorded)
 
 
 def jit(function=None, **options):
@@ -61,7 +85,7 @@ def use_triton(
         unfit = f"it takes {words}, got {str(tensor.dtype)[6:]}"
     if unfit and impl == "triton":
         raise RuntimeError(f"{name}: impl='triton' cannot run: {unfit}")
-    if unfit and not torch.compiler.is_compiling():
+    if unfit and not compiling():
         _say_once(f"{name} runs in plain PyTorch on a GPU: {unfit}")
     return not unfit
 

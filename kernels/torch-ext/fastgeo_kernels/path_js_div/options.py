@@ -8,6 +8,8 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from ..launching import compiling
+
 HALF, SKEW, FORWARD, REVERSE = range(4)  # the four formulas, by beta: 1/2, between, 0 and 1
 
 
@@ -147,7 +149,7 @@ def row_weights(
 
 def known(number: Tensor) -> Union[None, bool, float]:
     """The one number of a tensor, or None where asking would wait for a device or end a trace."""
-    if number.device.type != "cpu" or torch.compiler.is_compiling():
+    if number.device.type != "cpu" or compiling():
         return None
     try:
         return number.item()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..launching import compiling
 from . import reference
 from .options import FORWARD, REVERSE, How, known
 
@@ -37,7 +38,7 @@ def pair_rows(
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (p_logits, q_logits)]
     fixed = not (isinstance(share, Tensor) and share.requires_grad)
     # torch.func refuses this kind of function, which takes autograd half the time of the other.
-    mapped = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    mapped = compiling() or torch._C._are_functorch_transforms_active()
     if fixed and not mapped:
         return _PairRows.apply(p_logits, q_logits, kept, how, inplace, share, wanted)
     rows = _MappedPairRows.apply(p_logits, q_logits, kept, *how, inplace, *wanted)[0]

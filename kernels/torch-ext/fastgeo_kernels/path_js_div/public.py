@@ -27,7 +27,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..launching import use_triton
+from ..launching import compiling, recorded_whole, use_triton
 from . import plain_pairs, reference
 from .operators import PairRows, PathRows, rows_op, value_and_grad_op
 from .options import (
@@ -229,6 +229,24 @@ def js_div(
         >>> js_div(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
         tensor(0.6931)
     """
+    given = (p_logits, q_logits, beta, reduction, labels, ignore_index)
+    given += (sample_weight, normalizer, temperature, inplace, impl)
+    return _recorded_js_div(*given) if compiling() else _js_div(*given)
+
+
+def _js_div(
+    p_logits: Tensor,
+    q_logits: Tensor,
+    beta: float,
+    reduction: str,
+    labels: Optional[Tensor],
+    ignore_index: int,
+    sample_weight: Optional[Tensor],
+    normalizer: Normalizer,
+    temperature: float,
+    inplace: bool,
+    impl: str,
+) -> Tensor:
     how = How(temperature, beta)
     check_how(reduction, how)
     check_normalizer(normalizer, reduction)
@@ -239,7 +257,7 @@ def js_div(
         check_weight(name, given, "", leading, p_logits)
     labels, sample_weight = (None if t is None else t.reshape(-1) for t in (labels, sample_weight))
     weights = row_weights(sample_weight, _value_dtype(p, q), labels, ignore_index)
-    if inplace and (torch.compiler.is_compiling() or not q_logits.is_contiguous()):
+    if inplace and (compiling() or not q_logits.is_contiguous()):
         raise ValueError("inplace needs contiguous q_logits, and a graph that is not compiled")
     if _either_triton(impl, p, q):
         rows = PairRows.apply(p, q, weights.kept, *map(float, how), inplace)
@@ -251,6 +269,9 @@ def js_div(
         rows = plain_pairs.pair_rows(p, q, weights.kept, how, inplace)
     value = reduce_rows(rows, reduction, None, weights, normalizer)
     return value if reduction == "batchmean" else value.reshape(leading)
+
+
+_recorded_js_div = recorded_whole(_js_div)
 
 
 def _value_dtype(*logits: Tensor) -> torch.dtype:

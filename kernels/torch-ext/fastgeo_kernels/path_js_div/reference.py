@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..launching import compiling
 from .options import FORWARD, HALF, SKEW, How, known
 
 LN2 = math.log(2.0)
@@ -157,7 +158,7 @@ def _by_chunks(function: Callable, logits: Tensor, *others: Optional[Tensor]) ->
 
 def in_slices(batch: int, logits: Tensor) -> Optional[List[slice]]:
     """Slices of the batch that stay in a CPU's cache; None where there is not that cache."""
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+    if logits.device.type != "cpu" or compiling():
         return None
     size = max(1, CHUNK * batch // logits.numel())
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
@@ -201,7 +202,7 @@ def _pair_points(
     """Of a slice of the batch as one tensor, which stays in the cache: half as many operations."""
     dtype = torch.promote_types(p_logits.dtype, q_logits.dtype)
     p, q = (_wide(x.to(dtype)) for x in (p_logits, q_logits))
-    if p.is_cuda or torch.compiler.is_compiling():
+    if p.is_cuda or compiling():
         x, y = (_softmax(_readable(x.clamp(min=LOWEST), kept), how) for x in (p, q))
         return x, y
     return _ends(_softmax(readable_pair(p, q, kept, p.dtype), how))
@@ -224,7 +225,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _side_by_side(x: Tensor) -> bool:
     """Whether sums over classes are faster where those of one class lie side by side."""
-    return x.shape[-1] <= CLASSES_INSIDE and not (x.is_cuda or torch.compiler.is_compiling())
+    return x.shape[-1] <= CLASSES_INSIDE and not (x.is_cuda or compiling())
 
 
 def _readable(x: Tensor, kept: Optional[Tensor]) -> Tensor:
