@@ -36,16 +36,20 @@ def source(result: dict[str, Any]) -> str:
 
 
 def run(preset: str) -> str:
-    """A preset's run, and the same by the paper's plain SGD where there is one."""
-    ours = read(f"{preset}/report")
-    steps, name = ours["config"]["steps"], f"path, N = {ours['config']['points']}"
-    paths = {"line": ours["paths"]["linear"], "matched line": ours["paths"]["matched"]}
-    if (RESULTS / preset / "report-plain-sgd.json").exists():
-        plain = read(f"{preset}/report-plain-sgd")
-        p = plain["config"]
-        how = f"{p['steps']} steps of the paper's plain SGD at rate {p['lr']:g}"
-        paths[f"geodesic by {how}"] = plain["paths"]["geodesic"]
-    paths[f"geodesic by {steps} steps of the preset"] = ours["paths"]["geodesic"]
+    """A preset's run, and what geodesics take from the same ends: by the paper's plain SGD, and by
+    the preset's descent."""
+    ours, plain, free = (read(f"{preset}/report{kind}") for kind in ("", "-plain-sgd", "-geodesic"))
+    rate, name = plain["config"]["lr"], f"path, N = {ours['config']['points']}"
+    steps = [report["config"]["steps"] for report in (plain, free, ours)]
+    paths = {
+        "line": ours["paths"]["linear"],
+        "matched line": ours["paths"]["matched"],
+        f"geodesic by {steps[0]} steps of the paper's plain SGD at rate {rate:g}": plain["paths"][
+            "geodesic"
+        ],
+        f"geodesic by {steps[1]} steps of the preset": free["paths"]["geodesic"],
+        f"Bezier curve by {steps[2]} steps of the preset": ours["paths"]["bezier"],
+    }
     rows = [
         {
             name: title,
@@ -60,7 +64,7 @@ def run(preset: str) -> str:
     seconds = {stage: f"{s:.0f}" for stage, s in ours["seconds"].items()}
     total, e = seconds.pop("total"), ours["environment"]
     stages = ", ".join(f"{stage} {s}" for stage, s in seconds.items())
-    bound = ours["paths"]["geodesic"]["fisher_rao_lower_bound"]
+    bound = ours["paths"]["bezier"]["fisher_rao_lower_bound"]
     return (
         f"{table(rows)}\n\nNo path between these two ends can be shorter than {bound:.3f} rad, the "
         f"Fisher-Rao distance of their predictions.\nThe run took {total} seconds ({stages}) on "

@@ -53,14 +53,14 @@ def test_loss_and_accuracy_are_those_of_the_report(digits):
     assert logarithmic.get_yscale() == "log" and linear.get_ylim()[0] == 0
     assert not linear.collections  # published values are of another network
     words = shown(figure)
-    assert {"line", "matched line", "geodesic", "train", "test"} <= set(words)
+    assert {"line", "matched line", "Bezier curve", "train", "test"} <= set(words)
     assert "resnet8 of width 0.5, on digits; N = 25" in words
 
 
-def test_the_geodesic_takes_a_tenth_of_the_log_panel(digits):
+def test_the_optimised_path_takes_a_tenth_of_the_log_panel(digits):
     """On the linear axis its losses lie on each other, at the bottom."""
     logarithmic = plot.loss_figure(digits).axes[1]
-    train = digits["paths"]["geodesic"]["train"]["loss"]
+    train = digits["paths"]["bezier"]["train"]["loss"]
     places = logarithmic.transAxes.inverted().transform(
         logarithmic.transData.transform([(0.5, min(train)), (0.5, max(train))])
     )
@@ -157,12 +157,14 @@ def distance(x, y):
 
 
 def test_the_summary_has_the_numbers_of_the_report(digits):
-    path = digits["paths"]["geodesic"]
+    path = digits["paths"]["bezier"]
     train, test = path["train"], path["test"]
     for path_of_line in digits["paths"].values():
         for split in ("train", "test"):
             path_of_line[split]["mean"] = sum(path_of_line[split]["loss"]) / 25
-    row = next(line for line in report.summary(digits).splitlines() if line.startswith("geodesic"))
+    row = next(
+        line for line in report.summary(digits).splitlines() if line.startswith("Bezier curve")
+    )
     numbers = [max(train["loss"]), max(test["loss"]), train["mean"], test["mean"]]
     numbers += [train["barrier"], test["barrier"]]
     numbers += [100 * min(split["accuracy"]) for split in (train, test)]
@@ -214,10 +216,10 @@ def test_runs_and_evaluations_are_compared(evaluation, digits, tmp_path):
     both = compare({"mine": evaluation, "run": tmp_path})
     mine, run = str(both).splitlines()[3:]
     highest = {name: f"{max(own['train']['loss']):.3f}" for name, own in digits["paths"].items()}
-    assert mine.split()[0] == "mine" and run.split()[:2] == ["run", highest["geodesic"]]
+    assert mine.split()[0] == "mine" and run.split()[:2] == ["run", highest["bezier"]]
     assert str(both) == str(both.table()) and both._repr_html_().count("<tr>") == 3
     drawn = both.plot().axes[0].get_lines()
-    assert list(drawn[2].get_ydata()) == digits["paths"]["geodesic"]["train"]["loss"]
+    assert list(drawn[2].get_ydata()) == digits["paths"]["bezier"]["train"]["loss"]
     line = compare([str(tmp_path)], path="matched")
     assert str(tmp_path) in str(line) and f" {highest['matched']} " in str(line)
     other = Evaluation({"else": evaluation.splits["test"]}, 0, 0, 0, 0, 0)

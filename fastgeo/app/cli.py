@@ -29,13 +29,12 @@ from tyro.constructors import (
 
 import fastgeo
 from fastgeo.app.config import (
-    METHODS,
-    PRESETS,
     Config,
     Drawing,
     Format,
     Pace,
     about,
+    chosen,
     flag,
     meanings,
 )
@@ -168,8 +167,9 @@ class RunCommand(_OnRanks, _New):
 
     Attributes:
         method: geodesic: all points move (paper); bezier or polychain: a curve of one control
-            point, evaluated at 3 random places in a step, which takes more steps. It sets curve,
-            controls, objective and nodes, each of which can also be set by itself
+            point, evaluated at 3 random places in a step, which takes more steps and, of a bezier,
+            is shorter at the same cost. It sets curve, controls, objective and nodes, each of which
+            can also be set by itself, and the steps and rate that the preset has for it
     """
 
     method: Method
@@ -545,22 +545,19 @@ def _command(argv: list[str]) -> Command:
         print(f"fastgeo {fastgeo.__version__}")
         sys.exit(0)
     preset, method = first.preset or "digits", first.method
-    for name, value, known in (("preset", preset, PRESETS), ("method", method, METHODS)):
-        if value is not None and value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    command = _parsed(argv, preset, method, PRESETS[preset])
+    command = _parsed(argv, preset, chosen(preset, method))
     # A preset that is named says what the settings are to be, also with --resume. What follows is
     # told the folder by the first process, which says so if it is not seen.
     if command.there is not None and first.preset is None and not _follows():
         from fastgeo.app.folder import Run
 
-        command = _parsed(argv, preset, method, Run.open(command.there).config)
+        own = Run.open(command.there).config
+        command = _parsed(argv, preset, own.by(method) if method else own)
     return command
 
 
-def _parsed(argv: list[str], preset: str, method: str | None, config: Config) -> Command:
+def _parsed(argv: list[str], preset: str, config: Config) -> Command:
     folder: Any = tyro.MISSING
-    config = config.by(method) if method else config
     named: Any = config.method
     commands: dict[str, Command] = {
         "run": RunCommand(config=config, preset=preset, method=named),

@@ -57,9 +57,9 @@ def test_the_report_agrees_with_the_weights_on_disk(run):
     digits = load("digits", train_subset=200)
     x, y = digits.normalize(digits.train.images), digits.train.labels
     path, module = Path.load(run / "path.safetensors"), models.resnet(8, 0.25, in_channels=1)
-    geodesic = report["paths"]["geodesic"]
+    found = report["paths"]["bezier"]
     for t, loss, accuracy in zip(
-        np.linspace(0, 1, 5), geodesic["train"]["loss"], geodesic["train"]["accuracy"], strict=True
+        np.linspace(0, 1, 5), found["train"]["loss"], found["train"]["accuracy"], strict=True
     ):
         module.load_state_dict(path.at(t))
         logits = module(x)
@@ -67,8 +67,8 @@ def test_the_report_agrees_with_the_weights_on_disk(run):
         assert (logits.argmax(1) == y).float().mean().item() == pytest.approx(accuracy)
     again = evaluate(path, module, {"train": (x, y)})
     for key in ("energy", "sqrt_jsd", "fisher_rao", "fisher_rao_lower_bound", "euclidean"):
-        assert geodesic[key] == pytest.approx(getattr(again, key), rel=1e-4)
-    assert geodesic["augmented_train"] is None
+        assert found[key] == pytest.approx(getattr(again, key), rel=1e-4)
+    assert found["augmented_train"] is None
 
 
 def test_the_three_paths_are_between_the_same_networks(run):
@@ -78,7 +78,7 @@ def test_the_three_paths_are_between_the_same_networks(run):
         assert ends[0] == pytest.approx(ends[1], rel=1e-4)
         assert ends[1] == pytest.approx(ends[2], rel=1e-4)
     assert report["matched"]["euclidean"] < report["linear"]["euclidean"]
-    assert report["geodesic"]["energy"] < report["matched"]["energy"]
+    assert report["bezier"]["energy"] < report["matched"]["energy"]
     for path in report.values():
         assert path["fisher_rao"] >= path["fisher_rao_lower_bound"]
 
@@ -141,7 +141,7 @@ def test_a_stage_done_again_takes_the_runs_settings_and_drops_what_came_after(ca
         ("match", "permutation.safetensors", "--match-seed=6"),
         ("match", "permutation.safetensors", "--match-restarts=3"),
         ("match", "permutation.safetensors", "--match-method=activations"),
-        ("optimize", "path.safetensors", "--spacing=release"),
+        ("optimize", "path.safetensors", "--controls=2"),
         ("optimize", "path.safetensors", "--path-seed=3"),
         ("optimize", "path.safetensors", "--lr=0.3"),
         ("optimize", "path.safetensors", "--momentum=0"),
@@ -169,8 +169,8 @@ def test_an_mlp_a_mixed_norm_and_augmentation_run_too():
     main(["run", "--out", "channel", *SMALL, *options])
     report = json.loads(open("channel/report.json").read())
     assert len(report["paths"]["matched"]["augmented_train"]["loss"]) == 5
-    train = report["paths"]["geodesic"]["train"]["loss"]
-    assert train != report["paths"]["geodesic"]["augmented_train"]["loss"]
+    train = report["paths"]["bezier"]["train"]["loss"]
+    assert train != report["paths"]["bezier"]["augmented_train"]["loss"]
     assert "augmented train" in open("channel/report.md").read()
 
 
@@ -185,7 +185,7 @@ def test_npz_data_runs():
     options = ["--epochs", "20", "--points", "5", "--steps", "4", "--seed-a", "4", "--seed-b", "5"]
     small = ["--width", "0.25", "--batch-size", "50", "--train-batch-size", "20"]
     main(["run", "--data", "npz:data.npz", "--out", "r", *small, *options])
-    report = json.loads(open("r/report.json").read())["paths"]["geodesic"]
+    report = json.loads(open("r/report.json").read())["paths"]["bezier"]
     assert report["test"]["accuracy"][0] == report["test"]["accuracy"][-1] == 1
     os.mkdir("elsewhere")
     os.chdir("elsewhere")  # the run knows its data from anywhere
@@ -215,9 +215,9 @@ def test_figures_and_summary_show_the_numbers_of_the_report(run):
     assert list(drawn[0].get_xdata()) == [0, 0.25, 0.5, 0.75, 1]
     assert not plot.loss_figure(content).axes[0].collections  # the paper's values are not its own
     row = next(
-        line for line in report.summary(content).splitlines() if line.startswith("geodesic")
+        line for line in report.summary(content).splitlines() if line.startswith("Bezier curve")
     ).split()
-    path = content["paths"]["geodesic"]
+    path = content["paths"]["bezier"]
     splits = [path[split] for split in ("train", "test")]
     numbers = [max(split["loss"]) for split in splits]
     numbers += [split[key] for key in ("mean", "barrier") for split in splits]
@@ -410,7 +410,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys):
     assert len(said.err.splitlines()) < 40
     main(["run", "--out", "q", *SMALL, "--quiet"])
     said = capsys.readouterr()
-    assert said.err == "" and "geodesic" in said.out
+    assert said.err == "" and "Bezier curve" in said.out
 
 
 def test_lines_of_progress_are_some_seconds_apart(monkeypatch):
@@ -502,7 +502,7 @@ def test_runs_are_compared(run, capsys):
     said = capsys.readouterr().out
     expected = fastgeo.compare(["first", "second"])
     assert str(expected.table()) in said and said.endswith("both.png\n")
-    assert "first" in said and "second" in said and "geodesic" not in said
+    assert "first" in said and "second" in said and "Bezier" not in said
     assert FilePath("both.png").read_bytes().startswith(b"\x89PNG") and width(".", "both") == 1020
     main(["compare", "first", "second", "--figure", "both.svg", "--title", "of mine"])
     assert "of mine" in FilePath("both.svg").read_text()

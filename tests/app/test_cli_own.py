@@ -115,7 +115,7 @@ SHORT = ["--epochs", "3", "--points", "4", "--steps", "3"]
 def test_a_run_with_an_own_network_and_own_data():
     main(["run", "--out", "r", *MASKED, *SHORT, "--engine", "auto"])
     report = json.loads(open("r/report.json").read())
-    assert len(report["paths"]["geodesic"]["test"]["loss"]) == 4
+    assert len(report["paths"]["bezier"]["test"]["loss"]) == 4
     assert report["matching"]["relative_change"] < 1e-10
     assert set(report["engines"]) == {"train", "optimize", "evaluate"}
     assert report["engines"]["train"]["seconds"]  # 15 steps: measured

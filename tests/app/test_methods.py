@@ -14,10 +14,11 @@ from commands import FILES, SMALL, refused
 from torch.func import functional_call
 
 import fastgeo
+from benchmarks.curves import networks
 from fastgeo import Path, models
 from fastgeo.app import plot
 from fastgeo.app.cli import main
-from fastgeo.app.config import PRESETS
+from fastgeo.app.config import CURVES, PRESETS, chosen
 from fastgeo.app.folder import Run
 from fastgeo.data.images import load
 from fastgeo.store.checkpoint import Checkpoints
@@ -31,7 +32,7 @@ PLANE = {"plane.json", "plane.png"}
 def runs(tmp_path_factory):
     """Method -> the folder of a small run by it, with the same ends."""
     folder = tmp_path_factory.mktemp("runs")
-    main(["run", "--out", str(folder / "geodesic"), *SMALL])
+    main(["run", "--out", str(folder / "geodesic"), *SMALL, "--method", "geodesic", "--lr", "0.1"])
     for method in ("bezier", "polychain"):
         shutil.copytree(folder / "geodesic", folder / method)
         main(["optimize", str(folder / method), "--overwrite", "--method", method])
@@ -95,12 +96,29 @@ def test_a_run_calls_its_path_by_the_method(runs, method, capsys):
     assert f"\n{title} " in Run.open(folder).summary()
 
 
-def test_a_geodesic_is_the_default_and_the_method_that_a_name_goes_back_to(runs):
+def test_a_geodesic_is_the_method_that_a_name_goes_back_to(runs):
     shutil.copytree(runs["bezier"], "r")
     main(["optimize", "r", "--overwrite", "--method", "geodesic"])
     for name in ("path.safetensors", "metrics.jsonl"):
         assert FilePath("r", name).read_bytes() == (runs["geodesic"] / name).read_bytes()
-    assert {config.method for config in PRESETS.values()} == {"geodesic"}
+    main(["optimize", "r", "--overwrite", "--spacing", "release"])
+    path = FilePath("r/path.safetensors").read_bytes()
+    assert path != (runs["geodesic"] / "path.safetensors").read_bytes()
+
+
+def test_a_curve_is_the_default_where_its_cost_is_known(runs):
+    """It costs what the preset's geodesic does, in passes of one network on a batch."""
+    main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
+    assert Run.open("r").config.method == "bezier"
+    for preset, geodesic in PRESETS.items():
+        default = chosen(preset)
+        assert default.method == ("bezier" if preset in CURVES else "geodesic")
+        assert chosen(preset, "geodesic") == geodesic
+        if default.method == "bezier":
+            cost = default.path.steps * default.descent.nodes
+            assert cost == pytest.approx(networks(geodesic, 1), abs=default.descent.nodes)
+        else:
+            assert default == geodesic
 
 
 def test_a_method_sets_what_can_also_be_set_by_itself(runs):

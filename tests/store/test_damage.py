@@ -308,7 +308,7 @@ def test_an_evaluation_goes_on_at_the_path_it_was_at(runs, monkeypatch, capsys):
         pipeline, "evaluate", lambda *a, **k: evaluated.append(k["description"]) or real(*a, **k)
     )
     main(["evaluate", "r", "--resume"])
-    assert evaluated == ["evaluate matched", "evaluate geodesic"]
+    assert evaluated == ["evaluate matched", "evaluate bezier"]
     assert read_json(FilePath("r/report.json"))["paths"] == before
     main(["evaluate", "r", "--resume"])
     assert "evaluate is finished in r" in capsys.readouterr().out
