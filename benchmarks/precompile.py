@@ -158,15 +158,16 @@ def norms(given: Any) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def norm(x: Any, residual: bool, relu: bool) -> None:
-    """Both ways."""
+    """Both ways, for one use and for two."""
     import torch
-    from fastgeo_kernels import stacked_group_norm
+    from fastgeo_kernels.stacked.norm import group_norm_twice
 
     x = x.clone().requires_grad_()
     weight, bias = (x.new_empty(len(x), x.shape[2]) for _ in range(2))
     rest = dict(residual=x if residual else None, relu=relu, impl="triton")
-    y = stacked_group_norm(x, 1, weight, bias, **rest)
-    torch.autograd.grad(y, x, torch.empty_like(y))
+    both = group_norm_twice(x, 1, weight, bias, **rest)
+    for used in (both[:1], both):
+        torch.autograd.grad(used, x, list(map(torch.empty_like, used)), retain_graph=True)
 
 
 def divergences(given: Any) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -189,20 +190,24 @@ def updates(given: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     from fastgeo_kernels import path_update
 
     from fastgeo import models
+    from fastgeo.step.step import ALIGNED
 
     setting, points = given.sizes.setting, given.sizes.inner
     rate = torch.empty((), device="meta")
     for channels, half in itertools.product((3, 1), (True, False)):
         module = models.resnet(setting.depth, setting.width, in_channels=channels)
-        size = sum(parameter.numel() for parameter in module.parameters())
-        weight = torch.empty(points, size, device="meta")
-        for grad, conditioned in itertools.product((weight, weight.bfloat16()), (False, True)):
+        size = sum(p.numel() + -p.numel() % ALIGNED for p in module.parameters())
+        weight, ends = (torch.empty(rows, size, device="meta") for rows in (points, 2))
+        for grad, conditioned, apart in itertools.product(
+            (weight, weight.bfloat16()), (False, True), (False, True)
+        ):
             yield (
                 f"update, {size} parameters",
                 partial(
                     *(path_update, weight, grad, rate),
                     precondition=conditioned,
                     copy=weight.bfloat16() if half else None,
+                    ends=ends if apart else None,
                 ),
             )
 

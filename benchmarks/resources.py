@@ -63,6 +63,7 @@ class Variant(NamedTuple):
         constants: its constexpr arguments, and integers known to be 1.
         options: num_warps and the like.
         long: integer arguments of 64 bits; the others have 32.
+        divided: integer arguments that 16 divides.
         may_spill: what has to run, but need not be fast.
         extra: left out of a check.
     """
@@ -76,6 +77,7 @@ class Variant(NamedTuple):
     constants: dict[str, object]
     options: dict[str, object]
     long: tuple[str, ...] = ()
+    divided: tuple[str, ...] = ()
     may_spill: bool = False
     extra: bool = False
 
@@ -289,9 +291,10 @@ def update_variants(chip: Chip) -> Iterator[Variant]:
             function=path_update.path_update_kernel,
             dtype="fp32",
             pointers={"grad_ptr": dtype, "copy_ptr": "bf16"},
-            constants=path_update.constants(points, True, momentum, **flags),
+            constants=path_update.constants(points, True, momentum, **flags, apart=True),
             options=path_update.OPTIONS,
             extra=points == 126,
+            divided=("P",),
         )
 
 
@@ -318,7 +321,10 @@ def compile_variant(variant: Variant, chip: Chip):
         fn=variant.function,
         signature=signature,
         constexprs=variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in (*pointers, *variant.divided)
+        },
     )
     return triton.compile(source, target=chip.target, options=variant.options)
 

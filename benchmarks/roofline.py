@@ -128,7 +128,8 @@ def norm(shape, residual: bool, device: str, backward: bool = False):
 
 def update(points: int, size: int, device: str):
     def make():
-        weight, grad = (torch.randn(points, size, device=device) for _ in range(2))
+        aligned = size + -size % 16  # as a step has its parameters on a GPU
+        weight, grad = (torch.randn(points, aligned, device=device) for _ in range(2))
         copy, rate = weight.bfloat16(), torch.full((), 1e-3, device=device)
         return lambda: path_update(weight, grad, rate, copy=copy)
 
