@@ -316,15 +316,12 @@ def compile_variant(variant: Variant, chip: Chip):
         else "i32"
         for name in names
     }
-    pointers = [name for name in names if signature[name].startswith("*")]
+    divided = [name for name in names if signature[name].startswith("*")] + list(variant.divided)
     source = ASTSource(
         fn=variant.function,
         signature=signature,
         constexprs=variant.constants,
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name in (*pointers, *variant.divided)
-        },
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divided},
     )
     return triton.compile(source, target=chip.target, options=variant.options)
 

@@ -29,6 +29,7 @@ from tyro.constructors import (
 
 import fastgeo
 from fastgeo.app.config import (
+    PRESETS,
     Config,
     Drawing,
     Format,
@@ -545,7 +546,13 @@ def _command(argv: list[str]) -> Command:
         print(f"fastgeo {fastgeo.__version__}")
         sys.exit(0)
     preset, method = first.preset or "digits", first.method
-    command = _parsed(argv, preset, chosen(preset, method))
+    config = chosen(preset, method)
+    try:
+        command = _parsed(argv, preset, config)
+    except _Refused:  # though a run that is there may take what a preset's curve does not
+        command = _parsed(argv, preset, PRESETS[preset])
+        if command.there is None:
+            raise
     # A preset that is named says what the settings are to be, also with --resume. What follows is
     # told the folder by the first process, which says so if it is not seen.
     if command.there is not None and first.preset is None and not _follows():

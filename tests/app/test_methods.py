@@ -106,10 +106,10 @@ def test_a_geodesic_is_the_method_that_a_name_goes_back_to(runs):
     assert path != (runs["geodesic"] / "path.safetensors").read_bytes()
 
 
-def test_a_curve_is_the_default_where_its_cost_is_known(runs):
+def test_a_curve_is_the_default_where_its_cost_is_known():
     """It costs what the preset's geodesic does, in passes of one network on a batch."""
     main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
-    assert Run.open("r").config.method == "bezier"
+    assert Run.open(FilePath("r")).config.method == "bezier"
     for preset, geodesic in PRESETS.items():
         default = chosen(preset)
         assert default.method == ("bezier" if preset in CURVES else "geodesic")
@@ -212,7 +212,10 @@ def test_runs_by_different_methods_are_compared(runs, capsys):
     "argv, words",
     [
         (["run", "--method", "spline"], "method must be one of geodesic, bezier, polychain, got "),
-        (["run", "--controls", "2"], "--controls are those of a curve; give --curve bezier or"),
+        (
+            ["run", "--curve", "points", "--controls", "2"],
+            "--controls are those of a curve",
+        ),
         (["run", "--method", "bezier", "--controls", "24"], "controls must be within 1..23, got"),
         (["run", "--method", "bezier", "--nodes", "0"], "nodes must be at least 1, got 0"),
         (["run", "--method", "bezier", "--spacing", "release"], "leave out --spacing"),

@@ -259,7 +259,7 @@ def test_a_stage_that_was_begun_is_not_begun_anew_unasked(stopped, capsys):
     shutil.copytree(stopped, "r")
     sentence = refused(capsys, "optimize", "r")
     assert "holds the state of an unfinished optimize; give --resume to go on from" in sentence
-    assert "--lr is 0.1 in r, not 0.3, and --resume goes on with" in refused(
+    assert "--lr is 0.2 in r, not 0.3, and --resume goes on with" in refused(
         capsys, "optimize", "r", "--resume", "--lr", "0.3"
     )
     assert "give one of them" in refused(capsys, "optimize", "r", "--resume", "--overwrite")

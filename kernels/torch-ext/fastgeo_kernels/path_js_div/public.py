@@ -229,9 +229,9 @@ def js_div(
         >>> js_div(torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
         tensor(0.6931)
     """
-    given = (p_logits, q_logits, beta, reduction, labels, ignore_index)
-    given += (sample_weight, normalizer, temperature, inplace, impl)
-    return _recorded_js_div(*given) if compiling() else _js_div(*given)
+    js_div = _recorded_js_div if compiling() else _js_div
+    weighted = (labels, ignore_index, sample_weight, normalizer)
+    return js_div(p_logits, q_logits, beta, reduction, *weighted, temperature, inplace, impl)
 
 
 def _js_div(
