@@ -36,19 +36,20 @@ def source(result: dict[str, Any]) -> str:
 
 
 def run(preset: str) -> str:
-    """A preset's run, and what geodesics take from the same ends: by the paper's plain SGD, and by
-    the preset's descent."""
-    ours, plain, free = (read(f"{preset}/report{kind}") for kind in ("", "-plain-sgd", "-geodesic"))
-    rate, name = plain["config"]["lr"], f"path, N = {ours['config']['points']}"
-    steps = [report["config"]["steps"] for report in (plain, free, ours)]
+    """A preset's run, and what else joins the same ends: geodesics by the paper's plain SGD and by
+    the preset, and its Bezier curve."""
+    ours, plain = (read(f"{preset}/report{kind}") for kind in ("", "-plain-sgd"))
+    other = read(f"{preset}/report-{'geodesic' if 'bezier' in ours['paths'] else 'bezier'}")
+    steps = {name: each["config"]["steps"] for each in (ours, other) for name in each["paths"]}
+    found = ours["paths"] | other["paths"]
+    p, name = plain["config"], f"path, N = {ours['config']['points']}"
+    by_sgd = f"geodesic by {p['steps']} steps of the paper's plain SGD at rate {p['lr']:g}"
     paths = {
-        "line": ours["paths"]["linear"],
-        "matched line": ours["paths"]["matched"],
-        f"geodesic by {steps[0]} steps of the paper's plain SGD at rate {rate:g}": plain["paths"][
-            "geodesic"
-        ],
-        f"geodesic by {steps[1]} steps of the preset": free["paths"]["geodesic"],
-        f"Bezier curve by {steps[2]} steps of the preset": ours["paths"]["bezier"],
+        "line": found["linear"],
+        "matched line": found["matched"],
+        by_sgd: plain["paths"]["geodesic"],
+        f"geodesic by {steps['geodesic']} steps": found["geodesic"],
+        f"Bezier curve by {steps['bezier']} steps": found["bezier"],
     }
     rows = [
         {
@@ -64,7 +65,7 @@ def run(preset: str) -> str:
     seconds = {stage: f"{s:.0f}" for stage, s in ours["seconds"].items()}
     total, e = seconds.pop("total"), ours["environment"]
     stages = ", ".join(f"{stage} {s}" for stage, s in seconds.items())
-    bound = ours["paths"]["bezier"]["fisher_rao_lower_bound"]
+    bound = found["linear"]["fisher_rao_lower_bound"]
     return (
         f"{table(rows)}\n\nNo path between these two ends can be shorter than {bound:.3f} rad, the "
         f"Fisher-Rao distance of their predictions.\nThe run took {total} seconds ({stages}) on "

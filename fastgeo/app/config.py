@@ -437,13 +437,14 @@ PRESETS["paper-fast"] = PRESETS["paper"].changed(
     **vars(Descent()),
 )
 
-# As many passes of one network as the preset's geodesic takes, at the best rate: a Bezier curve is
-# shorter at that cost, on every pair of networks in benchmarks/README.md.
+# What makes a curve cost as many passes of one network as the preset's geodesic.
 CURVES: dict[str, dict[str, Any]] = {
     "digits": dict(steps=286, lr=0.2),
     "cifar10": dict(steps=1146),
     "paper-small": dict(steps=1300),
 }
+# Where a Bezier curve is shorter at that cost, on every pair of networks in benchmarks/README.md.
+DEFAULT_METHODS = {"digits": "bezier"}
 
 
 def chosen(preset: str, method: str | None = None) -> Config:
@@ -455,6 +456,6 @@ def chosen(preset: str, method: str | None = None) -> Config:
     for name, value, known in (("preset", preset, PRESETS), ("method", method, METHODS)):
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    method = method or ("bezier" if preset in CURVES else "geodesic")
+    method = method or DEFAULT_METHODS.get(preset, "geodesic")
     config = PRESETS[preset].by(method)
     return config if method == "geodesic" else config.changed(**CURVES.get(preset, {}))

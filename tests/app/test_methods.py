@@ -106,19 +106,17 @@ def test_a_geodesic_is_the_method_that_a_name_goes_back_to(runs):
     assert path != (runs["geodesic"] / "path.safetensors").read_bytes()
 
 
-def test_a_curve_is_the_default_where_its_cost_is_known():
-    """It costs what the preset's geodesic does, in passes of one network on a batch."""
+def test_a_curve_costs_what_the_presets_geodesic_does_and_is_the_default_for_digits():
+    """In passes of one network on a batch."""
     main(["train", "--out", "r", *SMALL[:6], *SMALL[12:]])
     assert Run.open(FilePath("r")).config.method == "bezier"
     for preset, geodesic in PRESETS.items():
-        default = chosen(preset)
-        assert default.method == ("bezier" if preset in CURVES else "geodesic")
         assert chosen(preset, "geodesic") == geodesic
-        if default.method == "bezier":
-            cost = default.path.steps * default.descent.nodes
-            assert cost == pytest.approx(networks(geodesic, 1), abs=default.descent.nodes)
-        else:
-            assert default == geodesic
+        curve = chosen(preset, "bezier")
+        assert chosen(preset) == (curve if preset == "digits" else geodesic)
+        if preset in CURVES:
+            cost = curve.path.steps * curve.descent.nodes
+            assert cost == pytest.approx(networks(geodesic, 1), abs=curve.descent.nodes)
 
 
 def test_a_method_sets_what_can_also_be_set_by_itself(runs):
