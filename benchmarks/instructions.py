@@ -21,8 +21,9 @@ class Count(NamedTuple):
     """Instructions an element and edge, of threads: 32 are one instruction of a warp.
 
     Attributes:
-        always: what every edge takes.
-        again: what an edge takes besides where its rows are such that sums are taken once more.
+        always: what an edge takes; where registers hold its rows, one that is near, whose
+            |log p - log q| is below 1 for all classes.
+        again: what another edge takes besides, whose sums are taken in another way or once more.
     """
 
     always: float
@@ -70,8 +71,10 @@ def count(cubin: bytes, threads: int, rows: int, classes: int, at_once: int = 1)
             total += classes / _step(lines[own[0].start : own[0].end]) if own else 1
         return total * threads / (rows * classes * (at_once if loops else 1))
 
-    again = among(rare)
-    return Count(among([walk]) - again, again)
+    # Of two ways to the same end the second is jumped over at the end of the first.
+    first = [span for span in rare if any(span.end == other.start for other in rare)]
+    others = among([span for span in rare if span not in first])
+    return Count(among([walk]) - others, others - among(first))
 
 
 def instructions(cubin: bytes) -> list[str]:

@@ -1,7 +1,7 @@
 """Registers, spills, shared memory and occupancy of every kernel, compiled for GPUs without one.
 
-Of paths on an H100 also instructions a class and edge: those of every edge, and after a + those of
-edges whose sums are taken again (`benchmarks.instructions` counts them).
+Of paths on an H100 also instructions a class and edge: those of an edge between near rows, and
+after a + what others take besides (`benchmarks.instructions` counts them).
 
 python -m benchmarks.resources            # the table, and benchmarks/results/resources.json
 python -m benchmarks.resources --check    # exit status 1 where one spills or does not fit; of the

@@ -32,6 +32,18 @@ def blocks(monkeypatch):
     return lambda *cut: monkeypatch.setattr(launch, "choose_blocks", lambda *_: launch.Blocks(*cut))
 
 
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    """Sets how many classes of a row a tile has: all of them, since the interpreter's time goes by
+    tiles, but where a test is about these."""
+
+    def put(number=None):
+        monkeypatch.setattr(launch, "_piece", lambda _, blocks, aligned: number or blocks.block)
+
+    put()
+    return put
+
+
 # rows, classes of a tile, points a program owns, warps, whether rows are longer than a tile
 WAYS_TO_CUT = {
     "whole batch, whole path": (16, 32, 5, 1, False),
@@ -54,6 +66,25 @@ def test_every_way_to_cut_is_the_float64_definition(blocks, cut, points, distanc
     claims.check_against_the_definition(logits, "triton", 2.0, weight)
     claims.check_fisher_rao(logits, "triton")
     claims.check_symmetry_and_repetition(logits, "triton")
+
+
+@pytest.mark.parametrize(
+    "classes, piece, shift", [(10, 2, 0.0), (9, 1, 300.0), (8, 4, 0.0), (1000, 256, 5.0)]
+)
+def test_rows_in_pieces(pieces, classes, piece, shift):
+    pieces(piece)
+    batch = 1 if classes == 1000 else 5
+    near, far = (claims.path(3, batch, classes, d, shift=shift) for d in (1e-3, 3.0))
+    claims.check_against_the_definition(near, "triton")
+    claims.check_against_the_definition(far, "triton", 2.0)
+    claims.check_symmetry_and_repetition(torch.cat([near, far]), "triton")
+
+
+def test_near_and_far_rows_of_one_program():
+    """And near ones that are shifted by so much that the rounding of x - y shows."""
+    steps = [claims.path(2, 4, 10, *how) for how in ((1e-3,), (1e-3, 1, 3.0, 500.0), (5.0,))]
+    for logits in (torch.cat(steps[:2], 1), torch.cat(steps, 1)):
+        claims.check_against_the_definition(logits, "triton")
 
 
 @settings(max_examples=25, deadline=None)

@@ -26,9 +26,10 @@ class Blocks(NamedTuple):
     tiled: bool  # a row is longer than a tile
 
 
+TRITON_3_6 = triton is not None and triton.__version__.startswith("3.6.")
 # Where the offsets of a load say nothing, Triton 3.6 lays neighbouring threads along the first axis
 # of a tile and later ones along the last. Short rows are to lie along that one.
-ROWS_BEFORE_CLASSES = int(triton is not None and triton.__version__.startswith("3.6."))
+ROWS_BEFORE_CLASSES = int(TRITON_3_6)
 WHOLE_ROW = 4096  # classes up to which a row is one tile; registers of 16 warps hold it
 TILE = 2048
 
@@ -52,13 +53,13 @@ def choose_blocks(
     elif batch * block <= 4096:
         rows = 1 << (batch - 1).bit_length()
         warps = max(1, rows * block // 512)
-    elif block == 1024:
-        rows, warps = 1, 4 if kind == SKEW else 2
+    elif block >= 1024:
+        rows, warps = 1, block // (256 if kind == SKEW else 512)
     elif block <= 16:
         rows, warps = 2048 // block, 4
     else:
         rows = max(1, 1024 // block)
-        warps = max(4, block // 256)
+        warps = 4
     programs = -(-batch // rows)
     pieces = min(points, max(1, 16 * processors // (programs * warps))) if processors > 1 else 1
     return Blocks(rows, block, -(-points // pieces), warps, tiled)
@@ -201,8 +202,10 @@ def options(blocks: Blocks, kind: int, nvidia: bool) -> Dict[str, object]:
     most = {2: 248, 16: 128}.get(blocks.warps)
     if kind == SKEW:
         most = {4: 248}.get(blocks.warps, most)
-    elif blocks.block == 1024:
-        most = 168  # six programs on a multiprocessor in place of five
+    elif blocks.block in (1024, 2048) and not blocks.tiled:
+        most = 200  # five programs of two warps on a multiprocessor; with 168 some would spill
+    elif blocks.block <= 16:
+        most = most or 128  # without a bound some keep to 96, and spill
     if nvidia and most:
         chosen["maxnreg"] = most
     return chosen
@@ -224,11 +227,14 @@ def constants(
 ) -> Dict[str, object]:
     """The constexpr arguments of a launch."""
     whole = blocks.segment >= points
+    edges = points - 1 if whole else blocks.segment + 1
     rows = dict(
-        EDGES=points - 1 if whole else blocks.segment + 1,
+        EDGES=edges,
         HALO=0 if whole else 1,
+        # Without one of the two, or by other formulas, two edges would spill, or gain nothing.
+        AT_ONCE=2 if kind == HALF and grad and value != "none" and edges % 2 == 0 else 1,
         ROWS=blocks.rows,
-        AXIS=ROWS_BEFORE_CLASSES if blocks.block <= 16 else 1,
+        PIECE=_piece(classes, blocks, aligned),
     )
     return dict(
         ALIGNED=aligned,
@@ -242,9 +248,16 @@ def constants(
         UPSTREAM=upstream,
         MEAN=mean,
         SEGMENT=blocks.segment,
-        BLOCK=blocks.block,
-        **({} if blocks.tiled else rows),
+        **(dict(BLOCK=blocks.block) if blocks.tiled else rows),
     )
+
+
+def _piece(classes: int, blocks: Blocks, aligned: int) -> int:
+    """How many classes of a row lie in a tile: of short rows what a thread reads at once, else four
+    numbers for each."""
+    if blocks.block <= 16:
+        return math.gcd(math.gcd(aligned, classes), 4)
+    return min(blocks.block, max(1, 128 * blocks.warps // blocks.rows))
 
 
 def numbers(how: How) -> Tuple[float, ...]:

@@ -12,7 +12,12 @@ stand in `reference.py`, with those of other weights in m. Four things keep fp32
 * Where most of p and of q is on classes that the other lacks, every log(p / m) that counts is
   near log 2. The gradient stays as it is without that constant, and only then keeps its digits.
 * A class with more than half of a row takes the gradient that makes the row sum to 0: its own
-  closed form is the difference of two nearly equal numbers.
+  closed form is the difference of two nearly equal numbers. Where a kernel holds the whole row, its
+  gradient less p times what it sums to says the same.
+
+Rows with |d| below 1 for all classes, as of a path that is nearly a geodesic, need the polynomials
+alone, and of x - y mostly no rounding error: where a kernel holds them it then takes that shorter
+way (`_rounding_shows` says when not).
 
 A program walks along the path and holds the row it came from in registers, so that logits are read
 once and gradients written once. A row that does not fit is swept in tiles: log-sum-exp, sums, and

@@ -49,6 +49,43 @@ def _log_ratio(x, y, x_top, y_top, x_lse, y_lse, inv_t):
 
 
 @jit
+def _offset(x_top, y_top, x_lse, y_lse, inv_t):
+    """What of log p - log q all classes have in common."""
+    diff, lost = _exact_difference(x_top, y_top)
+    return tl.fma(diff, inv_t, tl.fma(lost, inv_t, x_lse - y_lse))
+
+
+@jit
+def _rounding_shows(size, offset, x_top, y_top, x_lse, y_lse):
+    """Whether a row needs `_log_ratio`; `size` is at least a quarter of the mean square of d.
+
+    Of each class x - y is exact or rounded by less than 2^-24 of |d| + |offset|: rows that are
+    shifted by more than they differ lose digits. Where the leading class loses none, the others
+    have lse of the row at most.
+    """
+    _, lost = _exact_difference(x_top, y_top)
+    others = tl.where(lost == 0.0, tl.minimum(x_lse + y_lse, 1.0), 1.0)
+    return others * offset * offset > 64.0 * size
+
+
+@jit
+def _near_terms(z, p, q):
+    """`_terms` of z = d / 2 for beta = 1/2 and |z| < 1/2, where two polynomials are all: those of
+    `_half_terms`, with a power of 4 for each of d^2. The value's terms are two factors."""
+    u = z * z
+    log_cosh = tl.fma(u, -2.25386549e-05 * 256, 3.44929821e-04 * 64)
+    log_cosh = tl.fma(u, log_cosh, -5.20788366e-03 * 16)
+    log_cosh = tl.fma(u, log_cosh, 1.24999986e-01 * 4)
+    h = tl.fma(u, 1.49842075e-05 * 1024, -1.80939836e-04 * 256)
+    h = tl.fma(u, h, 1.73488049e-03 * 64)
+    h = tl.fma(u, h, -1.56248474e-02 * 16)
+    h = tl.fma(u, h, 1.24999997e-01 * 4)
+    p_log = p * tl.fma(-u, log_cosh, z)
+    q_log = q * tl.fma(-u, log_cosh, -z)
+    return p_log, q_log, (p + q) * u, h
+
+
+@jit
 def _terms(d, p, q, shifted, how, KIND: tl.constexpr):
     """p log(p / m), q log(q / m), the logs of shifted rows less their limits, and what the value
     sums over classes, which is no difference of larger numbers; of KL divergences p d and q - p.
