@@ -443,7 +443,7 @@ CURVES: dict[str, dict[str, Any]] = {
     "cifar10": dict(steps=1146),
     "paper-small": dict(steps=1300),
 }
-# Where a Bezier curve is shorter at that cost, on every pair of networks in benchmarks/README.md.
+# Where a Bezier curve is known to be better at that cost (benchmarks/README.md).
 DEFAULT_METHODS = {"digits": "bezier"}
 
 
