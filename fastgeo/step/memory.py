@@ -18,7 +18,7 @@ from fastgeo.stacking.module import Parameters, StackedModule
 from fastgeo.stacking.products import Products
 from fastgeo.step.logits import LARGE, most_in
 
-ROOM = {"cpu": 1.35, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
+ROOM = {"cpu": 1.2, "cuda": 0.5}  # of a network's activations; that of cuda was not measured
 # Of all networks' weights, alive at once. On a path they are those of this step, the one before and
 # the next, the gradient and the preconditioned one; with momentum, three velocities as well.
 COPIES = {"training": 6, "optimisation": 5, "optimisation, momentum": 8, "evaluation": 2}

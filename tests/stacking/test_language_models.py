@@ -598,13 +598,13 @@ def test_a_run_counts_the_same_rows_by_a_mask_and_by_targets(own, capsys):
         data, engine = ["--data", f"words:{data}"], ["--engine", "stacked", "--epochs", "4"]
         main(["run", "--out", "r", *own, *data, *engine, *options, "--overwrite"])
         reports.append(json.loads(open("r/report.json").read()))
-    first, second = (report["paths"]["geodesic"] for report in reports)
+    first, second = (report["paths"]["bezier"] for report in reports)
     for split in ("train", "test"):
         assert first[split]["loss"] == pytest.approx(second[split]["loss"], rel=1e-4)
     assert first["energy"] == pytest.approx(second["energy"], rel=1e-3)
     main(["optimize", "r", "--overwrite", "--cuda-graph", "True", "--engine", "auto"])
     main(["evaluate", "r"])
-    static = json.loads(open("r/report.json").read())["paths"]["geodesic"]
+    static = json.loads(open("r/report.json").read())["paths"]["bezier"]
     assert static["energy"] == pytest.approx(second["energy"], rel=1e-3)
 
 
