@@ -84,12 +84,12 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     for name, fits in (("r", dict(chunk=chunk)), ("s", dict(engine="auto"))):
         with Run.create(tmp_path / name, config.changed(**fits)):
             pass
-    monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 2**20)
     monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 3 * 2**26)
     config = PRESETS["digits"].changed(engine="auto", cuda_graph=False)  # which finds a chunk
     with Run.create(tmp_path / "u", config):
         pass
-    words = refused(capsys, "run", "--out", "v", "--engine", "auto", "--cuda-graph", "True")
+    captured = "--method", "geodesic", "--engine", "auto", "--cuda-graph", "True"
+    words = refused(capsys, "run", "--out", "v", *captured)
     assert words.startswith(start) and "give --chunk " in words
 
 
