@@ -84,7 +84,7 @@ def test_a_run_that_would_not_fit_names_the_chunk_that_would(tmp_path, monkeypat
     for name, fits in (("r", dict(chunk=chunk)), ("s", dict(engine="auto"))):
         with Run.create(tmp_path / name, config.changed(**fits)):
             pass
-    monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 3 * 2**26)
+    monkeypatch.setattr("fastgeo.app.preflight.free_bytes", lambda device: 5 * 2**25)
     config = PRESETS["digits"].changed(engine="auto", cuda_graph=False)  # which finds a chunk
     with Run.create(tmp_path / "u", config):
         pass
