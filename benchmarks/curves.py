@@ -366,6 +366,9 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             lengths.plot(*zip(*costs, strict=True), marker="o", markersize=3, **look)
     along.set(xlabel="position on the path", ylabel=FOUND[0].removeprefix("highest "), yscale="log")
     lengths.set(xlabel="image·points", ylabel=FOUND[3], xscale="log", yscale="log")
+    every = {row["image·points"] for row in rows} - {"0"}
+    lengths.set_xticks([], minor=True)
+    lengths.set_xticks(list(map(float, every)), list(every))
     drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     for axis in (along, lengths):
         axis.spines[["top", "right"]].set_visible(False)
