@@ -12,7 +12,6 @@ Every result is a line in a file, from which a benchmark that was stopped goes o
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from matplotlib.figure import Figure
 from benchmarks.convergence import PLAIN
 from benchmarks.elastic import elastic_band
 from benchmarks.ends import trained
-from benchmarks.harness import RESULTS, environment, write_result
+from benchmarks.harness import RESULTS, Kept, environment, write_result
 from fastgeo import Descent, Forward, Path, evaluate, keep_pages, optimize
 from fastgeo.app.config import PRESETS, Config
 from fastgeo.app.given import Given
@@ -230,13 +229,8 @@ class Results:
         self.known: dict[Case, dict[str, Any]] = {}
         self._pairs: dict[int, Pair] = {}
         own = {"preset": options.preset, "model": options.model, "data": options.data}
-        if not self.file.exists():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._keep(own)
-        first, *lines = map(json.loads, self.file.read_text().splitlines())
-        if first != own:
-            raise ValueError(f"{self.file} holds results of {first}, not of {own}")
-        for line in lines:
+        self._kept = Kept(self.file, own)
+        for line in self._kept.lines:
             self.known[Case(*(line.pop(name) for name in Case._fields))] = line
 
     def measure(self) -> None:
@@ -320,12 +314,8 @@ class Results:
 
     def _measure(self, case: Case) -> None:
         found = self.known[case] = self._pair(case.pair).result(case)
-        self._keep(case._asdict() | found)
+        self._kept.add(case._asdict() | found)
         print(*case, *(f"{found[name]:.4g}" for name in FOUND), flush=True)
-
-    def _keep(self, line: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def spread(values: list[float], digits: int = 3) -> str:

@@ -52,6 +52,34 @@ def write_result(name: str, payload: dict) -> Path:
     return path
 
 
+class Kept:
+    """Results in a file, a line each, from which a benchmark that was stopped goes on.
+
+    Args:
+        file: where they are; made if it is not there.
+        own: settings, which its first line holds.
+
+    Attributes:
+        lines: those that were there.
+
+    Raises:
+        ValueError: it holds results of other settings.
+    """
+
+    def __init__(self, file: Path, own: dict[str, Any]):
+        self.file = file
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.add(own)
+        first, *self.lines = map(json.loads, file.read_text().splitlines())
+        if first != own:
+            raise ValueError(f"{file} holds results of {first}, not of {own}")
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def _commit() -> str:
     """The short hash of HEAD, with `+` where tracked files differ from it."""
     here = Path(__file__).parent

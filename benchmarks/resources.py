@@ -161,7 +161,7 @@ def path_variant(
         dtype=dtype,
         pointers=PATH_POINTERS,
         constants={**constants, "stride_c": 1} if class_stride == 1 else constants,
-        options=launch.options(blocks, kind, nvidia=chip.target.backend == "cuda"),
+        options=launch.options(blocks, kind, chip.target.backend == "cuda", class_stride == 1),
         long=("stride_n", "stride_b") if wide else (),
         # Offsets of 64 bits, for classes gigabytes apart, have to run; they may spill.
         may_spill=wide,

@@ -10,7 +10,6 @@ Every result is a line in a file, from which a benchmark that was stopped goes o
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -24,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from benchmarks.curves import in_a_step, networks, spread
-from benchmarks.harness import environment, write_result
+from benchmarks.harness import Kept, environment, write_result
 from fastgeo import Forward, Path, evaluate, keep_pages, match, optimize
 from fastgeo.app.config import PRESETS, Config
 from fastgeo.app.given import Given, State
@@ -217,13 +216,8 @@ class Results:
         self.file = options.out or FilePath("runs") / f"{options.name}.jsonl"
         self.known: dict[tuple[str, int, str], dict[str, float]] = {}
         own = {name: getattr(options, name) for name in "data subset epochs steps seen".split()}
-        if not self.file.exists():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._keep(own)
-        first, *lines = map(json.loads, self.file.read_text().splitlines())
-        if first != own:
-            raise ValueError(f"{self.file} holds results of {first}, not of {own}")
-        for line in lines:
+        self._kept = Kept(self.file, own)
+        for line in self._kept.lines:
             self.known[line.pop("case"), line.pop("pair"), line.pop("path")] = line
 
     def measure(self) -> None:
@@ -236,7 +230,7 @@ class Results:
             pair = Pair(self.options, case, number, self.file.with_name(stem))
             for name in unknown:
                 found = self.known[case, number, name] = pair.result(name)
-                self._keep({"case": case, "pair": number, "path": name} | found)
+                self._kept.add({"case": case, "pair": number, "path": name} | found)
                 print(case, number, name, *(f"{found[k]:.4g}" for k in FOUND), flush=True)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -248,10 +242,6 @@ class Results:
                 means = {key: spread([one[key] for one in own]) for key in (*FOUND, SECONDS)}
                 row = {"network": case, "path": name, "pairs": len(own), **means}
                 yield row | {"of each": own}
-
-    def _keep(self, line: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:

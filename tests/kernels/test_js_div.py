@@ -171,6 +171,8 @@ def test_where_looking_is_not_possible_a_bad_weight_makes_nan(bad):
         return js_div(p, q, sample_weight=weight)
 
     assert torch.compile(loss, backend="aot_eager", fullgraph=True)(weight).isnan()
+    with pytest.raises(ValueError, match="sample_weight must be finite and not negative"):
+        loss(weight)  # by itself again
     mapped = torch.vmap(loss)(torch.stack([weight, torch.ones(3)]))
     assert mapped[0].isnan() and mapped[1].isfinite()
 

@@ -110,7 +110,7 @@ def launch(
                 upstream=upstream is not None,
                 mean=value == "mean",
             ),
-            **options(blocks, how.kind, nvidia=torch.version.hip is None),
+            **options(blocks, how.kind, torch.version.hip is None, logits.stride(2) == 1),
         )
     if value == "mean":
         values = values[0] if programs == 1 else values.sum(0)
@@ -194,18 +194,22 @@ def kernel_for(blocks: Blocks, pair: bool = False):
     return path_tiles_kernel if blocks.tiled else path_rows_kernel
 
 
-def options(blocks: Blocks, kind: int, nvidia: bool) -> Dict[str, object]:
+def options(
+    blocks: Blocks, kind: int, nvidia: bool, side_by_side: bool = True
+) -> Dict[str, object]:
     """How a launch is compiled. Where a product may be fused with a sum is written out, so that
-    the reversed path gives the same bits."""
+    the reversed path gives the same bits.
+
+    Args:
+        side_by_side: whether the classes of a row are.
+    """
     chosen: Dict[str, object] = {"num_warps": blocks.warps, "enable_fp_fusion": False}
     # Or the assembler spills a few registers to fit one more program on a multiprocessor.
-    most = {2: 248, 16: 128}.get(blocks.warps)
-    if kind == SKEW:
-        most = {4: 248}.get(blocks.warps, most)
-    elif blocks.block in (1024, 2048) and not blocks.tiled:
-        most = 200  # five programs of two warps on a multiprocessor; with 168 some would spill
-    elif blocks.block <= 16:
-        most = most or 128  # without a bound some keep to 96, and spill
+    most = {2: 248, 4: 248, 16: 128}.get(blocks.warps)
+    if kind != SKEW and blocks.block <= 16 and blocks.warps > 2:
+        most = 128
+    elif kind != SKEW and blocks.block in (1024, 2048) and side_by_side and not blocks.tiled:
+        most = 200  # which one program more on a multiprocessor needs
     if nvidia and most:
         chosen["maxnreg"] = most
     return chosen
